@@ -1,0 +1,1 @@
+"""The listener contract, the commit, and one file per source."""

@@ -1,0 +1,195 @@
+"""The listener contract: what a class must do so that a wait can use it as its source of events."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from typing import Any, ClassVar
+
+import pendulum
+
+
+@dataclass(frozen=True)
+class Wait:
+    """
+    One task instance that waits for one event.
+
+    It is the same wait over all tries and clears of the task instance.
+
+    :param map_index: ``-1`` for a task that is not mapped.
+    :param run_start: when the run started, in UTC; None where Airflow does not know (a run that was
+        marked as finished before it started).
+    :param timezone: the DAG's time zone, as pendulum names it: ``UTC``, ``Europe/Berlin``, ``+02:00``.
+    """
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int = -1
+    run_start: datetime | None = None
+    timezone: str = "UTC"
+
+    @property
+    def id(self) -> str:
+        """
+        The wait's name at a source: ``dag_id/run_id/task_id/map_index``.
+
+        Claims are held under it, so its format is frozen: a wait that an upgrade would rename loses
+        the claims that it holds.
+        """
+        return f"{self.dag_id}/{self.run_id}/{self.task_id}/{self.map_index}"
+
+    @property
+    def tz(self) -> tzinfo:
+        """The DAG's time zone, in which naive times are read."""
+        return pendulum.timezone(self.timezone)
+
+
+_current_wait: ContextVar[Wait] = ContextVar("airflow_events.current_wait")
+
+
+def current_wait() -> Wait:
+    """
+    Return the wait that the listener works for.
+
+    :raises LookupError: outside of a listener's methods.
+    """
+    try:
+        return _current_wait.get()
+    except LookupError:
+        raise LookupError("current_wait() has an answer only while a listener works for a wait") from None
+
+
+@contextlib.contextmanager
+def working_for(wait: Wait) -> Iterator[None]:
+    """Make ``wait`` the answer of `current_wait`, for this context and the tasks started in it."""
+    token = _current_wait.set(wait)
+    try:
+        yield
+    finally:
+        _current_wait.reset(token)
+
+
+class EventListener(abc.ABC):
+    """
+    Knows one source of events.
+
+    A fresh instance, made without arguments, is used for each poll and each commit, and they may be
+    in different processes: whatever the commit needs goes into the event.
+
+    What a subclass owes (``docs/writing-a-listener.md`` has the long form):
+
+    - An event that `poll_for_event` returned stays at the source until `event_checkpointed`.
+    - `event_checkpointed` is a compare-and-set. Called again for the same wait, also long after, it
+      changes nothing; it raises `airflow_events.errors.EventLost` when another wait has the event.
+    - Events are made of what Airflow's serde takes: JSON shapes, datetimes, UUIDs, tuples, sets.
+    """
+
+    repeatable_poll: ClassVar[bool] = False
+    """
+    True promises that polling again for the same wait (`current_wait().id`) returns an equal event
+    until it is committed, in whatever process. Such a wait needs no worker.
+    """
+
+    @abc.abstractmethod
+    async def poll_for_event(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Return once the event is there.
+
+        Runs in the triggerer's event loop, beside all other triggers, so it must not block. It is
+        cancelled when the wait's time is up, when a user clears or marks the task, and when the
+        triggerer shuts down; it then starts again elsewhere, from the beginning.
+
+        What it raises fails the try; the task's ``retries`` decide what follows.
+        """
+
+    async def event_checkpointed(self, event: Any) -> None:
+        """
+        Tell the source that it may forget ``event``, which is now recorded in Airflow's database.
+
+        Not defining it means that there is nothing to tell.
+
+        :raises EventLost: the source has given the event to another wait. This wait drops its record
+            and waits on. Any other exception makes the commit be tried again, for ``[events]
+            commit_timeout`` seconds.
+        """
+
+    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
+        """
+        Give back what the wait holds at the source and has not committed.
+
+        Called when a user cleared or marked the task before an event was recorded, and for an event
+        that a second triggerer took for the same wait. Of an event that is committed it changes
+        nothing. It is a courtesy, which a crash leaves out: claims must lapse by themselves as well.
+
+        :param event: what `poll_for_event` returned, or None if it had not returned.
+        :param args: what `poll_for_event` was called with; ``kwargs`` likewise.
+        """
+
+
+def commits(listener: type[EventListener]) -> bool:
+    """Whether the listener has something to commit."""
+    return listener.event_checkpointed is not EventListener.event_checkpointed
+
+
+def releases(listener: type[EventListener]) -> bool:
+    """Whether the listener can give a claim back."""
+    return listener.event_released is not EventListener.event_released
+
+
+def check_listener(listener: object) -> type[EventListener]:
+    """
+    Return ``listener`` if it keeps the contract's outward form.
+
+    :raises TypeError: it is not a class, not an `EventListener`, abstract, needs arguments to be made,
+        or its methods are not async; the message says which.
+    """
+    if not inspect.isclass(listener):
+        raise TypeError(f"a listener is a subclass of EventListener, not {listener!r}, which is {_kind(listener)}")
+    name = listener.__qualname__
+    if not issubclass(listener, EventListener):
+        raise TypeError(f"a listener is a subclass of EventListener; {name} is not")
+    if missing := getattr(listener, "__abstractmethods__", None):
+        raise TypeError(f"{name} does not define {', '.join(sorted(missing))}")
+    try:
+        inspect.signature(listener).bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be made without arguments ({error}); "
+            "what it needs to know goes to poll_for_event, through wait_for_event's arguments"
+        ) from None
+    for method in ("poll_for_event", "event_checkpointed", "event_released"):
+        if not inspect.iscoroutinefunction(getattr(listener, method)):
+            raise TypeError(f"{name}.{method} must be an 'async def'")
+    return listener
+
+
+def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """
+    Check that ``poll_for_event`` takes these arguments.
+
+    :raises TypeError: it does not; the message has its signature.
+    """
+    signature = inspect.signature(listener.poll_for_event)
+    try:
+        signature.bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{listener.__qualname__}.poll_for_event{signature} does not take these arguments: {error}"
+        ) from None
+
+
+def describe(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Write a listener and its arguments as the call that they are, shortened to a line."""
+    arguments = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+    text = ", ".join(a if len(a) <= 200 else f"{a[:197]}..." for a in arguments)
+    return f"{name}({text})"
+
+
+def _kind(value: object) -> str:
+    return f"an instance of {type(value).__qualname__}"

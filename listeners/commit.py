@@ -1,0 +1,170 @@
+"""
+From an event that was polled to an event that may be delivered: record, commit, note.
+
+This is the one place where an event becomes final, called by the triggerer and by the worker alike.
+Its order is the promise:
+
+1. The record is read. If there is one, it is the wait's event, whatever was polled meanwhile.
+2. The event is recorded, in Airflow's database.
+3. It is committed, at the source, by a fresh listener.
+4. The commit is noted in the record.
+
+Whoever dies in between leaves a state from which `settle` goes on: before 2 the claim, from 2 on the
+record. Nothing is committed that is not recorded (nothing is lost), and nothing is returned that is
+not committed (nothing comes twice).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from airflow_events import settings
+from airflow_events.errors import CommitFailed, EventLost
+from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
+from airflow_events.listeners.serde import check
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay
+from tenacity.wait import wait_exponential_jitter
+
+log = logging.getLogger(__name__)
+
+
+class Phase(str, enum.Enum):
+    """How far a recorded event has come. The values stand in Airflow's database: they are frozen."""
+
+    RECORDED = "recorded"
+    COMMITTED = "committed"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The event of a wait, as it is durable in Airflow's database."""
+
+    event: Any
+    phase: Phase
+
+    def committed(self) -> Record:
+        """Return the record after the commit."""
+        return dataclasses.replace(self, phase=Phase.COMMITTED)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write the record as it is stored."""
+        return {"phase": self.phase.value, "event": self.event}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Record:
+        """Read what `as_dict` wrote."""
+        return cls(event=stored["event"], phase=Phase(stored["phase"]))
+
+
+class RecordStore(Protocol):
+    """Where the record of one wait is kept. Each method is durable when it returns."""
+
+    async def read(self) -> Record | None:
+        """Return the record, or None if no event has been recorded."""
+
+    async def write(self, record: Record) -> None:
+        """Put ``record`` in the place of any earlier one."""
+
+    async def drop(self) -> None:
+        """Forget the record; nothing happens if there is none."""
+
+
+async def settle(
+    listener: type[EventListener],
+    wait: Wait,
+    store: RecordStore,
+    event: Any,
+    *,
+    args: Any = (),
+    kwargs: Any = None,
+) -> Any:
+    """
+    Record and commit ``event`` for ``wait``, and return the event to deliver.
+
+    That is another than ``event`` if the wait already has one; ``event`` is then released.
+
+    :param args: what ``event`` was polled with, for `EventListener.event_released`; ``kwargs`` likewise.
+    :raises EventLost: another wait has the event; the record is dropped, and the wait should go on.
+    :raises EventNotSerializable: before anything was recorded.
+    :raises CommitFailed: the event is recorded and not committed.
+    """
+    record = await store.read()
+    superfluous = record is not None and record.event != event
+    if record is None:
+        check(event)
+        phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
+        record = Record(event, phase)
+        await store.write(record)
+    if record.phase is Phase.RECORDED:
+        try:
+            await commit(listener, wait, record.event)
+        except EventLost:
+            await store.drop()
+            raise
+        record = record.committed()
+        await store.write(record)
+    if superfluous:
+        # Only now: should it be the same event in another form, it is committed and releasing it
+        # changes nothing.
+        await release(listener, wait, event, args, kwargs or {})
+    return record.event
+
+
+async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
+    """
+    Call ``event_checkpointed`` of a fresh listener, again and again while it fails.
+
+    :raises EventLost: as the listener says.
+    :raises CommitFailed: it failed for ``[events] commit_timeout`` seconds.
+    """
+    timeout = settings.commit_timeout()
+
+    async def once() -> None:
+        # The timeout is for a source that never answers.
+        await asyncio.wait_for(listener().event_checkpointed(event), timeout)
+
+    def failed(state: RetryCallState) -> None:
+        assert state.outcome is not None and state.next_action is not None
+        log.warning(
+            "%s.event_checkpointed failed for the wait %s; its event is recorded. Again in %.1f s (try %d)",
+            listener.__qualname__,
+            wait.id,
+            state.next_action.sleep,
+            state.attempt_number + 1,
+            exc_info=state.outcome.exception(),
+        )
+
+    def gave_up(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        raise CommitFailed(listener.__qualname__, wait.id, state.attempt_number) from state.outcome.exception()
+
+    attempts = AsyncRetrying(
+        retry=retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, EventLost)),
+        stop=stop_after_delay(timeout),
+        wait=wait_exponential_jitter(initial=0.5, max=30, jitter=0.5),
+        before_sleep=failed,
+        retry_error_callback=gave_up,
+    )
+    with working_for(wait):
+        await attempts(once)
+
+
+async def release(listener: type[EventListener], wait: Wait, event: Any | None, args: Any, kwargs: Any) -> None:
+    """Give back what the wait holds, if the listener can; that it failed is only logged."""
+    if not releases(listener):
+        return
+    try:
+        with working_for(wait):
+            await listener().event_released(event, *args, **kwargs)
+    except Exception:
+        log.warning(
+            "%s.event_released failed for the wait %s; its claim will have to lapse",
+            listener.__qualname__,
+            wait.id,
+            exc_info=True,
+        )

@@ -1,0 +1,67 @@
+"""The record as a worker reaches it: Airflow's task state store, and the triggerer's copy of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow.sdk.execution_time.context import NEVER_EXPIRE, TaskStateStoreAccessor
+from airflow_events.listeners import serde
+from airflow_events.listeners.commit import Record
+from airflow_events.triggers.record import DEADLINE_KEY, RECORD_KEY
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """
+    The record of a wait, from a worker.
+
+    The task state store keeps it over retries and clears, and it goes with the run. The copy among the
+    XComs is for the trigger, which reaches nothing else. The copy is written first: a wait that starts
+    in the triggerer would poll again if it were missing.
+
+    A generation counts the clears of the task instance: its ``max_tries`` grows with each clear and never
+    by a retry.
+
+    :param replay: whether the record of an earlier generation counts.
+    """
+
+    ti: Any
+    store: TaskStateStoreAccessor
+    replay: bool = True
+
+    async def read(self) -> Record | None:
+        stored = self._get(RECORD_KEY)
+        if stored is None:
+            # Recorded by a trigger, which then handed over to a worker.
+            stored = self.ti.xcom_pull(task_ids=self.ti.task_id, key=RECORD_KEY, map_indexes=self.ti.map_index)
+            return Record.from_dict(stored) if stored is not None and self.replay else None
+        if not self.replay and stored["generation"] != self.ti.max_tries:
+            return None
+        return Record.from_dict(stored)
+
+    async def write(self, record: Record) -> None:
+        self.ti.xcom_push(RECORD_KEY, record.as_dict())
+        self._set(RECORD_KEY, {**record.as_dict(), "generation": self.ti.max_tries})
+
+    async def drop(self) -> None:
+        self.ti.xcom_push(RECORD_KEY, None)
+        self.store.delete(RECORD_KEY)
+
+    def deadline(self, timeout: timedelta, now: datetime) -> datetime:
+        """Return when the wait's time is up: counted from the first try, and anew after a clear."""
+        noted = self._get(DEADLINE_KEY)
+        if noted is None or noted["generation"] != self.ti.max_tries:
+            noted = {"at": now + timeout, "generation": self.ti.max_tries}
+            self._set(DEADLINE_KEY, noted)
+        at: datetime = noted["at"]
+        return at
+
+    def _get(self, key: str) -> Any:
+        stored = self.store.get(key)
+        return None if stored is None else serde.decode(json.dumps(stored))
+
+    def _set(self, key: str, value: Any) -> None:
+        self.store.set(key, json.loads(serde.encode(value)), retention=NEVER_EXPIRE)

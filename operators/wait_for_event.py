@@ -1,0 +1,354 @@
+"""``wait_for_event``, and the operator behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk.bases.decorator import get_unique_task_id
+from airflow.sdk.bases.operator import BaseOperator
+from airflow.sdk.definitions.xcom_arg import XComArg
+from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
+from airflow.triggers.base import StartTriggerArgs
+from airflow_events import settings
+from airflow_events.errors import EventLost, EventNotSerializable
+from airflow_events.listeners import serde
+from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
+from airflow_events.listeners.commit import Phase, release, settle
+from airflow_events.operators.record import WorkerRecord
+from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
+from airflow_events.triggers import outcome, reference
+from airflow_events.triggers.event import EventTrigger
+
+if TYPE_CHECKING:
+    from airflow.sdk.definitions.context import Context
+
+# Should no triggerer be alive when the time is up, the scheduler ends the wait this much later.
+_GRACE = timedelta(minutes=5)
+
+
+class _Missing:
+    """The type of `MISSING`; its repr must not have an address in it, which would change with each parse."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+class _StartFromTrigger:
+    """
+    ``start_from_trigger`` and ``start_trigger_args``, which Airflow reads when it serializes the DAG.
+
+    They depend on what is set after the operator was made, such as outlets, so they are worked out when
+    they are read. Of the class, which is what Airflow reads for mapped tasks, they are off.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._wanted = "_start_trigger_args" if name == "start_trigger_args" else "_starts_in_triggerer"
+        self._off = None if name == "start_trigger_args" else False
+
+    def __get__(self, task: WaitForEventOperator | None, owner: type) -> Any:
+        # Airflow looks once while BaseOperator's constructor runs, before there is anything to see.
+        if task is None or "replay" not in vars(task):
+            return self._off
+        return getattr(task, self._wanted)()
+
+    def __set__(self, task: WaitForEventOperator, value: Any) -> None:
+        raise AttributeError("where a wait starts follows from its arguments; see operators/route.py")
+
+
+class WaitForEventOperator(BaseOperator):
+    """
+    Wait for an event, and return it.
+
+    It is deferred from its beginning on, and most waits never see a worker (``operators/route.py`` has the
+    rule). The event is recorded in Airflow's database before the source is told to forget it, so a try
+    that dies at any point leaves a state from which the next one goes on: the defaults of ``retries`` and
+    ``retry_delay`` are for that.
+
+    :param listener: the class that knows the source.
+    :param listener_args: for its ``poll_for_event``: literals, templates, outputs of other tasks.
+    :param listener_kwargs: likewise. A naive datetime in either is in the DAG's time zone.
+    :param timeout: how long to wait in all, retries included, a timedelta or seconds; None waits forever.
+        When it is over the task fails with ``AirflowSensorTimeout`` and is not tried again.
+    :param soft_fail: when the time is over, skip the task instead.
+    :param default: when the time is over, deliver this instead. It is no event: a clear waits anew.
+    :param replay: what a clear does with an event that was recorded: deliver it again, or, if False, wait
+        for another. A retry delivers it always.
+    """
+
+    template_fields: Sequence[str] = ("listener_args", "listener_kwargs")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"listener_args": "json", "listener_kwargs": "json"}
+    ui_color = "#d9ead3"
+    ui_fgcolor = "#1f3d1f"
+    start_from_trigger = _StartFromTrigger()
+    start_trigger_args = _StartFromTrigger()
+
+    def __init__(
+        self,
+        *,
+        listener: type[EventListener],
+        listener_args: Sequence[Any] | XComArg = (),
+        listener_kwargs: Mapping[str, Any] | XComArg | None = None,
+        timeout: timedelta | float | None = None,
+        soft_fail: bool = False,
+        default: Any = MISSING,
+        replay: bool = True,
+        retries: int = 3,
+        retry_delay: timedelta | float = timedelta(seconds=10),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(retries=retries, retry_delay=retry_delay, **kwargs)
+        self.listener = check_listener(listener)
+        # Of the fields that are templates Airflow wants the value of the constructor, or one equal to it.
+        self.listener_args = listener_args if isinstance(listener_args, XComArg) else list(listener_args)
+        self.listener_kwargs = (
+            listener_kwargs if isinstance(listener_kwargs, XComArg) else dict(listener_kwargs or {})
+        )
+        self.timeout = _positive(timeout)
+        if soft_fail and default is not MISSING:
+            raise ValueError("soft_fail skips the task when the time is over, default delivers a value: give one")
+        if timeout is None and (soft_fail or default is not MISSING):
+            raise ValueError("soft_fail and default are for when the time is over, and there is no timeout")
+        self.soft_fail = soft_fail
+        self.default = default
+        self.replay = replay
+        self._check_arguments()
+
+    @classmethod
+    def partial(cls, **kwargs: Any) -> Any:
+        """Fix arguments of a mapped wait; a listener that is none is refused here, when the DAG is parsed."""
+        if "listener" in kwargs:
+            _refuse_pickle(check_listener(kwargs["listener"]))
+        return super().partial(**kwargs)
+
+    def execute(self, context: Context) -> Any:
+        """Begin a try that starts on a worker."""
+        record = self._record(context)
+        if (stored := asyncio.run(record.read())) is not None:
+            self.log.info("The event of this wait is %s already, and is not polled again", stored.phase.value)
+            return self._finish(context, stored.event)
+        if not self.replay:
+            self._forget_earlier(context)
+        self._defer(context)
+        return None
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
+        """Go on with what the trigger found."""
+        match outcome.decode(event):
+            case outcome.Arrived(arrived):
+                return self._finish(context, arrived)
+            case outcome.TimedOut(deadline):
+                return self._time_is_up(deadline)
+
+    def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
+        """Go on after a deferral; if it ended by Airflow's own time-out, an event may be recorded yet."""
+        try:
+            return super().resume_execution(next_method, next_kwargs, context)
+        except TaskDeferralTimeout:
+            if (stored := asyncio.run(self._record(context).read())) is not None:
+                return self._finish(context, stored.event)
+            return self._time_is_up(datetime.now(timezone.utc))
+
+    def _finish(self, context: Context, event: Any) -> Any:
+        record = self._record(context)
+        try:
+            event = asyncio.run(
+                settle(
+                    self.listener,
+                    self._wait(context),
+                    record,
+                    event,
+                    args=self.listener_args,
+                    kwargs=self.listener_kwargs,
+                )
+            )
+        except EventLost as lost:
+            self.log.warning("The event went to another wait, and this one waits on: %s", lost)
+            self._defer(context)
+            return None
+        self.log.info("The event is recorded and committed")
+        return event
+
+    def _time_is_up(self, deadline: datetime) -> Any:
+        message = f"No event of {self.listener.__qualname__} came until {deadline.isoformat(timespec='seconds')}"
+        if self.default is not MISSING:
+            self.log.info("%s; delivering the default", message)
+            return self.default
+        if self.soft_fail:
+            raise AirflowSkipException(message)
+        raise AirflowSensorTimeout(message)
+
+    def _forget_earlier(self, context: Context) -> None:
+        """Give back what an earlier generation recorded and did not commit; it is to wait for another."""
+        record = dataclasses.replace(self._record(context), replay=True)
+        stored = asyncio.run(record.read())
+        if stored is None:
+            return
+        self.log.info("Waiting for another event than the one recorded before the task was cleared (replay=False)")
+        if stored.phase is Phase.RECORDED:
+            asyncio.run(
+                release(self.listener, self._wait(context), stored.event, self.listener_args, self.listener_kwargs)
+            )
+        asyncio.run(record.drop())
+
+    def _defer(self, context: Context) -> None:
+        self._check_arguments()
+        is_mapped = self._wait(context).map_index >= 0
+        why = needs_worker_to_start(self) or (
+            "it is mapped" if is_mapped else "its arguments held the output of another task"
+        )
+        why_again = needs_worker_to_finish(self, started_on_worker=True)
+        self.log.info(
+            "A worker begins this wait because %s; %s",
+            why,
+            f"a worker ends it because {why_again}" if why_again else "it ends in the triggerer",
+        )
+        deadline = left = None
+        if self.timeout is not None:
+            now = datetime.now(timezone.utc)
+            deadline = self._record(context).deadline(self.timeout, now)
+            left = max(deadline - now, timedelta()) + _GRACE
+        trigger = EventTrigger(
+            listener=reference.name(self.listener)
+            if reference.is_importable(self.listener)
+            else reference.by_value(self.listener),
+            deadline=deadline,
+            wait=dataclasses.asdict(self._wait(context)),
+            mapped_over=not is_mapped and next(iter(self.iter_mapped_dependants()), None) is not None,
+            **self._trigger_arguments(started_on_worker=True),
+        )
+        self.defer(trigger=trigger, method_name="execute_complete", timeout=left)
+
+    def _record(self, context: Context) -> WorkerRecord:
+        return WorkerRecord(context["ti"], context["task_state_store"], self.replay)
+
+    def _wait(self, context: Context) -> Wait:
+        ti = context["ti"]
+        return Wait(
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            task_id=ti.task_id,
+            map_index=ti.map_index if ti.map_index is not None else -1,
+            run_start=context["dag_run"].start_date,
+            timezone=_timezone_name(self),
+        )
+
+    def _trigger_arguments(self, *, started_on_worker: bool) -> dict[str, Any]:
+        zone = Wait("", "", "", timezone=_timezone_name(self)).tz
+        return {
+            "listener_args": _localized(self.listener_args, zone),
+            "listener_kwargs": _localized(self.listener_kwargs, zone),
+            "finish_on_worker": needs_worker_to_finish(self, started_on_worker=started_on_worker) is not None,
+            "soft_fail": self.soft_fail,
+            "default": [] if self.default is MISSING else [self.default],
+            "push": self.do_xcom_push,
+        }
+
+    def _starts_in_triggerer(self) -> bool:
+        return needs_worker_to_start(self) is None
+
+    def _start_trigger_args(self) -> StartTriggerArgs | None:
+        if not self._starts_in_triggerer():
+            return None
+        return StartTriggerArgs(
+            trigger_cls=f"{EventTrigger.__module__}.{EventTrigger.__name__}",
+            trigger_kwargs={
+                "listener": reference.name(self.listener),
+                "timeout": self.timeout.total_seconds() if self.timeout else None,
+                **self._trigger_arguments(started_on_worker=False),
+            },
+            next_method="execute_complete",
+            timeout=self.timeout + _GRACE if self.timeout else None,
+        )
+
+    def _check_arguments(self) -> None:
+        _refuse_pickle(self.listener)
+        for name, value in (("listener_args", self.listener_args), ("listener_kwargs", self.listener_kwargs)):
+            if not any(XComArg.iter_xcom_references(value)):
+                try:
+                    serde.check(value, name)
+                except EventNotSerializable as error:
+                    raise TypeError(f"{self.task_id}: {error}") from error
+        if not isinstance(self.listener_args, XComArg) and not isinstance(self.listener_kwargs, XComArg):
+            check_arguments(self.listener, self.listener_args, self.listener_kwargs)
+        if self.default is not MISSING:
+            serde.check(self.default, "default")
+
+
+class _WaitForEvent:
+    """
+    ``wait_for_event(listener, *args, **kwargs)``: a task that waits for one event, and its output.
+
+    ``args`` and ``kwargs`` go to the listener's ``poll_for_event``; they may be literals, templates and the
+    outputs of other tasks. What is for the task goes to `override`, as in TaskFlow::
+
+        order = wait_for_event.override(task_id="order", timeout=timedelta(hours=6))(MyListener, "orders")
+    """
+
+    def __init__(self, operator_arguments: Mapping[str, Any] | None = None) -> None:
+        self._operator_arguments = dict(operator_arguments or {})
+
+    def __call__(self, listener: type[EventListener], /, *args: Any, **kwargs: Any) -> XComArg:
+        arguments = dict(self._operator_arguments)
+        task_id = get_unique_task_id(
+            arguments.pop("task_id", "wait_for_event"), arguments.get("dag"), arguments.get("task_group")
+        )
+        task = WaitForEventOperator(
+            task_id=task_id, listener=listener, listener_args=args, listener_kwargs=kwargs, **arguments
+        )
+        return task.output
+
+    def override(self, **operator_arguments: Any) -> _WaitForEvent:
+        """Return the same with other arguments of `WaitForEventOperator`."""
+        return _WaitForEvent({**self._operator_arguments, **operator_arguments})
+
+
+wait_for_event = _WaitForEvent()
+
+
+def _positive(timeout: timedelta | float | None) -> timedelta | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (timedelta, int, float)):
+        raise TypeError(f"timeout is a timedelta, a number of seconds or None, not {timeout!r}")
+    duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    if duration <= timedelta():
+        raise ValueError(f"timeout must be positive, not {timeout!r}")
+    return duration
+
+
+def _refuse_pickle(listener: type[EventListener]) -> None:
+    if not settings.pickled_listeners() and not reference.is_importable(listener):
+        raise ValueError(
+            f"{listener.__qualname__} is defined beside the DAG, so it would go to the triggerer as a pickle, "
+            "which [events] pickled_listeners = False refuses; move it to an installed package or the "
+            "plugins folder"
+        )
+
+
+def _timezone_name(task: BaseOperator) -> str:
+    return str(getattr(task.dag.timezone, "name", "UTC")) if task.has_dag() else "UTC"
+
+
+def _localized(value: Any, zone: Any) -> Any:
+    """
+    Give naive datetimes the DAG's time zone.
+
+    Airflow writes a naive datetime down as if it were in the time zone of the process that writes.
+    """
+    if isinstance(value, datetime) and value.tzinfo is None:
+        return value.replace(tzinfo=zone)
+    if isinstance(value, dict):
+        return {key: _localized(item, zone) for key, item in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_localized(item, zone) for item in value)
+    return value
+
+
+__all__ = ["MISSING", "WaitForEventOperator", "wait_for_event"]

@@ -1,0 +1,27 @@
+"""Wait for an event from outside, exactly once, in an Airflow DAG."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow_events.provider_info import VERSION as __version__
+
+if TYPE_CHECKING:
+    from airflow_events.listeners.base import EventListener, Wait, current_wait
+    from airflow_events.operators.wait_for_event import wait_for_event
+
+__all__ = ["__version__", "EventListener", "Wait", "current_wait", "wait_for_event"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that a triggerer which imports a listener does not import operators, and so that the
+    # modules below this package can be imported in any order.
+    if name == "wait_for_event":
+        from airflow_events.operators import wait_for_event as module
+
+        return module.wait_for_event
+    if name in ("EventListener", "Wait", "current_wait"):
+        from airflow_events.listeners import base
+
+        return getattr(base, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

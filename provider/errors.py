@@ -1,0 +1,56 @@
+"""Everything that this package raises on its own account."""
+
+from __future__ import annotations
+
+
+class EventsError(Exception):
+    """The root of this package's errors."""
+
+
+class EventLost(EventsError):
+    """
+    The source has given the event to another wait.
+
+    A listener raises it from ``event_checkpointed``. It is no failure: the record of the event is
+    dropped and the wait goes on waiting.
+    """
+
+
+class EventNotSerializable(EventsError, TypeError):
+    """
+    An event holds something that Airflow cannot store and give back.
+
+    Raised before anything is committed, so the event stays at its source.
+
+    :ivar place: where in the event, as Python would write it: ``event['lines'][3]``.
+    """
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"{place} cannot be delivered: {reason}")
+        self.place = place
+
+
+class CommitFailed(EventsError):
+    """
+    ``event_checkpointed`` kept raising for ``[events] commit_timeout`` seconds.
+
+    The record of the event stays, and the next try of the wait begins with the commit. The cause is
+    the listener's last exception.
+
+    :ivar attempts: how often the commit was tried.
+    """
+
+    def __init__(self, listener: str, wait_id: str, attempts: int) -> None:
+        super().__init__(
+            f"{listener}.event_checkpointed failed {attempts} times for the wait {wait_id}; "
+            "its event is recorded, and the next try of the task commits it"
+        )
+        self.attempts = attempts
+
+
+class ListenerUnavailable(EventsError):
+    """The listener cannot be had in this process: not importable, or pickled by another Python."""
+
+
+class UnknownOutcome(EventsError):
+    """A trigger of another version of this package sent something that this one cannot read."""

@@ -1,0 +1,85 @@
+"""
+What Airflow's provider manager is told about this package, the ``[events]`` options among it.
+
+Airflow reads it while it sets up its configuration, so nothing of Airflow may be imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+VERSION = "0.1.0"
+
+SECTION = "events"
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pickled_listeners": {
+        "description": (
+            "Whether listeners that the triggerer cannot import (those defined in a DAG file, or in a "
+            "module beside it) may travel to it as a pickle. If False, a DAG that needs one fails at "
+            "parse time, and the triggerer refuses to unpickle."
+        ),
+        "type": "boolean",
+        "default": "True",
+    },
+    "commit_timeout": {
+        "description": (
+            "For how long, in seconds, a failing commit (event_checkpointed) is tried again, with "
+            "growing pauses, before the try of the task fails. The event stays recorded, and the next "
+            "try goes on from there."
+        ),
+        "type": "float",
+        "default": "120",
+    },
+    "directory_root": {
+        "description": (
+            "What relative paths given to DirectoryListener and DirectoryWatchListener are relative to. "
+            "Empty means AIRFLOW_HOME."
+        ),
+        "type": "string",
+        "default": "",
+    },
+    "directory_rescan_interval": {
+        "description": (
+            "How often, in seconds, a watched directory is looked at even though the file system reported "
+            "nothing. Where the file system cannot report (a network mount), this is the polling interval."
+        ),
+        "type": "float",
+        "default": "10",
+    },
+    "directory_claim_timeout": {
+        "description": (
+            "After how many seconds a file that a wait has claimed and not committed is given to others. "
+            "A wait that still lives loses nothing by it: its commit is refused, and it waits on."
+        ),
+        "type": "float",
+        "default": "86400",
+    },
+}
+
+_INTEGRATION = "Events"
+
+
+def get_provider_info() -> dict[str, Any]:
+    """Describe the provider, after Airflow's ``provider_info.schema.json``."""
+    return {
+        "package-name": "airflow-provider-events",
+        "name": "Events",
+        "description": "Wait for an event from outside, exactly once, without a worker sitting there.",
+        "integrations": [{"integration-name": _INTEGRATION, "tags": ["software"]}],
+        "operators": [
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": ["airflow_events.operators.wait_for_event"],
+            }
+        ],
+        "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_events.triggers.event"]}],
+        "config": {
+            SECTION: {
+                "description": "Settings of airflow-provider-events.",
+                "options": {
+                    name: {"version_added": VERSION, "example": None, **option} for name, option in OPTIONS.items()
+                },
+            }
+        },
+    }

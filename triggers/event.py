@@ -1,0 +1,298 @@
+"""The trigger of a wait: polls, and ends the task where no worker is needed for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk.configuration import conf
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import GetTaskStates
+from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEvent, TriggerEvent
+from airflow_events.errors import EventLost
+from airflow_events.listeners import serde
+from airflow_events.listeners.base import EventListener, Wait, describe, working_for
+from airflow_events.listeners.commit import release, settle
+from airflow_events.triggers import outcome, reference
+from airflow_events.triggers.record import XComRecord
+from airflow_events.triggers.watchdog import timed
+
+if TYPE_CHECKING:
+    import jinja2
+    from airflow.sdk.definitions.context import Context
+
+# In which states the task instance is nobody's to wait for any more.
+_ENDED = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
+# Seconds. Waiting in steps bounds by how much a deadline is late after the clock was set forward.
+_LONGEST_PAUSE = 600.0
+# Seconds that a cancelled poll has to end.
+_LONGEST_GOODBYE = 10.0
+
+
+class _TimeIsUp(Exception):
+    """The wait's deadline has passed."""
+
+
+class EventTrigger(BaseTrigger):
+    """
+    Wait for one event in the triggerer.
+
+    Started by the scheduler it learns from Airflow for which wait it works, and started by a worker, from
+    the worker, through the same parameters. Two triggerers may run it at once; what they may do to each
+    other is bounded by `airflow_events.listeners.commit.settle`.
+
+    :param listener: as `airflow_events.triggers.reference` writes it.
+    :param listener_args: for ``poll_for_event``; rendered here if the trigger starts here.
+    :param finish_on_worker: hand the event to a worker instead of ending the task here.
+    :param timeout: seconds from the first try on, None for no end. Of a wait that starts here.
+    :param deadline: the same as a moment, in a wait that a worker started.
+    :param soft_fail: when the time is up, skip the task.
+    :param default: when the time is up, deliver this: a list of one item, or empty for none.
+    :param push: whether the event becomes the task's return value.
+    :param wait: `Wait` as a dict, in a wait that a worker started.
+    :param mapped_over: whether a task is mapped over the return value; likewise.
+    """
+
+    def __init__(
+        self,
+        *,
+        listener: str | dict[str, str],
+        listener_args: list[Any] | None = None,
+        listener_kwargs: dict[str, Any] | None = None,
+        finish_on_worker: bool = False,
+        timeout: float | None = None,
+        deadline: datetime | None = None,
+        soft_fail: bool = False,
+        default: list[Any] | None = None,
+        push: bool = True,
+        wait: dict[str, Any] | None = None,
+        mapped_over: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.listener = listener
+        self.listener_args = listener_args or []
+        self.listener_kwargs = listener_kwargs or {}
+        self.finish_on_worker = finish_on_worker
+        self.timeout = timeout
+        self.deadline = deadline
+        self.soft_fail = soft_fail
+        self.default = default or []
+        self.push = push
+        self.wait = wait
+        self.mapped_over = mapped_over
+        self._dag_result = False
+        self._retries = 0
+        self._polled: list[Any] = []  # the event, while it is not recorded
+        self._recording = False
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return (
+            f"{__name__}.{type(self).__name__}",
+            {
+                "listener": self.listener,
+                "listener_args": self.listener_args,
+                "listener_kwargs": self.listener_kwargs,
+                "finish_on_worker": self.finish_on_worker,
+                "timeout": self.timeout,
+                "deadline": self.deadline,
+                "soft_fail": self.soft_fail,
+                "default": self.default,
+                "push": self.push,
+                "wait": self.wait,
+                "mapped_over": self.mapped_over,
+            },
+        )
+
+    def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:
+        """Render the arguments, and take from the context what a worker would have told."""
+        # Airflow calls this for triggers that the scheduler started, and only for them.
+        super().render_template_fields(context, jinja_env)
+        ti, task = context["ti"], context["task"]
+        self.wait = {
+            "dag_id": ti.dag_id,
+            "run_id": ti.run_id,
+            "task_id": ti.task_id,
+            "map_index": ti.map_index if ti.map_index is not None else -1,
+            "run_start": context["dag_run"].start_date,
+            "timezone": getattr(context["dag"].timezone, "name", "UTC"),
+        }
+        self._retries = task.retries or 0
+        self.mapped_over = next(iter(task.iter_mapped_dependants()), None) is not None
+        self._dag_result = bool(getattr(task, "returns_dag_result", False))
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        assert self.wait is not None, "a trigger is started by the scheduler or by WaitForEventOperator"
+        wait = Wait(**self.wait)
+        listener = reference.load(self.listener)
+        if self.task_instance is None:  # dag.test(), which gives a trigger no way to Airflow's database
+            self._announce(wait)
+            yield TriggerEvent(outcome.encode(outcome.Arrived(await self._poll(listener, wait))))
+            return
+
+        record = XComRecord(wait)
+        stored = await record.read()
+        if self.deadline is None and self.timeout is not None and stored is None:
+            self.deadline = await record.deadline(
+                timedelta(seconds=self.timeout), self.task_instance.try_number, self._retries, _now()
+            )
+        while True:
+            if stored is None:
+                self._announce(wait)
+                try:
+                    event = await self._poll(listener, wait)
+                except _TimeIsUp:
+                    yield await self._time_is_up(record)
+                    return
+                if await self._has_ended(wait):
+                    self.log.warning("The task has ended meanwhile; its event goes back to the source")
+                    await self._release(listener, wait)
+                    return
+            else:
+                event = stored.event
+                self.log.info("The event of this wait is %s already, and is not polled again", stored.phase.value)
+            if self.finish_on_worker or _airflow_has_listeners():
+                yield TriggerEvent(outcome.encode(outcome.Arrived(event)))
+                return
+            try:
+                event = await self._settle(listener, wait, record, event)
+            except EventLost as lost:
+                self.log.warning("The event went to another wait, and this one waits on: %s", lost)
+                stored = None
+                continue
+            yield await self._deliver(record, event)
+            return
+
+    async def on_kill(self) -> None:
+        """
+        Give back what is claimed and not recorded, once a user has ended the task.
+
+        Airflow calls this too when the user clears the task, and when it has moved the trigger to another
+        triggerer; the wait goes on then, and keeps its claim.
+        """
+        if self.wait is None or self.task_instance is None:
+            return
+        wait = Wait(**self.wait)
+        if not await self._has_ended(wait):
+            if self.timeout is not None and await self._state(wait) != "deferred":
+                await XComRecord(wait).forget_deadline()  # cleared: its time starts anew
+            return
+        if not self._recording:
+            await self._release(reference.load(self.listener), wait)
+
+    def _announce(self, wait: Wait) -> None:
+        self.log.info(
+            "Waiting for an event of %s since %s, until %s; the wait is %s",
+            describe(reference.display_name(self.listener), self.listener_args, self.listener_kwargs),
+            _now().isoformat(timespec="seconds"),
+            self.deadline.isoformat(timespec="seconds") if self.deadline else "it comes",
+            wait.id,
+        )
+
+    async def _poll(self, listener: type[EventListener], wait: Wait) -> Any:
+        """
+        Return the event, checked.
+
+        :raises _TimeIsUp: the deadline has passed, and no event came while the poll ended.
+        """
+        self._polled = []
+        with working_for(wait):
+            poll = asyncio.create_task(self._poll_and_check(listener))
+        try:
+            while not poll.done() and (pause := self._remaining()) > 0:
+                await asyncio.wait({poll}, timeout=min(pause, _LONGEST_PAUSE))
+        finally:
+            # A task of its own, so that a listener which swallows its cancellation cannot end the wait.
+            if not poll.done():
+                poll.cancel()
+                await asyncio.wait({poll}, timeout=_LONGEST_GOODBYE)
+        if not poll.done() or poll.cancelled():
+            if self._remaining() > 0:
+                raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
+            raise _TimeIsUp
+        return poll.result()
+
+    async def _poll_and_check(self, listener: type[EventListener]) -> Any:
+        threshold = conf.getfloat("triggerer", "blocked_main_thread_warning_threshold", fallback=0.2)
+
+        def blocked(seconds: float) -> None:
+            self.log.warning(
+                "%s.poll_for_event has blocked the triggerer for %.2f seconds, and with it every other "
+                "trigger; use the source's async client, or asyncio.to_thread",
+                listener.__qualname__,
+                seconds,
+            )
+
+        poll = listener().poll_for_event(*self.listener_args, **self.listener_kwargs)
+        event = await timed(poll, threshold, blocked)
+        self._polled = [event]
+        serde.check(event)
+        return event
+
+    def _remaining(self) -> float:
+        return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
+
+    async def _settle(self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any) -> Any:
+        self._recording = True  # from here on the claim may stand in a record, which the next try needs
+        event = await settle(listener, wait, record, event, args=self.listener_args, kwargs=self.listener_kwargs)
+        self._recording = False
+        self._polled = []
+        self.log.info("The event is recorded and committed")
+        return event
+
+    async def _deliver(self, record: XComRecord, value: Any) -> TriggerEvent:
+        """Return what ends the task with ``value``; a worker does it where only that gives the right error."""
+        mapped_length = None
+        if self.mapped_over:
+            if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
+                return TriggerEvent(outcome.encode(outcome.Arrived(value)))
+            mapped_length = len(value)
+        if self.push and value is not None:
+            await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
+        return TaskSuccessEvent()
+
+    async def _time_is_up(self, record: XComRecord) -> TriggerEvent:
+        assert self.deadline is not None
+        self.log.info("No event came until %s", self.deadline.isoformat(timespec="seconds"))
+        if self.timeout is not None:
+            await record.forget_deadline()
+        if self.finish_on_worker or _airflow_has_listeners() or not (self.soft_fail or self.default):
+            return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
+        if self.default:
+            self.log.info("Delivering the default")
+            return await self._deliver(record, self.default[0])
+        return TaskSkippedEvent()
+
+    async def _release(self, listener: type[EventListener], wait: Wait) -> None:
+        event = self._polled[0] if self._polled else None
+        await release(listener, wait, event, self.listener_args, self.listener_kwargs)
+
+    async def _has_ended(self, wait: Wait) -> bool:
+        return await self._state(wait) in _ENDED
+
+    async def _state(self, wait: Wait) -> str | None:
+        """Return the task instance's state; ``removed`` if it, or its run, was deleted."""
+        answer: Any = await task_runner.SUPERVISOR_COMMS.asend(
+            GetTaskStates(
+                dag_id=wait.dag_id,
+                run_ids=[wait.run_id],
+                task_ids=[wait.task_id],
+                map_index=wait.map_index if wait.map_index >= 0 else None,
+            )
+        )
+        states = answer.task_states.get(wait.run_id, {})
+        name = wait.task_id if wait.map_index < 0 else f"{wait.task_id}_{wait.map_index}"
+        state: str | None = states.get(name, "removed")
+        return state
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _airflow_has_listeners() -> bool:
+    """Whether a plugin listens to task states, which it would miss if the task ended here."""
+    from airflow.listeners.listener import get_listener_manager
+
+    return bool(get_listener_manager().has_listeners)

@@ -1,0 +1,55 @@
+"""What a trigger tells the worker that resumes the task: small, typed, and read in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from airflow_events.errors import UnknownOutcome
+from airflow_events.listeners import serde
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The event, for the worker to record and commit unless a record says that this was done."""
+
+    event: Any
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """The wait's time was up before an event came."""
+
+    deadline: datetime
+
+
+Outcome = Arrived | TimedOut
+
+
+def encode(outcome: Outcome) -> dict[str, str]:
+    """
+    Write an outcome as the payload of a ``TriggerEvent``.
+
+    The value is JSON text: on its way through the triggerer's pipe and ``next_kwargs`` Airflow would turn
+    tuples into lists.
+    """
+    value = outcome.event if isinstance(outcome, Arrived) else outcome.deadline
+    return {"outcome": type(outcome).__name__, "value": serde.encode(value)}
+
+
+def decode(payload: Any) -> Outcome:
+    """
+    Read what `encode` wrote.
+
+    :raises UnknownOutcome: the payload is something else.
+    """
+    match payload:
+        case {"outcome": "Arrived", "value": str(value)}:
+            return Arrived(serde.decode(value))
+        case {"outcome": "TimedOut", "value": str(value)}:
+            return TimedOut(serde.decode(value))
+    raise UnknownOutcome(
+        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived and TimedOut; "
+        "run one version of airflow-provider-events in triggerers and workers"
+    )

@@ -1,0 +1,80 @@
+"""The record as the triggerer reaches it: XComs of the wait's task instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow.sdk.execution_time.xcom import XCom
+from airflow_events.listeners.base import Wait
+from airflow_events.listeners.commit import Record
+
+RECORD_KEY = "event_record"
+DEADLINE_KEY = "event_deadline"
+
+
+@dataclass(frozen=True)
+class XComRecord:
+    """
+    The record of a wait in Airflow's XCom table.
+
+    It stays over retries and clears of a task that starts in the triggerer, and goes with the run. A task
+    that starts on a worker loses it at the start of each try, which is Airflow's own doing.
+    """
+
+    wait: Wait
+
+    async def read(self) -> Record | None:
+        stored = await self._get(RECORD_KEY)
+        return Record.from_dict(stored) if stored is not None else None
+
+    async def write(self, record: Record) -> None:
+        await self._set(RECORD_KEY, record.as_dict())
+
+    async def drop(self) -> None:
+        await self._set(RECORD_KEY, None)
+
+    async def deadline(self, timeout: timedelta, try_number: int, retries: int, now: datetime) -> datetime:
+        """
+        Return when the wait's time is up, noting it in the first try so that retries do not extend it.
+
+        A clear starts the time anew. It cannot be told from a retry here, but by counting: as many tries
+        as the task has belong to one time.
+        """
+        noted = await self._get(DEADLINE_KEY)
+        if noted is None or try_number > noted["last_try"]:
+            noted = {"at": now + timeout, "last_try": try_number + retries}
+            await self._set(DEADLINE_KEY, noted)
+        at: datetime = noted["at"]
+        return at
+
+    async def forget_deadline(self) -> None:
+        """Let the next try start the time anew."""
+        await self._set(DEADLINE_KEY, None)
+
+    async def deliver(self, value: Any, *, mapped_length: int | None = None, dag_result: bool = False) -> None:
+        """Write the task's return value, which Airflow's worker would do."""
+        # The private parameter is what the worker uses too; without it no task can be mapped over the value.
+        await XCom.aset(
+            key=XCom.XCOM_RETURN_KEY,
+            value=value,
+            dag_result=dag_result,
+            _mapped_length=mapped_length,
+            **self._key,
+        )
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        return {
+            "dag_id": self.wait.dag_id,
+            "run_id": self.wait.run_id,
+            "task_id": self.wait.task_id,
+            "map_index": self.wait.map_index,
+        }
+
+    async def _get(self, key: str) -> Any:
+        return await XCom.aget_one(key=key, **self._key)
+
+    async def _set(self, key: str, value: Any) -> None:
+        await XCom.aset(key=key, value=value, **self._key)

@@ -1,0 +1,164 @@
+"""How a listener gets to the process that needs it: by name, or by value where a name will not do."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import importlib
+import os
+import pickle
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+from airflow.sdk.configuration import conf
+from airflow_events import settings
+from airflow_events.errors import ListenerUnavailable
+from airflow_events.listeners.base import EventListener, check_listener
+
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def is_importable(listener: type[EventListener]) -> bool:
+    """
+    Whether the triggerer can import ``listener`` by its name.
+
+    It has installed packages, the plugins folder and the config folder on its path. It does not have
+    the DAG bundles, so a class from a DAG file or a module beside it must travel by value.
+    """
+    if "<locals>" in listener.__qualname__:
+        return False
+    return not _Folders.configured().need_value(sys.modules.get(listener.__module__))
+
+
+def name(listener: type[EventListener]) -> str:
+    """Return the listener's name as `by_name` reads it, ``package.module:Class``."""
+    return f"{listener.__module__}:{listener.__qualname__}"
+
+
+def by_value(listener: type[EventListener]) -> dict[str, str]:
+    """
+    Return the listener itself, with the modules of its DAG bundle that it uses.
+
+    :raises ListenerUnavailable: it refers to something that cannot be pickled.
+    """
+    with _pickled_by_value():
+        try:
+            pickled = cloudpickle.dumps(listener)
+        except Exception as error:
+            raise ListenerUnavailable(
+                f"{listener.__qualname__} is defined beside the DAG, so it goes to the triggerer as a "
+                f"pickle, and it refers to something that cannot be pickled: {error}. "
+                "Import that inside of its methods, or move the listener to an installed package"
+            ) from error
+    return {
+        "name": listener.__qualname__,
+        "python": _PYTHON,
+        "pickle": base64.b85encode(pickled).decode("ascii"),
+    }
+
+
+def load(reference: Any) -> type[EventListener]:
+    """
+    Return the listener that `name` or `by_value` described.
+
+    :raises ListenerUnavailable: it cannot be had in this process; the message says why.
+    """
+    if isinstance(reference, str):
+        return _import(reference)
+    return _unpickle(reference["name"], reference["python"], reference["pickle"])
+
+
+def display_name(reference: Any) -> str:
+    """Return the listener's class name, without loading it."""
+    return reference.rpartition(":")[2] if isinstance(reference, str) else str(reference["name"])
+
+
+def _import(reference: str) -> type[EventListener]:
+    module, _, qualname = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+        return check_listener(found)
+    except Exception as error:
+        raise ListenerUnavailable(f"the listener {reference} cannot be imported here: {error!r}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _unpickle(qualname: str, python: str, pickled: str) -> type[EventListener]:
+    if not settings.pickled_listeners():
+        raise ListenerUnavailable(
+            f"the listener {qualname} came as a pickle, which [events] pickled_listeners = False refuses"
+        )
+    if python != _PYTHON:
+        raise ListenerUnavailable(
+            f"the listener {qualname} was pickled by Python {python}, and this process is Python {_PYTHON}; "
+            "run workers and triggerers on one minor version, or move the listener to an installed package"
+        )
+    try:
+        return check_listener(pickle.loads(base64.b85decode(pickled)))
+    except Exception as error:
+        raise ListenerUnavailable(f"the listener {qualname} cannot be unpickled here: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """Where modules lie that the triggerer cannot import, and where, inside of that, it can."""
+
+    dags: frozenset[str]
+    importable: frozenset[str]
+
+    @classmethod
+    def configured(cls) -> _Folders:
+        bundles = conf.getjson("dag_processor", "dag_bundle_config_list", fallback=[]) or []
+        dags = [
+            conf.get("core", "dags_folder"),
+            conf.get("dag_processor", "dag_bundle_storage_path", fallback=None),
+            *((bundle.get("kwargs") or {}).get("path") for bundle in bundles),
+        ]
+        importable = [conf.get("core", "plugins_folder"), sys.prefix]
+        return cls(_real(dags), _real(importable))
+
+    def need_value(self, module: ModuleType | None) -> bool:
+        """Whether what the module defines must travel by value."""
+        if module is None or module.__name__ == "__main__":
+            return True
+        if module.__name__.startswith("unusual_prefix_"):  # what Airflow calls the module of a DAG file
+            return True
+        file = getattr(module, "__file__", None)
+        if not file:
+            return False
+        file = os.path.realpath(file)
+        return _depth(file, self.dags) > _depth(file, self.importable)
+
+
+def _real(folders: Iterable[str | None]) -> frozenset[str]:
+    return frozenset(os.path.realpath(os.path.expanduser(folder)) for folder in folders if folder)
+
+
+def _depth(file: str, folders: Iterable[str]) -> int:
+    """Return the length of the deepest of ``folders`` that the file is in, or 0."""
+    return max((len(folder) for folder in folders if file.startswith(folder + os.sep)), default=0)
+
+
+@contextlib.contextmanager
+def _pickled_by_value() -> Iterator[None]:
+    folders = _Folders.configured()
+    modules = {
+        name: module
+        for name, module in list(sys.modules.items())
+        if isinstance(module, ModuleType) and module.__name__ == name and folders.need_value(module)
+    }
+    registered = cloudpickle.list_registry_pickle_by_value()
+    for name in modules.keys() - registered:
+        cloudpickle.register_pickle_by_value(modules[name])
+    try:
+        yield
+    finally:
+        for name in modules.keys() - registered:
+            cloudpickle.unregister_pickle_by_value(modules[name])
