@@ -397,17 +397,16 @@ class _Hub:
         # What matches and was not given yet, so that a look compares only new files with old patterns.
         self._candidates: dict[_Wanted, set[str]] = {}
         self._look = asyncio.Event()
+        self._closed = asyncio.Event()
         self._claiming = asyncio.Lock()
         self._swept = time.monotonic()
-        self._tasks = [
-            background(self._serve(), f"directory {root}"),
-            background(self._listen(), f"changes of {root}"),
-        ]
+        self._server = background(self._serve(), f"directory {root}")
+        self._watcher = background(self._listen(), f"changes of {root}")
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._closed.set()  # the watcher's thread sees it at once, and not that its task is cancelled
+        self._server.cancel()
+        await asyncio.gather(self._server, self._watcher, return_exceptions=True)
 
     async def take(self, seeker: _Seeker) -> tuple[Path, os.stat_result]:
         """Return a file for the seeker. Cancelled, it may leave a claim, which is the wait's."""
@@ -434,6 +433,7 @@ class _Hub:
             async for _ in watchfiles.awatch(
                 self._root,
                 recursive=False,
+                stop_event=self._closed,
                 watch_filter=lambda change, path: (
                     change is not watchfiles.Change.deleted and Path(path).parent == self._root
                 ),
@@ -456,8 +456,15 @@ class _Hub:
             except OSError as error:
                 log.warning("%s cannot be looked at, which is tried again: %s", self._root, error)
                 next_look = settings.directory_rescan_interval()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._look.wait(), next_look)
+            except Exception as error:  # a fault of this code: better failed waits than waits that hang
+                for seeker in [seeker for seekers in self._seekers.values() for seeker in seekers]:
+                    if not seeker.found.done():
+                        seeker.found.set_exception(error)
+                raise
+            # Not asyncio.wait_for, which before Python 3.12 may swallow the cancellation.
+            alarm = asyncio.get_running_loop().call_later(next_look, self._look.set)
+            await self._look.wait()
+            alarm.cancel()
             await asyncio.sleep(0.02)  # what comes at once is looked at once
 
     def _sweep(self) -> None:
@@ -476,12 +483,13 @@ class _Hub:
         candidates = await asyncio.to_thread(self._match, list(self._seekers), fresh)
         next_look = settings.directory_rescan_interval()
         for wanted, names in candidates.items():
+            names = names & self._seen.keys()  # another pattern's wait may have got one just now
             for name in sorted(names, key=lambda name: (self._seen[name].stat.st_mtime_ns, name)):
                 seekers = self._seekers[wanted]
                 if not seekers:
                     break
                 marker = wanted.marker(name)
-                if name not in self._seen or (marker and marker not in files):
+                if marker and marker not in files:
                     continue
                 if (settles_in := self._seen[name].since + wanted.settle - now) > 0:
                     next_look = min(next_look, settles_in)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from datetime import datetime, tzinfo
 from typing import Any
 
 from airflow.sdk.serde import deserialize, serialize
@@ -45,6 +46,21 @@ def check(value: Any, name: str = "event") -> None:
             ) from error
         if type(returned) is not type(leaf):
             raise EventNotSerializable(place, f"a {_name(leaf)} would come back as a {_name(returned)}")
+
+
+def localized(value: Any, zone: tzinfo) -> Any:
+    """
+    Return ``value`` with a time zone for each naive datetime in it.
+
+    Airflow writes a naive datetime down as if it were in the time zone of the process that writes.
+    """
+    if isinstance(value, datetime) and value.tzinfo is None:
+        return value.replace(tzinfo=zone)
+    if type(value) is dict:
+        return {key: localized(item, zone) for key, item in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(localized(item, zone) for item in value)
+    return value
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:

@@ -8,12 +8,14 @@ it: in the triggerer if it started there and its listener has nothing to commit,
 
 from __future__ import annotations
 
+from datetime import timezone
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk.bases.operator import BaseOperator
 from airflow.sdk.configuration import conf
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow_events.listeners.base import commits
+from airflow_events.listeners.serde import localized
 from airflow_events.triggers.reference import is_importable
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def _kept_by_the_serialized_dag(value: Any) -> bool:
     from airflow.serialization.serialized_objects import BaseSerialization
 
     try:
+        value = localized(value, timezone.utc)  # which zone it is makes no difference here
         return bool(BaseSerialization.deserialize(BaseSerialization.serialize(value)) == value)
     except Exception:
         return False

@@ -242,8 +242,8 @@ class WaitForEventOperator(BaseOperator):
     def _trigger_arguments(self, *, started_on_worker: bool) -> dict[str, Any]:
         zone = Wait("", "", "", timezone=_timezone_name(self)).tz
         return {
-            "listener_args": _localized(self.listener_args, zone),
-            "listener_kwargs": _localized(self.listener_kwargs, zone),
+            "listener_args": serde.localized(self.listener_args, zone),
+            "listener_kwargs": serde.localized(self.listener_kwargs, zone),
             "finish_on_worker": needs_worker_to_finish(self, started_on_worker=started_on_worker) is not None,
             "soft_fail": self.soft_fail,
             "default": [] if self.default is MISSING else [self.default],
@@ -334,21 +334,6 @@ def _refuse_pickle(listener: type[EventListener]) -> None:
 
 def _timezone_name(task: BaseOperator) -> str:
     return str(getattr(task.dag.timezone, "name", "UTC")) if task.has_dag() else "UTC"
-
-
-def _localized(value: Any, zone: Any) -> Any:
-    """
-    Give naive datetimes the DAG's time zone.
-
-    Airflow writes a naive datetime down as if it were in the time zone of the process that writes.
-    """
-    if isinstance(value, datetime) and value.tzinfo is None:
-        return value.replace(tzinfo=zone)
-    if isinstance(value, dict):
-        return {key: _localized(item, zone) for key, item in value.items()}
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_localized(item, zone) for item in value)
-    return value
 
 
 __all__ = ["MISSING", "WaitForEventOperator", "wait_for_event"]

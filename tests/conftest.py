@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--database",
+        choices=("sqlite", "postgres"),
+        default="sqlite",
+        help="Airflow's metadata database in the end-to-end tests",
+    )
+    parser.addoption("--keep", action="store_true", help="keep the folder of the Airflow of the tests")
+
+
+def pytest_configure(config):
+    # The tests' own process is an Airflow too, in a folder of its own, without a database.
+    home = tempfile.mkdtemp(prefix="airflow-events-unit-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    for name in [name for name in os.environ if name.startswith("AIRFLOW__")]:
+        del os.environ[name]
+    os.environ["AIRFLOW_HOME"] = home
+    os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
+    os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = str(TESTS / "dags")

@@ -1,0 +1,149 @@
+"""The order of record and commit, which is the promise. The stores are real objects in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from airflow_events.errors import CommitFailed, EventLost, EventNotSerializable
+from airflow_events.listeners.base import EventListener, Wait, current_wait
+from airflow_events.listeners.commit import Phase, Record, settle
+
+WAIT = Wait("dag", "run", "task")
+
+
+class Store:
+    def __init__(self, log: list, record: Record | None = None) -> None:
+        self.log, self.record = log, record
+
+    async def read(self) -> Record | None:
+        return self.record
+
+    async def write(self, record: Record) -> None:
+        self.log.append(("write", record.phase.value, record.event))
+        self.record = record
+
+    async def drop(self) -> None:
+        self.log.append(("drop",))
+        self.record = None
+
+
+@pytest.fixture
+def log():
+    return []
+
+
+@pytest.fixture
+def listener(log):
+    class Source(EventListener):
+        failures: list[Exception] = []  # noqa: RUF012
+
+        def __init__(self) -> None:
+            self.instance = len(log)
+
+        async def poll_for_event(self) -> Any: ...
+
+        async def event_checkpointed(self, event):
+            log.append(("commit", event, current_wait().id))
+            if self.failures:
+                raise self.failures.pop(0)
+
+        async def event_released(self, event, *args, **kwargs):
+            log.append(("release", event, args, kwargs))
+
+    return Source
+
+
+class Watch(EventListener):
+    async def poll_for_event(self) -> Any: ...
+
+
+async def test_an_event_is_recorded_then_committed_then_noted(listener, log):
+    assert await settle(listener, WAIT, Store(log), "e") == "e"
+    assert log == [("write", "recorded", "e"), ("commit", "e", WAIT.id), ("write", "committed", "e")]
+
+
+async def test_without_a_commit_one_write_does(log):
+    assert await settle(Watch, WAIT, Store(log), "e") == "e"
+    assert log == [("write", "committed", "e")]
+
+
+async def test_a_recorded_event_is_committed_and_not_recorded_again(listener, log):
+    await settle(listener, WAIT, Store(log, Record("e", Phase.RECORDED)), "e")
+    assert log == [("commit", "e", WAIT.id), ("write", "committed", "e")]
+
+
+async def test_a_committed_event_is_delivered_without_asking_the_source(listener, log):
+    assert await settle(listener, WAIT, Store(log, Record("e", Phase.COMMITTED)), "e") == "e"
+    assert log == []
+
+
+async def test_the_recorded_event_wins_and_the_other_is_released_after_the_commit(listener, log):
+    store = Store(log, Record("first", Phase.RECORDED))
+    assert await settle(listener, WAIT, store, "second", args=("a",), kwargs={"b": 1}) == "first"
+    assert log == [
+        ("commit", "first", WAIT.id),
+        ("write", "committed", "first"),
+        ("release", "second", ("a",), {"b": 1}),
+    ]
+
+
+async def test_a_lost_event_is_dropped(listener, log):
+    listener.failures.append(EventLost("other has it"))
+    with pytest.raises(EventLost):
+        await settle(listener, WAIT, Store(log), "e")
+    assert log[-1] == ("drop",)
+
+
+async def test_a_failing_commit_is_tried_again_and_the_record_stays(listener, log):
+    listener.failures += [ConnectionError("away"), TimeoutError()]
+    assert await settle(listener, WAIT, Store(log), "e") == "e"
+    assert [entry[0] for entry in log] == ["write", "commit", "commit", "commit", "write"]
+
+
+async def test_a_commit_that_never_succeeds_fails_with_its_cause(listener, log, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "0.1")
+    listener.failures += [ConnectionError("away")] * 9
+    store = Store(log)
+    with pytest.raises(CommitFailed, match="its event is recorded") as failed:
+        await settle(listener, WAIT, store, "e")
+    assert isinstance(failed.value.__cause__, ConnectionError)
+    assert store.record == Record("e", Phase.RECORDED)
+
+
+async def test_a_commit_that_hangs_is_given_up(log, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "0.1")
+
+    class Hangs(Watch):
+        async def event_checkpointed(self, event):
+            await asyncio.Event().wait()
+
+    with pytest.raises(CommitFailed):
+        await settle(Hangs, WAIT, Store(log), "e")
+
+
+async def test_a_cancelled_commit_is_cancelled_and_not_tried_again(listener, log):
+    listener.failures.append(asyncio.CancelledError())
+    with pytest.raises(asyncio.CancelledError):
+        await settle(listener, WAIT, Store(log), "e")
+    assert log == [("write", "recorded", "e"), ("commit", "e", WAIT.id)]
+
+
+async def test_what_cannot_be_stored_is_refused_before_the_record(listener, log):
+    with pytest.raises(EventNotSerializable, match=r"event\['a'\]\[1\]"):
+        await settle(listener, WAIT, Store(log), {"a": [1, object()]})
+    assert log == []
+
+
+async def test_each_commit_has_an_instance_of_its_own(log):
+    instances = []
+
+    class Source(Watch):
+        async def event_checkpointed(self, event):
+            instances.append(self)
+            if len(instances) < 3:
+                raise ConnectionError
+
+    await settle(Source, WAIT, Store(log), "e")
+    assert len({id(instance) for instance in instances}) == 3

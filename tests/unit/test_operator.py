@@ -1,0 +1,216 @@
+"""What a DAG author meets at parse time: errors, defaults, and where a wait starts and finishes."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime, timedelta
+
+import pytest
+from airflow.sdk import DAG, Asset, BaseOperator, task
+from airflow_events import EventListener, wait_for_event
+from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
+from airflow_events.listeners.timer import TimerListener
+from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
+from airflow_events.operators.wait_for_event import WaitForEventOperator
+
+
+@pytest.fixture
+def dag():
+    with DAG("d", schedule=None) as dag:
+        yield dag
+
+
+def operator(listener=TimerListener, *args, **kwargs):
+    output = wait_for_event.override(**kwargs)(listener, *(args or (0,)))
+    return output.operator
+
+
+class NeedsArguments(EventListener):
+    def __init__(self, url):
+        pass
+
+    async def poll_for_event(self): ...
+
+
+class NotAsync(EventListener):
+    def poll_for_event(self): ...
+
+
+class NoPoll(EventListener):
+    pass
+
+
+class Committing(EventListener):
+    async def poll_for_event(self, path, *, limit=1): ...
+
+    async def event_checkpointed(self, event): ...
+
+
+# As if it came from an installed package.
+Committing.__module__ = "airflow_events.listeners.timer"
+
+
+@pytest.mark.parametrize(
+    ("listener", "message"),
+    [
+        ("TimerListener", "a subclass of EventListener, not 'TimerListener', which is an instance of str"),
+        (TimerListener(), "which is an instance of TimerListener"),
+        (dict, "a subclass of EventListener; dict is not"),
+        (EventListener, "EventListener does not define poll_for_event"),
+        (NoPoll, "NoPoll does not define poll_for_event"),
+        (NeedsArguments, "NeedsArguments must be made without arguments .*'url'"),
+        (NotAsync, "NotAsync.poll_for_event must be an 'async def'"),
+    ],
+)
+def test_what_is_no_listener_is_refused(dag, listener, message):
+    with pytest.raises(TypeError, match=message):
+        wait_for_event(listener)
+    with pytest.raises(TypeError, match=message):
+        WaitForEventOperator.partial(task_id="mapped", listener=listener)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, r"TimerListener.poll_for_event\(.*moment.*missing a required argument: 'moment'"),
+        ((1, 2), {}, "too many positional arguments"),
+        ((), {"when": 1}, "missing a required argument: 'moment'|unexpected keyword argument 'when'"),
+        ((object(),), {}, r"wait_for_event: listener_args\[0\] cannot be delivered"),
+        (({"a": {1: 2}},), {}, r"listener_args\[0\]\['a'\]\[1\]"),
+    ],
+)
+def test_arguments_that_the_listener_does_not_take_are_refused(dag, args, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        wait_for_event(TimerListener, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"timeout": 0}, ValueError, "timeout must be positive, not 0"),
+        ({"timeout": timedelta(seconds=-1)}, ValueError, "must be positive"),
+        ({"timeout": "1h"}, TypeError, "a number of seconds or None, not '1h'"),
+        ({"soft_fail": True}, ValueError, "there is no timeout"),
+        ({"default": None}, ValueError, "there is no timeout"),
+        ({"timeout": 1, "soft_fail": True, "default": 1}, ValueError, "give one"),
+        ({"timeout": 1, "default": object()}, TypeError, "default cannot be delivered"),
+        ({"no_such_argument": 1}, TypeError, "no_such_argument"),
+    ],
+)
+def test_arguments_of_the_task_are_checked(dag, arguments, error, message):
+    with pytest.raises(error, match=message):
+        operator(**arguments)
+
+
+def test_it_has_retries_by_default_and_others_win():
+    assert (operator().retries, operator().retry_delay) == (3, timedelta(seconds=10))
+    assert operator(retries=0).retries == 0
+    with DAG("d", schedule=None, default_args={"retries": 7, "retry_delay": timedelta(hours=1)}):
+        assert (operator().retries, operator().retry_delay) == (7, timedelta(hours=1))
+        assert operator(retries=1).retries == 1
+    with DAG("e", schedule=None):
+        mapped = WaitForEventOperator.partial(task_id="m", listener=TimerListener).expand(listener_args=[[0]])
+        assert mapped.retries == 3
+
+
+def test_task_ids_are_as_of_taskflow(dag):
+    assert [wait_for_event(TimerListener, 0).operator.task_id for _ in range(3)] == [
+        "wait_for_event",
+        "wait_for_event__1",
+        "wait_for_event__2",
+    ]
+    assert operator(task_id="mine").task_id == "mine"
+
+
+def test_upstream_outputs_are_dependencies(dag):
+    @task
+    def upstream(): ...
+
+    waits = wait_for_event(TimerListener, upstream())
+    assert waits.operator.upstream_task_ids == {"upstream"}
+
+
+@task
+def upstream(): ...
+
+
+ROUTES = {
+    "timer": (lambda: operator(), True, True),
+    "template": (lambda: operator(TimerListener, "{{ ts }}"), True, True),
+    "naive datetime": (lambda: operator(TimerListener, datetime(2026, 1, 1)), True, True),
+    "directory": (lambda: operator(DirectoryListener, "d"), True, True),
+    "directory watch": (lambda: operator(DirectoryWatchListener, "d"), True, True),
+    "committing, not repeatable": (lambda: operator(Committing, "p"), True, False),
+    "outlets": (lambda: operator(outlets=[Asset("a")]), True, False),
+    "post_execute": (lambda: operator(post_execute=lambda context, result: None), True, False),
+    "multiple outputs": (lambda: operator(multiple_outputs=True), True, False),
+    "pre_execute": (lambda: operator(pre_execute=lambda context: None), False, True),
+    "on_execute_callback": (lambda: operator(on_execute_callback=lambda context: None), False, True),
+    "upstream output, timer": (lambda: operator(TimerListener, upstream()), False, True),
+    "upstream output, nested": (lambda: operator(DirectoryListener, "d", [upstream()]), False, False),
+    "upstream output, directory": (lambda: operator(DirectoryListener, upstream()), False, False),
+    "upstream output, watch": (lambda: operator(DirectoryWatchListener, upstream()), False, False),
+    "not kept by the serialized DAG": (lambda: operator(TimerListener, uuid.UUID(int=1)), False, True),
+    "replay=False": (lambda: operator(DirectoryListener, "d", replay=False), False, False),
+    "from the DAG file": (lambda: operator(Local, "d"), False, False),
+}
+
+
+class Local(EventListener):
+    async def poll_for_event(self, path): ...
+
+
+Local.__module__ = "__main__"
+
+
+@pytest.mark.parametrize("way", ROUTES)
+def test_where_a_wait_starts_and_finishes(dag, way):
+    make, starts_in_triggerer, finishes_in_triggerer = ROUTES[way]
+    wait = make()
+    start = needs_worker_to_start(wait)
+    finish = needs_worker_to_finish(wait, started_on_worker=start is not None)
+    assert (start is None, finish is None) == (starts_in_triggerer, finishes_in_triggerer), (start, finish)
+    assert wait.start_from_trigger is starts_in_triggerer
+    if starts_in_triggerer:
+        assert wait.start_trigger_args.trigger_kwargs["finish_on_worker"] is not finishes_in_triggerer
+    else:
+        assert wait.start_trigger_args is None
+
+
+def test_macros_of_the_dag_make_templates_start_on_a_worker():
+    with DAG("d", schedule=None, user_defined_macros={"mine": 1}):
+        assert operator(TimerListener, "{{ mine }}").start_from_trigger is False
+        assert operator(TimerListener, 5).start_from_trigger is True
+
+
+def test_outlets_added_later_count(dag):
+    wait = operator()
+    wait.outlets.append(Asset("a"))
+    assert wait.start_trigger_args.trigger_kwargs["finish_on_worker"] is True
+
+
+def test_naive_datetimes_are_in_the_dags_time_zone():
+    import pendulum
+
+    with DAG("d", schedule=None, start_date=pendulum.datetime(2026, 1, 1, tz="Asia/Tokyo")):
+        wait = operator(TimerListener, datetime(2026, 1, 1, 9))
+    [moment] = wait.start_trigger_args.trigger_kwargs["listener_args"]
+    assert moment == pendulum.datetime(2026, 1, 1)
+
+
+def test_where_a_wait_starts_cannot_be_set(dag):
+    with pytest.raises(AttributeError, match="follows from its arguments"):
+        operator().start_from_trigger = False
+
+
+def test_pickled_listeners_can_be_refused(dag, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__PICKLED_LISTENERS", "False")
+    with pytest.raises(ValueError, match=r"Local is defined beside the DAG.*pickled_listeners = False"):
+        operator(Local, "d")
+    with pytest.raises(ValueError, match="pickled_listeners = False"):
+        WaitForEventOperator.partial(task_id="m", listener=Local)
+
+
+def test_it_is_no_sensor_that_holds_a_worker(dag):
+    assert isinstance(operator(), BaseOperator)
+    assert not hasattr(operator(), "poke")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import airflow
+import airflow_events
+import jsonschema
+from airflow_events import settings
+from airflow_events.provider_info import OPTIONS, get_provider_info
+
+
+def test_the_provider_info_is_valid_against_airflows_schema():
+    schema = json.loads((Path(airflow.__file__).parent / "provider_info.schema.json").read_text())
+    jsonschema.validate(get_provider_info(), schema)
+
+
+def test_every_module_that_it_names_is_there():
+    info = get_provider_info()
+    for section in ("operators", "triggers"):
+        for entry in info[section]:
+            for module in entry["python-modules"]:
+                importlib.import_module(module)
+
+
+def test_airflow_finds_the_provider_and_its_version():
+    [entry] = [
+        entry
+        for entry in importlib.metadata.entry_points(group="apache_airflow_provider")
+        if entry.value.startswith("airflow_events")
+    ]
+    assert entry.load() is get_provider_info
+    assert importlib.metadata.version("airflow-provider-events") == airflow_events.__version__
+
+
+def test_every_option_can_be_read_and_is_documented(monkeypatch):
+    for name, option in OPTIONS.items():
+        assert option["description"]
+        assert getattr(settings, name)() not in (None, "")
+    monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "7")
+    assert settings.commit_timeout() == 7
+
+
+def test_the_face_imports_neither_operators_nor_clients_before_they_are_asked_for():
+    code = "import airflow_events, sys; print(sorted(m for m in sys.modules if m.startswith('airflow')))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert modules.strip() == "['airflow_events', 'airflow_events.provider_info']"
+
+
+def test_a_listener_is_named_without_importing_its_client():
+    code = "import airflow_events.listeners.directory, sys; print('watchfiles' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("False\n")

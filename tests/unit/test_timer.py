@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta, timezone
+
+import pendulum
+import pytest
+from airflow_events.listeners.base import Wait, working_for
+from airflow_events.listeners.timer import TimerListener, when
+
+START = datetime(2026, 5, 1, 8, tzinfo=timezone.utc)
+WAIT = Wait("dag", "run", "task", run_start=START, timezone="Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [
+        (0, datetime(1970, 1, 1)),
+        (1.5, datetime(1970, 1, 1, 0, 0, 1, 500000)),
+        ("1767225600", datetime(2026, 1, 1)),
+        (datetime(2026, 1, 1, 12), datetime(2026, 1, 1, 11)),  # naive: Berlin
+        (datetime(2026, 7, 1, 12), datetime(2026, 7, 1, 10)),  # in summer time
+        (pendulum.datetime(2026, 1, 1, 12, tz="Asia/Tokyo"), datetime(2026, 1, 1, 3)),
+        ("2026-01-01T12:00:00Z", datetime(2026, 1, 1, 12)),
+        ("2026-01-01 12:00:00+02:00", datetime(2026, 1, 1, 10)),
+        ("2026-01-01", datetime(2025, 12, 31, 23)),
+        (timedelta(minutes=5), datetime(2026, 5, 1, 8, 5)),
+        ("PT15M", datetime(2026, 5, 1, 8, 15)),
+        (timedelta(minutes=-5), datetime(2026, 5, 1, 7, 55)),
+    ],
+)
+def test_what_a_moment_means(moment, expected):
+    due = when(moment, WAIT)
+    assert due == expected.replace(tzinfo=timezone.utc)
+    assert due.utcoffset() == timedelta()
+    assert type(due) is datetime
+
+
+@pytest.mark.parametrize(
+    ("moment", "error", "message"),
+    [
+        ("tomorrow", ValueError, "'tomorrow' is neither ISO 8601"),
+        ("08:00", ValueError, "needs a moment or a duration"),
+        (1e15, ValueError, "out of range"),
+        (None, TypeError, "not None of type NoneType"),
+        (True, TypeError, "of type bool"),
+        ({"at": 1}, TypeError, "of type dict"),
+    ],
+)
+def test_what_is_no_moment_is_named(moment, error, message):
+    with pytest.raises(error, match=message):
+        when(moment, WAIT)
+
+
+def test_a_duration_needs_a_start_of_the_run():
+    with pytest.raises(ValueError, match="counts from the start of the run, and dag/run/task/-1 has none"):
+        when("PT1S", Wait("dag", "run", "task"))
+
+
+async def test_a_moment_in_the_past_returns_at_once():
+    with working_for(WAIT):
+        assert await asyncio.wait_for(TimerListener().poll_for_event(60), 1) == datetime(
+            1970, 1, 1, 0, 1, tzinfo=timezone.utc
+        )
+
+
+async def test_a_timer_returns_at_its_moment_and_not_before():
+    due = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    with working_for(WAIT):
+        assert await TimerListener().poll_for_event(due) == due
+    assert datetime.now(timezone.utc) >= due
