@@ -228,7 +228,8 @@ class EventTrigger(BaseTrigger):
         event = await timed(poll, threshold, blocked)
         self._polled = [event]
         serde.check(event)
-        return event
+        # As it will be read from the record, so that a replay delivers what the first delivery did.
+        return serde.decode(serde.encode(event))
 
     def _remaining(self) -> float:
         return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE

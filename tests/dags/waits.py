@@ -18,8 +18,12 @@ BASE = "{{ params.base }}"
 SOON = timedelta(seconds=1)
 
 
+DAGS = {}
+
+
 def dag(dag_id, **kwargs):
-    return DAG(dag_id, schedule=None, catchup=False, params={"base": "/nonexistent"}, **kwargs)
+    DAGS[dag_id] = DAG(dag_id, schedule=None, catchup=False, params={"base": "/nonexistent"}, **kwargs)
+    return DAGS[dag_id]
 
 
 @task(retries=3, retry_delay=SOON)
@@ -74,8 +78,7 @@ with dag("of_a_file"):
     deliver(wait(Scripted, BASE, "file"))
 
 with dag("time_out"):
-    fails = wait_for_event.override(task_id="fails", timeout=2)(Scripted, BASE, "stubborn_not", "file")
-    skips = wait_for_event.override(task_id="skips", timeout=2, soft_fail=True)(Scripted, BASE, "file", "file")
+    skips = wait_for_event.override(task_id="skips", timeout=2, soft_fail=True)(Scripted, BASE, "file")
     defaults = wait_for_event.override(task_id="defaults", timeout=2, default={"none": None})(
         Scripted, BASE, "file"
     )
@@ -88,6 +91,9 @@ with dag("time_out"):
         return [a, b, c]
 
     see(skips, defaults, from_worker)
+
+with dag("time_out_fails"):
+    wait(Scripted, BASE, "file", timeout=2)
 
 with dag("shapes"):
     value = {"list": [1, 2.5, None], "when": datetime(2030, 1, 1, tzinfo=pendulum.UTC), "pair": (1, 2)}

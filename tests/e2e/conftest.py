@@ -1,0 +1,123 @@
+"""One Airflow for all end-to-end tests: API server, scheduler with workers, DAG processor, triggerer."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deployment import Deployment, until
+from postgres import Postgres
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def airflow(request):
+    home = Path(tempfile.mkdtemp(prefix="airflow-events-"))
+    keep = request.config.getoption("--keep")
+    with contextlib.ExitStack() as stack:
+        if not keep:
+            stack.callback(shutil.rmtree, home, ignore_errors=True)
+        database = None
+        if request.config.getoption("--database") == "postgres":
+            database = stack.enter_context(Postgres()).url
+        settings = {"events.commit_timeout": "4", "events.directory_rescan_interval": "1"}
+        deployment = stack.enter_context(Deployment(home, database=database, settings=settings))
+        deployment.prepare()
+        deployment.add_dags(TESTS / "dags" / "waits.py", TESTS / "dags" / "beside.py")
+        shutil.copy(TESTS / "plugins" / "probes.py", deployment.plugins)
+        deployment.start()
+        deployment.wait_for_dags("finish_in_triggerer", "siblings")
+        yield deployment
+        if keep:
+            print(f"\nkept: {home}")
+
+
+@pytest.fixture(autouse=True)
+def everything_runs(airflow):
+    """Each test finds all components alive."""
+    yield
+    for name, component in list(airflow.components.items()):
+        if "@" in name:
+            component.stop()
+            del airflow.components[name]
+        elif not component.alive:
+            airflow.restart(name)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The folder of one test: its sources, its gates, and what downstream got."""
+
+    path: Path
+
+    @property
+    def conf(self):
+        return {"base": str(self.path)}
+
+    def drop(self, *names):
+        for name in names:
+            (self.path / "drops" / name).write_text(name)
+
+    def send(self, *messages):
+        for message in messages:
+            (self.path / "queue" / message).touch()
+
+    def arm(self, gate):
+        (self.path / "gates" / gate).touch()
+
+    def open(self, gate):
+        (self.path / "gates" / f"{gate}.open").touch()
+
+    def reached(self, gate, timeout=60):
+        """Wait until a process stands at the gate, and return it."""
+
+        def found():
+            return list((self.path / "gates").glob(f"{gate}.reached.*"))
+
+        [file] = until(found, f"a process reaches the gate {gate!r}", timeout)
+        return psutil.Process(int(file.suffix[1:]))
+
+    @property
+    def calls(self):
+        calls = self.path / "calls"
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    @property
+    def polls(self):
+        return len((self.path / "polls").read_text().split())
+
+    @property
+    def delivered(self):
+        """What downstream got, by run and try."""
+        return {p.name: p.read_text() for p in sorted((self.path / "delivered").glob("*"))}
+
+    @property
+    def archived(self):
+        """The source's own word on which files were committed, and by which waits' folders."""
+        return sorted(p.name for p in (self.path / "drops/.airflow-events/archive").glob("*/*/*"))
+
+    @property
+    def claimed(self):
+        return sorted(p.name for p in (self.path / "drops/.airflow-events/claims").glob("*/*/*"))
+
+    @property
+    def waiting(self):
+        return sorted(p.name for p in (self.path / "drops").iterdir() if p.is_file())
+
+    @property
+    def owners(self):
+        return {p.name: p.read_text() for p in sorted((self.path / "owners").glob("*")) if not p.suffix}
+
+
+@pytest.fixture
+def base(tmp_path):
+    for folder in ("drops", "gates", "queue", "leases", "owners", "delivered"):
+        (tmp_path / folder).mkdir()
+    return Base(tmp_path)

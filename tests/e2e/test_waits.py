@@ -1,0 +1,284 @@
+"""What a user sees of waits that end as they should, and of those that cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import datetime
+from urllib.parse import quote
+
+import pytest
+
+from deployment import until
+
+
+@pytest.mark.parametrize(
+    ("dag", "workers"), [("finish_in_triggerer", 0), ("one_worker", 1), ("two_workers", 2), ("with_outlet", 1)]
+)
+def test_an_event_is_delivered_once_with_as_many_workers_as_are_needed(airflow, base, dag, workers):
+    run = airflow.run(dag, base.conf)
+    run.until_task("wait", "deferred")
+    base.drop("a")
+    base.send("a")
+    assert run.finished() == "success"
+    assert run.worker_starts("wait") == workers
+    assert len(base.delivered) == 1
+    if dag == "one_worker":
+        assert base.owners == {"a": f"{dag}/{run.run_id}/wait/-1"}
+    else:
+        assert (base.archived, base.claimed, base.waiting) == (["a"], [], [])
+
+
+def test_the_first_line_of_the_log_says_what_is_waited_for(airflow, base):
+    run = airflow.run("finish_in_triggerer", base.conf)
+    run.until_task("wait", "deferred")
+    first = until(lambda: [line for line in run.logs("wait").splitlines() if "Waiting" in line], "the log's line")[
+        0
+    ]
+    assert f"Waiting for an event of GatedDirectory('{base.path}') since 20" in first
+    assert f"the wait is finish_in_triggerer/{run.run_id}/wait/-1" in first
+    base.drop("a")
+    assert run.finished() == "success"
+
+
+def test_runs_that_wait_at_once_get_an_event_each(airflow, base):
+    runs = [airflow.run("finish_in_triggerer", base.conf) for _ in range(5)]
+    for run in runs:
+        run.until_task("wait", "deferred")
+    base.drop(*"abcde")
+    assert [run.finished() for run in runs] == ["success"] * 5
+    assert base.archived == list("abcde")
+    assert sorted(json.loads(event)["name"] for event in base.delivered.values()) == list("abcde")
+
+
+def test_an_outlet_is_registered(airflow, base):
+    base.drop("a")
+    run = airflow.run("with_outlet", base.conf)
+    assert run.finished() == "success"
+    events = airflow.api("GET", f"/assets/events?source_dag_id=with_outlet&source_run_id={quote(run.run_id)}")
+    assert events["total_entries"] == 1
+
+
+def test_shapes_survive_every_way_and_can_be_mapped_over(airflow, base):
+    run = airflow.run("shapes", base.conf)
+    assert run.finished() == "success"
+    assert run.xcom("kinds") == run.xcom("kinds_of_worker") == ["dict", "datetime", "tuple"]
+    tasks = run.tasks()
+    assert {t for t in tasks if t.startswith("one[")} == {"one[0]", "one[1]"}
+    assert {t for t in tasks if t.startswith("one_of_worker[")} == {f"one_of_worker[{n}]" for n in range(3)}
+    assert [run.xcom("one", map_index=n) for n in range(2)] == ["a", "b"]
+    assert run.xcom("is_none") is True
+    assert run.worker_starts("in_triggerer") == run.worker_starts("list_in_triggerer") == 0
+
+
+def test_listeners_of_the_dag_file_and_beside_it(airflow, base):
+    run = airflow.run("own_listeners", base.conf)
+    run.until_task("beside", "deferred")
+    (base.path / "beside").write_text("you")
+    assert run.finished() == "success"
+    assert run.xcom("wait") == {"path": f"{base.path}/marker", "wait": f"own_listeners/{run.run_id}/wait/-1"}
+    # The instance that commits is not the one that polled.
+    assert (base.path / "marker").read_text() == "committed, polled by this instance: False"
+    assert run.xcom("beside") == "hello you"
+    assert [run.xcom("mapped", map_index=n) for n in range(2)] == ["x", {"y": 1}]
+    assert [run.worker_starts(f"mapped_timer[{n}]") for n in range(2)] == [1, 1]
+
+
+def test_timers(airflow, base):
+    """Moments of all kinds; a timedelta counts from the start of the run, not from the parsing of the DAG."""
+    run = airflow.run("timers", base.conf)
+    assert run.finished() == "success"
+    start = datetime.fromisoformat(airflow.api("GET", run.path)["start_date"].replace("Z", "+00:00"))
+    after = airflow.api("GET", run.path)["run_after"].replace("Z", "+00:00")
+    past, iso, naive, naive_iso, after_start, duration, template = run.xcom("gather")
+    assert past == "1970-01-02T00:00:00+00:00"
+    assert iso == "2026-01-01T10:00:00+00:00"
+    assert naive == "2026-01-01T11:00:00+00:00"
+    assert naive_iso == "2026-07-01T10:00:00+00:00"
+    assert (datetime.fromisoformat(after_start) - start).total_seconds() == pytest.approx(2, abs=0.001)
+    assert (datetime.fromisoformat(duration) - start).total_seconds() == pytest.approx(1, abs=0.001)
+    assert datetime.fromisoformat(template) == datetime.fromisoformat(after)
+    assert all(run.worker_starts(task) == 0 for task in run.tasks() if task != "gather")
+
+
+def test_an_event_that_comes_while_a_sibling_still_runs_is_kept(airflow, base):
+    run = airflow.run("siblings", base.conf)
+    run.until_task("first", "success")
+    assert run.task_state("second") in (None, "scheduled", "queued")  # its arguments are not there yet
+    assert run.finished() == "success"
+    assert run.xcom("together") == ["event", "after the sibling"]
+
+
+def test_a_poll_that_fails_shows_its_traceback_and_is_tried_again(airflow, base):
+    run = airflow.run("poll_fails_first", base.conf)
+    assert run.finished() == "success"
+    assert run.xcom("wait") == "second poll"
+    log = run.logs("wait")
+    assert "RuntimeError: the source says no" in log
+    assert "probes.py" in log
+    assert base.polls == 2
+
+
+def test_an_event_that_cannot_be_stored_fails_the_wait_before_anything_is_committed(airflow, base):
+    run = airflow.run("unserializable", base.conf)
+    assert run.finished() == "failed"
+    log = run.logs("wait")
+    assert "event['order']['lines'][1] cannot be delivered" in log
+    assert "builtins.object" in log or "a object" in log
+    assert run.xcom("wait", "event_record") is None
+
+
+def test_a_listener_that_blocks_the_loop_is_named(airflow, base):
+    run = airflow.run("blocks", base.conf)
+    assert run.finished() == "success"
+    assert "Scripted.poll_for_event has blocked the triggerer for 0." in run.logs("wait")
+
+
+def test_a_commit_that_fails_is_tried_again_and_the_next_try_of_the_task_only_commits(airflow, base):
+    (base.path / "failures").write_text("9")  # more than fit into one try's commit_timeout
+    base.send("m")
+    run = airflow.run("failing_commit", base.conf)
+    assert run.finished() == "success"
+    tries = run.tasks()["wait"]["try_number"]
+    assert tries >= 2
+    log = run.logs("wait")
+    assert "event_checkpointed failed for the wait" in log
+    assert "ConnectionError" in log
+    assert "the source is away" in log
+    assert "CommitFailed" in log
+    assert len([call for call in base.calls if call.startswith("poll")]) == 1
+    assert base.owners == {"m": f"failing_commit/{run.run_id}/wait/-1"}
+    assert len(base.delivered) == 1
+
+
+def test_when_the_time_is_over(airflow, base):
+    run = airflow.run("time_out", base.conf)
+    assert run.finished() == "success"
+    tasks = run.tasks()
+    assert tasks["skips"]["state"] == "skipped"
+    assert (tasks["defaults"]["state"], run.xcom("defaults")) == ("success", {"none": None})
+    assert (tasks["from_worker"]["state"], run.xcom("from_worker")) == ("success", "late")
+    assert run.worker_starts("skips") == run.worker_starts("defaults") == 0
+    assert run.xcom("see") == [None, {"none": None}, "late"]
+
+
+def test_a_time_out_fails_as_a_sensors_and_is_not_tried_again(airflow, base):
+    run = airflow.run("time_out_fails", base.conf)
+    assert run.finished() == "failed"
+    assert run.tasks()["wait"]["try_number"] == 1
+    log = run.logs("wait")
+    assert "AirflowSensorTimeout" in log
+    assert "No event of Scripted came until" in log
+
+
+def test_a_clear_after_a_default_waits_anew(airflow, base):
+    run = airflow.run("time_out", base.conf)
+    run.finished()
+    run.clear("defaults")
+    run.until_task("defaults", "deferred")
+    (base.path / "event").write_text("an event, this time")
+    run.until_task("defaults", "success")
+    assert run.xcom("defaults") == "an event, this time"
+
+
+def test_a_listener_that_returns_after_its_wait_was_marked_delivers_nothing(airflow, base):
+    run = airflow.run("stubborn", base.conf)
+    run.until_task("wait", "deferred")
+    until(lambda: (base.path / "polls").exists(), "the poll has begun")
+    run.mark("wait", "failed")
+    until(lambda: "release 'too late'" in base.calls, "what it returned is released")
+    assert run.task_state("wait") == "failed"
+    assert run.xcom("wait") is None
+    assert run.xcom("wait", "event_record") is None
+
+
+@pytest.mark.parametrize("mark", ["failed", "success"])
+def test_a_wait_that_a_user_ends_gives_its_claim_back(airflow, base, mark):
+    base.drop("a")
+    base.arm("polled")
+    run = airflow.run("finish_in_triggerer", base.conf)
+    base.reached("polled")
+    assert base.claimed == ["a"]
+    run.mark("wait", mark)
+    until(lambda: base.waiting == ["a"], "the file is back")
+    assert base.claimed == []
+    other = airflow.run("finish_in_triggerer", base.conf)
+    other.until_task("wait", "success")
+    assert base.archived == ["a"]
+
+
+@pytest.mark.parametrize("dag", ["finish_in_triggerer", "one_worker", "two_workers"])
+def test_a_clear_delivers_the_same_event_again(airflow, base, dag):
+    base.drop("a", "b")
+    base.send("a", "b")
+    run = airflow.run(dag, base.conf)
+    assert run.finished() == "success"
+    before = run.xcom("wait")
+    run.clear("wait", "deliver")
+    until(lambda: run.state not in ("success", "failed"), "the run goes on")
+    assert run.finished() == "success"
+    assert run.xcom("wait") == before
+    assert len(base.archived) + len(base.owners) == 1
+    assert len(base.delivered) == 2
+    assert len(set(base.delivered.values())) == 1
+
+
+def test_replay_off_waits_for_another_event_after_a_clear_and_not_after_a_retry(airflow, base):
+    base.drop("a", "b")
+    run = airflow.run("anew_after_clear", base.conf)
+    assert run.finished() == "success"
+    first = run.xcom("wait")["name"]
+    run.clear("wait", "deliver")
+    until(lambda: run.state not in ("success", "failed"), "the run goes on")
+    assert run.finished() == "success"
+    assert {first, run.xcom("wait")["name"]} == {"a", "b"}
+    assert base.archived == ["a", "b"]
+
+
+def test_a_clear_while_waiting_goes_on_waiting(airflow, base):
+    run = airflow.run("finish_in_triggerer", base.conf)
+    run.until_task("wait", "deferred")
+    run.clear("wait")
+    until(lambda: run.tasks()["wait"]["try_number"] == 2, "the second try")
+    base.drop("a")
+    assert run.finished() == "success"
+    assert base.archived == ["a"]
+
+
+def test_an_event_that_went_to_another_wait_is_dropped_and_waited_on(airflow, base):
+    base.drop("a")
+    base.arm("recorded")
+    first = airflow.run("finish_in_triggerer", base.conf)
+    base.reached("recorded")
+    # The claim lapses, as after a long outage, and another run takes the file.
+    [claim] = (base.path / "drops/.airflow-events/claims").glob("*/*/*")
+    claim.rename(base.path / "drops" / "a")
+    claim.parent.rmdir()
+    claim.parent.parent.rmdir()
+    second = airflow.run("finish_in_triggerer", base.conf)
+    assert second.finished() == "success"
+    base.open("recorded")
+    until(lambda: "went to another wait" in first.logs("wait"), "the first wait learns of it")
+    assert first.task_state("wait") == "deferred"
+    base.drop("b")
+    assert first.finished() == "success"
+    assert (first.xcom("wait")["name"], second.xcom("wait")["name"]) == ("b", "a")
+
+
+def test_dag_test_runs_a_wait_in_one_process(airflow, base):
+    """``dag.test()`` gives a trigger no way to the database; the event is recorded by its worker."""
+    base.drop("a")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import waits\n"
+        f"run = waits.DAGS['finish_in_triggerer'].test(run_conf={{'base': {str(base.path)!r}}})\n"
+        "print('ended as', run.state)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(airflow.dags)],
+        env={**airflow.environment, "PYTHONPATH": str(airflow.plugins)},
+        capture_output=True,
+        text=True,
+    )
+    assert "ended as success" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert base.archived == ["a"]
