@@ -8,6 +8,9 @@ the output of another task, and a mapped list.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import tempfile
 from pathlib import Path
 
 from airflow.sdk import dag, task
@@ -29,8 +32,8 @@ class TicketListener(EventListener):
     """
     The tickets ``a``, ``b``, ``c`` ... of a folder; each goes to one wait.
 
-    A ticket is claimed by making ``a.claim`` with the wait's name in it, which only one wait can, and it is
-    committed by ``a.done``.
+    A ticket is claimed by linking a file with the wait's name in it to ``a.claim``, which only one wait can, and
+    it is committed by ``a.done``.
     """
 
     repeatable_poll = True
@@ -42,13 +45,14 @@ class TicketListener(EventListener):
                 claim, done = ticket.with_suffix(".claim"), ticket.with_suffix(".done")
                 if done.exists():
                     continue
-                try:
-                    with claim.open("x") as file:
-                        file.write(me)
-                except FileExistsError:
-                    if claim.read_text() != me:
-                        continue
-                return str(ticket)
+                # In one step: a process that dies leaves the whole claim or none.
+                with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".new") as mine:
+                    mine.write(me)
+                    mine.flush()
+                    with contextlib.suppress(FileExistsError):
+                        os.link(mine.name, claim)
+                if claim.read_text() == me:
+                    return str(ticket)
             await asyncio.sleep(0.5)
 
     async def event_checkpointed(self, event):

@@ -23,6 +23,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import greenback
 from airflow_events import settings
 from airflow_events.errors import CommitFailed, EventLost
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
@@ -104,7 +105,10 @@ async def settle(
         try:
             await commit(listener, wait, record.event)
         except EventLost:
-            await store.drop()
+            if await store.read() == record:  # a triggerer that comes late must not drop another's record
+                await store.drop()
+            if superfluous:
+                await release(listener, wait, event, args, kwargs or {})
             raise
         record = record.committed()
         await store.write(record)
@@ -124,9 +128,15 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
     """
     timeout = settings.commit_timeout()
 
+    has_portal = greenback.has_portal()
+
+    async def checkpoint() -> None:
+        await inherit_portal(has_portal)
+        await listener().event_checkpointed(event)
+
     async def once() -> None:
         # The timeout is for a source that never answers.
-        await asyncio.wait_for(listener().event_checkpointed(event), timeout)
+        await asyncio.wait_for(checkpoint(), timeout)
 
     def failed(state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
@@ -152,6 +162,18 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
     )
     with working_for(wait):
         await attempts(once)
+
+
+async def inherit_portal(has_portal: bool) -> None:
+    """
+    Let a task of its own use Airflow's synchronous calls, such as ``BaseHook.get_connection``.
+
+    In a triggerer they work by a portal, which Airflow opens for the trigger's own task.
+
+    :param has_portal: whether the task that started this one had it.
+    """
+    if has_portal:
+        await greenback.ensure_portal()
 
 
 async def release(listener: type[EventListener], wait: Wait, event: Any | None, args: Any, kwargs: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from airflow.sdk.serde import deserialize, serialize
 from airflow_events.errors import EventNotSerializable
 
-_PLAIN = (str, int, bool, type(None))
+# By these Airflow tells its own dicts from others; a payload that has them would be taken for a class.
+_RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
 
 
 def encode(value: Any) -> str:
@@ -32,20 +33,43 @@ def check(value: Any, name: str = "event") -> None:
     :raises EventNotSerializable: it does not; the message names the place and the type.
     """
     for place, leaf in _leaves(value, name):
-        if type(leaf) in _PLAIN:
-            continue
-        if type(leaf) is float:
-            if not math.isfinite(leaf):
-                raise EventNotSerializable(place, f"JSON has no {leaf}")
-            continue
-        try:
-            returned = decode(encode(leaf))
-        except Exception as error:
-            raise EventNotSerializable(
-                place, f"Airflow cannot store a {_name(leaf)} and give it back ({error})"
-            ) from error
-        if type(returned) is not type(leaf):
-            raise EventNotSerializable(place, f"a {_name(leaf)} would come back as a {_name(returned)}")
+        if reason := _refused(leaf):
+            raise EventNotSerializable(place, reason)
+    # Airflow reads some dicts as something else; this is for those that _leaves does not know of.
+    try:
+        returned = decode(encode(value))
+    except Exception as error:
+        raise EventNotSerializable(name, f"Airflow cannot read back what it would store ({error})") from error
+    if returned != value:
+        raise EventNotSerializable(name, f"it would come back as {returned!r:.200}")
+
+
+def _refused(leaf: Any) -> str | None:
+    """Say why Airflow would not store a leaf and give it back, or return None if it would."""
+    kind = type(leaf)
+    if leaf is None or kind is bool:
+        return None
+    if kind is str:
+        return None if _is_unicode(leaf) else f"{leaf!r:.50} is no valid Unicode"
+    if kind is int:
+        return None if -(2**63) <= leaf < 2**64 else "it is an integer of more than 64 bits"
+    if kind is float:
+        return None if math.isfinite(leaf) else f"JSON has no {leaf}"
+    try:
+        returned = decode(encode(leaf))
+    except Exception as error:
+        return f"Airflow cannot store a {_name(leaf)} and give it back ({error})"
+    if type(returned) is not kind:
+        return f"a {_name(leaf)} would come back as a {_name(returned)}"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def localized(value: Any, zone: tzinfo) -> Any:
@@ -71,8 +95,10 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
                 raise EventNotSerializable(
                     f"{place}[{key!r}]", f"its key is a {_name(key)}, and keys must be strings"
                 )
+            if reason := _refused(key):
+                raise EventNotSerializable(f"{place}[{key!r}]", f"of its key: {reason}")
             yield from _leaves(item, f"{place}[{key!r}]")
-        if reserved := {"__classname__", "__id__"} & value.keys():
+        if reserved := _RESERVED & value.keys():
             raise EventNotSerializable(place, f"Airflow reserves the key {sorted(reserved)[0]!r}")
     elif kind in (list, tuple):
         for index, item in enumerate(value):

@@ -12,6 +12,8 @@ from airflow_events.listeners import serde
 from airflow_events.listeners.commit import Record
 from airflow_events.triggers.record import DEADLINE_KEY, RECORD_KEY
 
+_FENCE_KEY = "event_fence"
+
 
 @dataclass(frozen=True)
 class WorkerRecord:
@@ -36,28 +38,39 @@ class WorkerRecord:
         stored = self._get(RECORD_KEY)
         if stored is None:
             # Recorded by a trigger, which then handed over to a worker.
-            stored = self.ti.xcom_pull(task_ids=self.ti.task_id, key=RECORD_KEY, map_indexes=self.ti.map_index)
+            stored = self._pull(RECORD_KEY)
             return Record.from_dict(stored) if stored is not None and self.replay else None
         if not self.replay and stored["generation"] != self.ti.max_tries:
             return None
         return Record.from_dict(stored)
 
     async def write(self, record: Record) -> None:
+        # Unlike the store, XComs take the writes of a worker that its task has outlived: ask the store first.
+        self.store.delete(_FENCE_KEY)
         self.ti.xcom_push(RECORD_KEY, record.as_dict())
         self._set(RECORD_KEY, {**record.as_dict(), "generation": self.ti.max_tries})
 
     async def drop(self) -> None:
-        self.ti.xcom_push(RECORD_KEY, None)
         self.store.delete(RECORD_KEY)
+        self.ti.xcom_push(RECORD_KEY, None)
 
     def deadline(self, timeout: timedelta, now: datetime) -> datetime:
         """Return when the wait's time is up: counted from the first try, and anew after a clear."""
+        if (noted := self.noted_deadline()) is None:
+            noted = now + timeout
+            self._set(DEADLINE_KEY, {"at": noted, "generation": self.ti.max_tries})
+        return noted
+
+    def noted_deadline(self) -> datetime | None:
+        """Return the deadline that was noted, here or by the trigger, or None."""
         noted = self._get(DEADLINE_KEY)
         if noted is None or noted["generation"] != self.ti.max_tries:
-            noted = {"at": now + timeout, "generation": self.ti.max_tries}
-            self._set(DEADLINE_KEY, noted)
-        at: datetime = noted["at"]
+            noted = self._pull(DEADLINE_KEY)
+        at: datetime | None = noted["at"] if noted else None
         return at
+
+    def _pull(self, key: str) -> Any:
+        return self.ti.xcom_pull(task_ids=self.ti.task_id, key=key, map_indexes=self.ti.map_index)
 
     def _get(self, key: str) -> Any:
         stored = self.store.get(key)

@@ -33,8 +33,8 @@ def needs_worker_to_start(task: WaitForEventOperator) -> str | None:
         return f"the triggerer cannot import {task.listener.__qualname__}, which is defined beside the DAG"
     if any(XComArg.iter_xcom_references(arguments)):
         return "its arguments hold the output of another task"
-    if not _kept_by_the_serialized_dag(arguments):
-        return "its arguments hold a value that a serialized DAG does not keep"
+    if not _kept_by_the_serialized_dag([*arguments, task.default if task.has_default else None]):
+        return "its arguments or its default hold a value that a serialized DAG does not keep"
     if _has_template(arguments) and _renders_only_on_workers(task):
         return "its templates may use the DAG's own macros, filters or environment, which only workers have"
     if not task.replay:

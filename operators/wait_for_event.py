@@ -17,7 +17,7 @@ from airflow_events import settings
 from airflow_events.errors import EventLost, EventNotSerializable
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
-from airflow_events.listeners.commit import Phase, release, settle
+from airflow_events.listeners.commit import Phase, Record, release, settle
 from airflow_events.operators.record import WorkerRecord
 from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
 from airflow_events.triggers import outcome, reference
@@ -120,6 +120,11 @@ class WaitForEventOperator(BaseOperator):
         self.replay = replay
         self._check_arguments()
 
+    @property
+    def has_default(self) -> bool:
+        """Whether something is delivered when the time is over."""
+        return self.default is not MISSING
+
     @classmethod
     def partial(cls, **kwargs: Any) -> Any:
         """Fix arguments of a mapped wait; a listener that is none is refused here, when the DAG is parsed."""
@@ -129,8 +134,7 @@ class WaitForEventOperator(BaseOperator):
 
     def execute(self, context: Context) -> Any:
         """Begin a try that starts on a worker."""
-        record = self._record(context)
-        if (stored := asyncio.run(record.read())) is not None:
+        if (stored := self._recorded(context)) is not None:
             self.log.info("The event of this wait is %s already, and is not polled again", stored.phase.value)
             return self._finish(context, stored.event)
         if not self.replay:
@@ -144,16 +148,24 @@ class WaitForEventOperator(BaseOperator):
             case outcome.Arrived(arrived):
                 return self._finish(context, arrived)
             case outcome.TimedOut(deadline):
+                if (stored := self._recorded(context)) is not None:  # by a second triggerer, just in time
+                    return self._finish(context, stored.event)
                 return self._time_is_up(deadline)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
-        """Go on after a deferral; if it ended by Airflow's own time-out, an event may be recorded yet."""
+        """Go on after a deferral, also if Airflow ended it because no triggerer was there in time."""
         try:
             return super().resume_execution(next_method, next_kwargs, context)
         except TaskDeferralTimeout:
-            if (stored := asyncio.run(self._record(context).read())) is not None:
+            if (stored := self._recorded(context)) is not None:
                 return self._finish(context, stored.event)
-            return self._time_is_up(datetime.now(timezone.utc))
+            deadline = self._record(context).noted_deadline()
+            if deadline is None or deadline > datetime.now(timezone.utc):
+                raise  # not the wait's timeout, but the task's execution_timeout
+            return self._time_is_up(deadline)
+
+    def _recorded(self, context: Context) -> Record | None:
+        return asyncio.run(self._record(context).read())
 
     def _finish(self, context: Context, event: Any) -> Any:
         record = self._record(context)
@@ -177,7 +189,7 @@ class WaitForEventOperator(BaseOperator):
 
     def _time_is_up(self, deadline: datetime) -> Any:
         message = f"No event of {self.listener.__qualname__} came until {deadline.isoformat(timespec='seconds')}"
-        if self.default is not MISSING:
+        if self.has_default:
             self.log.info("%s; delivering the default", message)
             return self.default
         if self.soft_fail:
@@ -246,7 +258,7 @@ class WaitForEventOperator(BaseOperator):
             "listener_kwargs": serde.localized(self.listener_kwargs, zone),
             "finish_on_worker": needs_worker_to_finish(self, started_on_worker=started_on_worker) is not None,
             "soft_fail": self.soft_fail,
-            "default": [] if self.default is MISSING else [self.default],
+            "default": [serde.localized(self.default, zone)] if self.has_default else [],
             "push": self.do_xcom_push,
         }
 
@@ -277,7 +289,7 @@ class WaitForEventOperator(BaseOperator):
                     raise TypeError(f"{self.task_id}: {error}") from error
         if not isinstance(self.listener_args, XComArg) and not isinstance(self.listener_kwargs, XComArg):
             check_arguments(self.listener, self.listener_args, self.listener_kwargs)
-        if self.default is not MISSING:
+        if self.has_default:
             serde.check(self.default, "default")
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -216,6 +217,25 @@ class Deployment:
         self.say(f"{label} started (pid {process.pid})")
         return self.components[label]
 
+    def freeze(self, component: Component) -> None:
+        """Stop a component and all below it (SIGSTOP), though not while it holds SQLite's one lock."""
+        until(lambda: self._freeze(component), f"{component.name} is stopped without a lock", pause=0.05)
+
+    def _freeze(self, component: Component) -> bool:
+        component.signal(signal.SIGSTOP)
+        if self.database is not None:
+            return True
+        connection = sqlite3.connect(self.home / "airflow.db", timeout=0.3, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        except sqlite3.OperationalError:
+            component.signal(signal.SIGCONT)
+            return False
+        finally:
+            connection.close()
+        return True
+
     def restart(self, name: str) -> Component:
         """Start a component again whose process has died."""
         component = self.components[name]
@@ -306,6 +326,10 @@ class Run:
     @property
     def path(self) -> str:
         return f"/dags/{quote(self.dag_id)}/dagRuns/{quote(self.run_id, safe='')}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.deployment.url}/dags/{quote(self.dag_id)}/runs/{quote(self.run_id, safe='')}"
 
     @property
     def state(self) -> str:

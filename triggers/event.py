@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
+import greenback
 from airflow.sdk.configuration import conf
 from airflow.sdk.execution_time import task_runner
 from airflow.sdk.execution_time.comms import GetTaskStates
@@ -14,8 +15,8 @@ from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEven
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, describe, working_for
-from airflow_events.listeners.commit import release, settle
-from airflow_events.triggers import outcome, reference
+from airflow_events.listeners.commit import inherit_portal, release, settle
+from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.record import XComRecord
 from airflow_events.triggers.watchdog import timed
 
@@ -33,6 +34,14 @@ _LONGEST_GOODBYE = 10.0
 
 class _TimeIsUp(Exception):
     """The wait's deadline has passed."""
+
+
+class _PollAnew(Exception):
+    """The poll was ended in order to begin again."""
+
+
+# What outlives its trigger, which asyncio itself would not keep.
+_letting_go: set[asyncio.Future[None]] = set()
 
 
 class EventTrigger(BaseTrigger):
@@ -86,6 +95,8 @@ class EventTrigger(BaseTrigger):
         self._retries = 0
         self._polled: list[Any] = []  # the event, while it is not recorded
         self._recording = False
+        self._again = False
+        self._poll_task: asyncio.Task[Any] | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return (
@@ -107,7 +118,10 @@ class EventTrigger(BaseTrigger):
 
     def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:
         """Render the arguments, and take from the context what a worker would have told."""
-        # Airflow calls this for triggers that the scheduler started, and only for them.
+        # Airflow calls this for tasks that start in the triggerer. If a worker deferred one of them again, it
+        # has rendered the arguments and told the wait.
+        if self.wait is not None:
+            return
         super().render_template_fields(context, jinja_env)
         ti, task = context["ti"], context["task"]
         self.wait = {
@@ -132,37 +146,53 @@ class EventTrigger(BaseTrigger):
             return
 
         record = XComRecord(wait)
-        stored = await record.read()
-        if self.deadline is None and self.timeout is not None and stored is None:
+        with stalls.told_to(self._poll_anew):
+            while True:
+                if (stored := await record.read()) is not None:
+                    self.log.info("The event of this wait is %s already", stored.phase.value)
+                    event = stored.event
+                else:
+                    try:
+                        event = await self._wait_for(listener, wait, record)
+                    except _TimeIsUp:
+                        if await record.read() is not None:  # by a second triggerer, just in time
+                            continue
+                        await self._release(listener, wait)
+                        yield await self._time_is_up(record)
+                        return
+                    except _PollAnew:
+                        continue
+                    if await self._has_ended(wait):
+                        self.log.warning("The task has ended meanwhile; its event goes back to the source")
+                        await self._release(listener, wait)
+                        return
+                if self.finish_on_worker or _airflow_has_listeners():
+                    yield TriggerEvent(outcome.encode(outcome.Arrived(event)))
+                    return
+                try:
+                    event = await self._settle(listener, wait, record, event)
+                except EventLost as lost:
+                    self.log.warning("The event went to another wait, and this one waits on: %s", lost)
+                    continue
+                yield await self._deliver(record, event)
+                return
+
+    async def _wait_for(self, listener: type[EventListener], wait: Wait, record: XComRecord) -> Any:
+        """Poll until the deadline, which is counted over all tries."""
+        assert self.task_instance is not None
+        if self.timeout is not None:
             self.deadline = await record.deadline(
                 timedelta(seconds=self.timeout), self.task_instance.try_number, self._retries, _now()
             )
-        while True:
-            if stored is None:
-                self._announce(wait)
-                try:
-                    event = await self._poll(listener, wait)
-                except _TimeIsUp:
-                    yield await self._time_is_up(record)
-                    return
-                if await self._has_ended(wait):
-                    self.log.warning("The task has ended meanwhile; its event goes back to the source")
-                    await self._release(listener, wait)
-                    return
-            else:
-                event = stored.event
-                self.log.info("The event of this wait is %s already, and is not polled again", stored.phase.value)
-            if self.finish_on_worker or _airflow_has_listeners():
-                yield TriggerEvent(outcome.encode(outcome.Arrived(event)))
-                return
-            try:
-                event = await self._settle(listener, wait, record, event)
-            except EventLost as lost:
-                self.log.warning("The event went to another wait, and this one waits on: %s", lost)
-                stored = None
-                continue
-            yield await self._deliver(record, event)
-            return
+        self._announce(wait)
+        try:
+            return await self._poll(listener, wait)
+        except (_TimeIsUp, _PollAnew):
+            raise
+        except Exception:
+            if self.timeout is not None:
+                await record.hand_over_deadline()
+            raise
 
     async def on_kill(self) -> None:
         """
@@ -171,15 +201,31 @@ class EventTrigger(BaseTrigger):
         Airflow calls this too when the user clears the task, and when it has moved the trigger to another
         triggerer; the wait goes on then, and keeps its claim.
         """
-        if self.wait is None or self.task_instance is None:
+        # In a task of its own, since Airflow cancels the trigger again each second while it is not gone.
+        letting_go = asyncio.ensure_future(self._let_go())
+        _letting_go.add(letting_go)
+        letting_go.add_done_callback(_letting_go.discard)
+        await asyncio.shield(letting_go)
+
+    async def _let_go(self) -> None:
+        if self.wait is None or self.task_instance is None or self._recording:
             return
+        if self._poll_task is not None:
+            await asyncio.wait({self._poll_task}, timeout=_LONGEST_GOODBYE)
         wait = Wait(**self.wait)
-        if not await self._has_ended(wait):
-            if self.timeout is not None and await self._state(wait) != "deferred":
-                await XComRecord(wait).forget_deadline()  # cleared: its time starts anew
-            return
-        if not self._recording:
+        if await self._has_ended(wait):
             await self._release(reference.load(self.listener), wait)
+
+    def _poll_anew(self) -> None:
+        """
+        Begin again, since this process stood still for a while.
+
+        Another triggerer may have had the trigger meanwhile, and may have died after it took or recorded an
+        event, for which this poll would wait in vain.
+        """
+        if self._poll_task is not None and not self._poll_task.done():
+            self._again = True
+            self._poll_task.cancel()
 
     def _announce(self, wait: Wait) -> None:
         self.log.info(
@@ -195,10 +241,12 @@ class EventTrigger(BaseTrigger):
         Return the event, checked.
 
         :raises _TimeIsUp: the deadline has passed, and no event came while the poll ended.
+        :raises _PollAnew: see `_poll_anew`.
         """
         self._polled = []
+        self._again = False
         with working_for(wait):
-            poll = asyncio.create_task(self._poll_and_check(listener))
+            poll = self._poll_task = asyncio.create_task(self._poll_and_check(listener, greenback.has_portal()))
         try:
             while not poll.done() and (pause := self._remaining()) > 0:
                 await asyncio.wait({poll}, timeout=min(pause, _LONGEST_PAUSE))
@@ -207,13 +255,16 @@ class EventTrigger(BaseTrigger):
             if not poll.done():
                 poll.cancel()
                 await asyncio.wait({poll}, timeout=_LONGEST_GOODBYE)
-        if not poll.done() or poll.cancelled():
-            if self._remaining() > 0:
-                raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
-            raise _TimeIsUp
-        return poll.result()
+        if poll.done() and not poll.cancelled():
+            return poll.result()
+        if self._again:
+            raise _PollAnew
+        if self._remaining() > 0:
+            raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
+        raise _TimeIsUp
 
-    async def _poll_and_check(self, listener: type[EventListener]) -> Any:
+    async def _poll_and_check(self, listener: type[EventListener], has_portal: bool) -> Any:
+        await inherit_portal(has_portal)
         threshold = conf.getfloat("triggerer", "blocked_main_thread_warning_threshold", fallback=0.2)
 
         def blocked(seconds: float) -> None:
@@ -256,8 +307,6 @@ class EventTrigger(BaseTrigger):
     async def _time_is_up(self, record: XComRecord) -> TriggerEvent:
         assert self.deadline is not None
         self.log.info("No event came until %s", self.deadline.isoformat(timespec="seconds"))
-        if self.timeout is not None:
-            await record.forget_deadline()
         if self.finish_on_worker or _airflow_has_listeners() or not (self.soft_fail or self.default):
             return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
         if self.default:

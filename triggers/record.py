@@ -37,21 +37,23 @@ class XComRecord:
 
     async def deadline(self, timeout: timedelta, try_number: int, retries: int, now: datetime) -> datetime:
         """
-        Return when the wait's time is up, noting it in the first try so that retries do not extend it.
+        Return when the wait's time is up.
 
-        A clear starts the time anew. It cannot be told from a retry here, but by counting: as many tries
-        as the task has belong to one time.
+        It is counted from the first try. A trigger cannot tell a retry from a clear, which starts the time
+        anew, but by what the try before left: see `hand_over_deadline`.
         """
         noted = await self._get(DEADLINE_KEY)
-        if noted is None or try_number > noted["last_try"]:
-            noted = {"at": now + timeout, "last_try": try_number + retries}
+        if noted is None or noted["try_number"] != try_number:
+            noted = {"at": now + timeout, "try_number": try_number, "last_try": try_number + retries}
             await self._set(DEADLINE_KEY, noted)
         at: datetime = noted["at"]
         return at
 
-    async def forget_deadline(self) -> None:
-        """Let the next try start the time anew."""
-        await self._set(DEADLINE_KEY, None)
+    async def hand_over_deadline(self) -> None:
+        """Let the deadline count for the next try too, if there is to be one: this one is failing."""
+        noted = await self._get(DEADLINE_KEY)
+        if noted is not None and noted["try_number"] < noted["last_try"]:
+            await self._set(DEADLINE_KEY, {**noted, "try_number": noted["try_number"] + 1})
 
     async def deliver(self, value: Any, *, mapped_length: int | None = None, dag_result: bool = False) -> None:
         """Write the task's return value, which Airflow's worker would do."""

@@ -115,10 +115,12 @@ class _Folders:
 
     @classmethod
     def configured(cls) -> _Folders:
+        from airflow.dag_processing.bundles.base import get_bundle_storage_root_path
+
         bundles = conf.getjson("dag_processor", "dag_bundle_config_list", fallback=[]) or []
         dags = [
             conf.get("core", "dags_folder"),
-            conf.get("dag_processor", "dag_bundle_storage_path", fallback=None),
+            str(get_bundle_storage_root_path()),
             *((bundle.get("kwargs") or {}).get("path") for bundle in bundles),
         ]
         importable = [conf.get("core", "plugins_folder"), sys.prefix]

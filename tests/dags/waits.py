@@ -95,6 +95,15 @@ with dag("time_out"):
 with dag("time_out_fails"):
     wait(Scripted, BASE, "file", timeout=2)
 
+with dag("time_out_over_tries"):
+    wait(Scripted, BASE, {"raise_after": 2}, retries=9, timeout=9)
+
+with dag("execution_time_out"):
+    wait(Scripted, BASE, "file", execution_timeout=timedelta(seconds=2), retries=0)
+
+with dag("synchronous"):
+    wait(Scripted, BASE, "variable")
+
 with dag("shapes"):
     value = {"list": [1, 2.5, None], "when": datetime(2030, 1, 1, tzinfo=pendulum.UTC), "pair": (1, 2)}
 

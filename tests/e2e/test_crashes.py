@@ -132,7 +132,7 @@ def test_two_triggerers_on_one_trigger_with_a_repeatable_poll(airflow, base, dag
     process = base.reached(gate)
     old = airflow.components["triggerer"]
     assert process.pid in {member.pid for member in old.family()}
-    old.signal(signal.SIGSTOP)
+    airflow.freeze(old)
     try:
         airflow.start_one("triggerer", as_name="triggerer@second")
         assert run.finished() == "success"
@@ -153,6 +153,27 @@ def assert_files(base, archived, waiting):
     assert (base.archived, base.claimed, base.waiting) == (archived, [], waiting)
 
 
+def test_a_triggerer_that_stood_still_learns_of_what_was_recorded_meanwhile(airflow, base):
+    """Its trigger was another's, who recorded and committed the event, and died before the task ended."""
+    run = airflow.run("finish_in_triggerer", base.conf)
+    until(lambda: [call for call in base.calls if call.startswith("poll")], "it polls")
+    old = airflow.components["triggerer"]
+    base.arm("committed")
+    airflow.freeze(old)
+    try:
+        second = airflow.start_one("triggerer", as_name="triggerer@second")
+        base.drop("a")
+        process = base.reached("committed")
+        assert process.pid in {member.pid for member in second.family()}
+        second.kill()
+        time.sleep(7)  # until its trigger may be had again
+    finally:
+        old.signal(signal.SIGCONT)
+    assert run.finished() == "success"
+    assert_files(base, ["a"], [])
+    assert list(base.delivered) == [f"{run.run_id}.1"]
+
+
 def test_two_triggerers_on_one_trigger_with_another_poll(airflow, base):
     """Two claims, one resume: that event is committed, and the other's claim lapses."""
     base.send("a", "b")
@@ -161,7 +182,7 @@ def test_two_triggerers_on_one_trigger_with_another_poll(airflow, base):
     process = base.reached("polled")
     old = airflow.components["triggerer"]
     assert process.pid in {member.pid for member in old.family()}
-    old.signal(signal.SIGSTOP)
+    airflow.freeze(old)
     try:
         airflow.start_one("triggerer", as_name="triggerer@second")
         assert run.finished() == "success"

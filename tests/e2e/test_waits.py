@@ -172,6 +172,40 @@ def test_a_time_out_fails_as_a_sensors_and_is_not_tried_again(airflow, base):
     assert "No event of Scripted came until" in log
 
 
+def test_retries_do_not_extend_the_time(airflow, base):
+    run = airflow.run("time_out_over_tries", base.conf)
+    assert run.finished() == "failed"
+    assert 2 <= run.tasks()["wait"]["try_number"] <= 4
+    assert "AirflowSensorTimeout" in run.logs("wait")
+
+
+def test_a_clear_starts_the_time_anew(airflow, base):
+    run = airflow.run("time_out", base.conf)
+    run.until_task("skips", "deferred")
+    until(lambda: run.xcom("skips", "event_deadline"), "the deadline is noted")
+    run.mark("skips", "success")
+    deadline = run.xcom("skips", "event_deadline")
+    run.finished()
+    run.clear("skips")
+    run.until_task("skips", "skipped")
+    assert run.xcom("skips", "event_deadline") != deadline
+    assert run.logs("skips").count("No event came until") == 1
+
+
+def test_the_tasks_execution_timeout_is_not_taken_for_the_waits(airflow, base):
+    run = airflow.run("execution_time_out", base.conf)
+    assert run.finished() == "failed"
+    log = run.logs("wait")
+    assert "TaskDeferralTimeout" in log
+    assert "AirflowSensorTimeout" not in log
+
+
+def test_a_listener_may_use_airflows_synchronous_calls(airflow, base):
+    run = airflow.run("synchronous", base.conf)
+    assert run.finished() == "success"
+    assert run.xcom("wait") == "from the default"
+
+
 def test_a_clear_after_a_default_waits_anew(airflow, base):
     run = airflow.run("time_out", base.conf)
     run.finished()
@@ -222,6 +256,20 @@ def test_a_clear_delivers_the_same_event_again(airflow, base, dag):
     assert len(base.archived) + len(base.owners) == 1
     assert len(base.delivered) == 2
     assert len(set(base.delivered.values())) == 1
+
+
+@pytest.mark.parametrize("dag", ["finish_in_triggerer", "with_outlet", "two_workers"])
+def test_a_forgotten_event_is_not_delivered_again(airflow, base, dag):
+    """As docs/operations.md says: delete the record in both places, and clear."""
+    base.drop("a", "b")
+    run = airflow.run(dag, base.conf)
+    assert run.finished() == "success"
+    for place in ("xcomEntries", "state-store"):
+        airflow.api("DELETE", f"{run.path}/taskInstances/wait/{place}/event_record")
+    run.clear("wait", "deliver")
+    until(lambda: run.state not in ("success", "failed"), "the run goes on")
+    assert run.finished() == "success"
+    assert base.archived == ["a", "b"]
 
 
 def test_replay_off_waits_for_another_event_after_a_clear_and_not_after_a_retry(airflow, base):

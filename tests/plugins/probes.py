@@ -13,6 +13,7 @@ import time
 import uuid
 from pathlib import Path
 
+from airflow.sdk import Variable
 from airflow_events import EventListener, current_wait
 from airflow_events.errors import EventLost
 from airflow_events.listeners.directory import DirectoryListener
@@ -129,6 +130,11 @@ class Scripted(EventListener):
                 while not Path(base, "event").exists():
                     await asyncio.sleep(0.1)
                 return Path(base, "event").read_text()
+            case {"raise_after": seconds}:
+                await asyncio.sleep(seconds)
+                raise RuntimeError("the connection broke")
+            case "variable":  # Airflow's synchronous calls, as a listener may well make them
+                return Variable.get("events_test", default="from the default")
             case "unserializable":
                 return {"order": {"lines": [1, object()]}}
             case "stubborn":  # swallows its cancellation and returns an event
@@ -149,7 +155,7 @@ class FailingCommit(LeasedQueue):
     async def event_checkpointed(self, event):
         failures = Path(event["base"], "failures")
         left = int(failures.read_text())
-        note(event["base"], "attempt")
+        note(event["base"], f"attempt {Variable.get('events_test', default='')}".strip())
         if left:
             failures.write_text(str(left - 1))
             raise ConnectionError("the source is away")

@@ -96,6 +96,27 @@ async def test_a_lost_event_is_dropped(listener, log):
     assert log[-1] == ("drop",)
 
 
+async def test_the_record_of_another_triggerer_is_not_dropped(listener, log):
+    """This one stood still between reading the record and learning that its event is lost."""
+    store = Store(log)
+
+    class Source(listener):
+        async def event_checkpointed(self, event):
+            store.record = Record("another", Phase.COMMITTED)
+            raise EventLost("other has it")
+
+    with pytest.raises(EventLost):
+        await settle(Source, WAIT, store, "e")
+    assert store.record == Record("another", Phase.COMMITTED)
+
+
+async def test_a_superfluous_event_is_released_too_if_the_recorded_one_is_lost(listener, log):
+    listener.failures.append(EventLost("other has it"))
+    with pytest.raises(EventLost):
+        await settle(listener, WAIT, Store(log, Record("first", Phase.RECORDED)), "second")
+    assert [entry[0] for entry in log] == ["commit", "drop", "release"]
+
+
 async def test_a_failing_commit_is_tried_again_and_the_record_stays(listener, log):
     listener.failures += [ConnectionError("away"), TimeoutError()]
     assert await settle(listener, WAIT, Store(log), "e") == "e"

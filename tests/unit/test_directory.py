@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from airflow_events.errors import EventLost
-from airflow_events.listeners import directory
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener, _Drops, _key
+from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener, claims, hub
+from airflow_events.listeners.directory.claims import Drops, identity_of, key_of
 
 
 def wait(number=0):
@@ -86,7 +86,7 @@ async def test_a_file_that_comes_later_is_reported_by_the_file_system(drops, mon
 
 async def test_without_reports_the_directory_is_polled(drops, monkeypatch):
     monkeypatch.setenv("AIRFLOW__EVENTS__DIRECTORY_RESCAN_INTERVAL", "0.1")
-    monkeypatch.setattr(directory, "_network_file_system", lambda root: "nfs4")
+    monkeypatch.setattr(hub, "_network_file_system", lambda root: "nfs4")
     task = poll(drops)
     await asyncio.sleep(0.3)
     (drops / "late").touch()
@@ -191,7 +191,7 @@ async def test_releasing_never_overwrites_a_new_file_of_that_name(drops):
     await release(drops)
     assert (drops / "a").read_text() == "second"
     assert (await soon(poll(drops, 1)))["size"] == len("second")
-    _Drops.of(str(drops), None).sweep(0)
+    Drops.of(str(drops), None).sweep(0)
     assert (drops / "a").read_text() == "first"
 
 
@@ -261,13 +261,95 @@ async def test_a_cancelled_wait_takes_no_file_from_others(drops):
 async def test_a_claim_that_lapses_goes_back(drops):
     (drops / "a").touch()
     event = await soon(poll(drops))
-    ours = _Drops.of(str(drops), None)
+    ours = Drops.of(str(drops), None)
     ours.sweep(older_than=time.time() - 3600)
     assert left(drops) == []
     ours.sweep(older_than=time.time() + 1)
     assert left(drops) == ["a"]
     with pytest.raises(EventLost):
         await commit(event)
+
+
+def test_a_dag_may_be_called_as_our_own_folders(drops):
+    """Its claims are not taken for something that was half put back."""
+    ours = Drops.of(str(drops), None)
+    ours.prepare()
+    (drops / "a").touch()
+    for dag_id in ("released", "=released"):
+        key = key_of(Wait(dag_id, "run", "task"))
+        assert ours.claim(key, "a", identity_of((drops / "a").stat()), None)
+        ours.sweep(older_than=0)
+        assert left(drops) == []
+        ours.release(key)
+
+
+def test_folders_without_a_file_are_no_claim(drops):
+    ours = Drops.of(str(drops), None)
+    ours.prepare()
+    (ours.claims / key_of(wait()) / "1-2-3").mkdir(parents=True)
+    (drops / "a").touch()
+    assert ours.held(key_of(wait())) is None
+    assert ours.claim(key_of(wait()), "a", identity_of((drops / "a").stat()), None).name == "a"
+
+
+@pytest.fixture
+def no_renameat2(monkeypatch):
+    """A file system like NFS, which cannot rename without overwriting."""
+
+    class Library:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        @staticmethod
+        def renameat2(*args):
+            claims.ctypes.set_errno(claims.errno.EINVAL)
+            return -1
+
+    monkeypatch.setattr(claims.ctypes, "CDLL", Library)
+
+
+async def test_releasing_where_a_rename_may_overwrite(drops, no_renameat2):
+    (drops / "a").write_text("first")
+    await soon(poll(drops))
+    (drops / "a").write_text("second")
+    await release(drops)
+    assert (drops / "a").read_text() == "second"
+    assert (await soon(poll(drops, 1)))["size"] == len("second")
+    Drops.of(str(drops), None).sweep(0)
+    assert (drops / "a").read_text() == "first"
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_dying_between_link_and_unlink_doubles_nothing(drops, no_renameat2, monkeypatch, taken):
+    (drops / "a").write_text("first")
+    await soon(poll(drops))
+    with monkeypatch.context() as dies:
+
+        def die(path):
+            raise SystemExit
+
+        dies.setattr(claims.os, "unlink", die)
+        with pytest.raises(SystemExit):
+            Drops.of(str(drops), None).release(key_of(wait()))
+    if taken:
+        await soon(poll(drops, 1))
+    Drops.of(str(drops), None).sweep(0)
+    files = [p for p in drops.glob("**/*") if p.is_file()] + list((drops / ".airflow-events").glob("*/*/*/*"))
+    assert len({p for p in files if p.name == "a"}) == 1
+
+
+async def test_one_waits_odd_marker_is_its_own_affair(drops):
+    odd = poll(drops, 1, done_marker="{name}.{day}")
+    (drops / "a").touch()
+    assert (await soon(poll(drops, 0)))["name"] == "a"
+    await cancel(odd)
+
+
+async def test_names_that_airflow_cannot_store_are_passed_over(drops):
+    os.close(os.open(os.fsencode(drops) + b"/\xff", os.O_CREAT))
+    task = poll(drops)
+    (drops / "good").touch()
+    assert (await soon(task))["name"] == "good"
 
 
 @pytest.mark.parametrize(
@@ -294,8 +376,8 @@ async def test_a_directory_that_is_not_there_is_named(tmp_path, listener):
 async def test_one_look_serves_all_waits(drops, monkeypatch):
     """A thousand waits and ten thousand files: the number of scans does not depend on the waits."""
     scans = []
-    scan = directory._scan
-    monkeypatch.setattr(directory, "_scan", lambda root: scans.append(1) or scan(root))
+    scan = hub._scan
+    monkeypatch.setattr(hub, "_scan", lambda root: scans.append(1) or scan(root))
     for number in range(10_000):
         (drops / f"{number}.txt").touch()
     tasks = [poll(drops, n, DirectoryWatchListener, pattern=f"{n}.csv") for n in range(1000)]
@@ -310,16 +392,16 @@ async def test_one_look_serves_all_waits(drops, monkeypatch):
 
 
 def _claim_until_killed(root, number, started):
-    ours = _Drops.of(root, None)
+    ours = Drops.of(root, None)
     ours.prepare()
     started.set()
     while True:
         for name in sorted(os.listdir(root)):
             if not name.startswith("."):
                 with contextlib.suppress(FileNotFoundError):
-                    identity = directory._identity(os.stat(f"{root}/{name}"))
-                    ours.claim(_key(wait(number)), name, identity, None)
-        ours.release(_key(wait(number)))
+                    identity = identity_of(os.stat(f"{root}/{name}"))
+                    ours.claim(key_of(wait(number)), name, identity, None)
+        ours.release(key_of(wait(number)))
 
 
 def test_processes_killed_while_they_claim_and_release_lose_and_double_nothing(drops):
@@ -342,9 +424,9 @@ def test_processes_killed_while_they_claim_and_release_lose_and_double_nothing(d
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
             assert worker.exitcode == -signal.SIGKILL
-    ours = _Drops.of(str(drops), None)
-    claims = [len(list(claim.glob("*/*"))) for claim in ours.claims.glob("*")]
-    assert all(count <= 1 for count in claims)
+    ours = Drops.of(str(drops), None)
+    counts = [len(list(claim.glob("*/*"))) for claim in ours.claims.glob("*")]
+    assert all(count <= 1 for count in counts)
     ours.sweep(older_than=time.time() + 1)
     ours.sweep(older_than=time.time() + 1)
     assert left(drops) == names

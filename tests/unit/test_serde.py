@@ -59,6 +59,10 @@ def test_what_airflow_takes_comes_back_equal(value):
         ((1, lambda: None), r"event\[1\]", "function"),
         ({"__classname__": "x"}, r"event", "reserves the key '__classname__'"),
         (Name("x"), r"event", "Name"),
+        ({"a": {"__type": "set", "__var": [1]}}, r"event\['a'\]", "reserves the key '__type'"),
+        (["\udcff"], r"event\[0\]", "no valid Unicode"),
+        ({"\udcff": 1}, r"event\[.*\]", "of its key: .* no valid Unicode"),
+        ([2**64], r"event\[0\]", "more than 64 bits"),
     ],
 )
 def test_anything_else_is_refused_with_its_place_and_type(value, place, reason):
