@@ -16,7 +16,7 @@ from airflow.triggers.base import StartTriggerArgs
 from airflow_events import settings
 from airflow_events.errors import EventLost, EventNotSerializable
 from airflow_events.listeners import serde
-from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
+from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, describe
 from airflow_events.listeners.commit import Phase, Record, release, settle
 from airflow_events.operators.record import WorkerRecord
 from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
@@ -135,7 +135,12 @@ class WaitForEventOperator(BaseOperator):
     def execute(self, context: Context) -> Any:
         """Begin a try that starts on a worker."""
         if (stored := self._recorded(context)) is not None:
-            self.log.info("The event of this wait is %s already, and is not polled again", stored.phase.value)
+            self.log.info(
+                "The event of %s is %s already; the wait is %s",
+                describe(self.listener.__qualname__, self.listener_args, self.listener_kwargs),
+                stored.phase.value,
+                self._wait(context).id,
+            )
             return self._finish(context, stored.event)
         if not self.replay:
             self._forget_earlier(context)

@@ -67,8 +67,9 @@ def _build(pip: list[str]) -> Path:
 
 
 def _run(problem: str, *command: str) -> None:
-    """Run a command without its output; should it fail, end with ``problem`` and the output's last line."""
+    """Run a command without its output; should it fail, end with ``problem`` and what it said last."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     if done.returncode:
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        fail(f"{problem} ({said[-1] if said else f'exit code {done.returncode}'})")
+        errors = [line for line in said if line.startswith("ERROR:")] or said or [f"exit code {done.returncode}"]
+        fail(f"{problem} ({errors[-1]})")

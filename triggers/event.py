@@ -149,7 +149,12 @@ class EventTrigger(BaseTrigger):
         with stalls.told_to(self._poll_anew):
             while True:
                 if (stored := await record.read()) is not None:
-                    self.log.info("The event of this wait is %s already", stored.phase.value)
+                    self.log.info(
+                        "The event of %s is %s already; the wait is %s",
+                        self._call,
+                        stored.phase.value,
+                        wait.id,
+                    )
                     event = stored.event
                 else:
                     try:
@@ -227,10 +232,14 @@ class EventTrigger(BaseTrigger):
             self._again = True
             self._poll_task.cancel()
 
+    @property
+    def _call(self) -> str:
+        return describe(reference.display_name(self.listener), self.listener_args, self.listener_kwargs)
+
     def _announce(self, wait: Wait) -> None:
         self.log.info(
             "Waiting for an event of %s since %s, until %s; the wait is %s",
-            describe(reference.display_name(self.listener), self.listener_args, self.listener_kwargs),
+            self._call,
             _now().isoformat(timespec="seconds"),
             self.deadline.isoformat(timespec="seconds") if self.deadline else "it comes",
             wait.id,

@@ -86,7 +86,7 @@ def test_the_triggerer_dies_around_the_commit(airflow, base, gate):
     assert list(base.delivered) == [f"{run.run_id}.1"]
     # Whoever took over went on from the record, and did not poll again.
     assert len([call for call in base.calls if call.startswith("poll")]) == 1
-    assert "The event of this wait is recorded already" in run.logs("wait")
+    assert f"The event of GatedDirectory('{base.path}') is recorded already" in run.logs("wait")
 
 
 @pytest.mark.parametrize("gate", ["recorded", "committed"])
