@@ -184,7 +184,7 @@ def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: 
         ) from None
 
 
-def describe(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def describe(name: str, args: Any, kwargs: Any) -> str:
     """Write a listener and its arguments as the call that they are, shortened to a line."""
     arguments = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
     text = ", ".join(a if len(a) <= 200 else f"{a[:197]}..." for a in arguments)
