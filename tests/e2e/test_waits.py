@@ -227,6 +227,17 @@ def test_a_listener_that_returns_after_its_wait_was_marked_delivers_nothing(airf
     assert run.xcom("wait", "event_record") is None
 
 
+def test_a_listener_that_returns_after_its_wait_was_cleared_delivers_nothing(airflow, base):
+    run = airflow.run("stubborn", base.conf)
+    run.until_task("wait", "deferred")
+    until(lambda: (base.path / "polls").exists(), "the poll has begun")
+    run.clear("wait")
+    until(lambda: base.polls == 2, "the next try polls")
+    assert run.task_state("wait") == "deferred"
+    assert run.xcom("wait", "event_record") is None
+    run.mark("wait", "failed")
+
+
 @pytest.mark.parametrize("mark", ["failed", "success"])
 def test_a_wait_that_a_user_ends_gives_its_claim_back(airflow, base, mark):
     base.drop("a")
