@@ -47,6 +47,10 @@ class Wait:
     @property
     def tz(self) -> tzinfo:
         """The DAG's time zone, in which naive times are read."""
+        if self.timezone[:1] in ("+", "-"):  # a fixed offset has no name that pendulum knows
+            zone = datetime.fromisoformat(f"2000-01-01T00:00:00{self.timezone}").tzinfo
+            assert zone is not None
+            return zone
         return pendulum.timezone(self.timezone)
 
 

@@ -296,7 +296,13 @@ class EventTrigger(BaseTrigger):
 
     async def _settle(self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any) -> Any:
         self._recording = True  # from here on the claim may stand in a record, which the next try needs
-        event = await settle(listener, wait, record, event, args=self.listener_args, kwargs=self.listener_kwargs)
+        try:
+            event = await settle(
+                listener, wait, record, event, args=self.listener_args, kwargs=self.listener_kwargs
+            )
+        except EventLost:
+            self._recording = False  # and so a user who ends the wait later releases what it claims then
+            raise
         self._recording = False
         self._polled = []
         self.log.info("The event is recorded and committed")

@@ -95,6 +95,9 @@ with dag("time_out"):
 with dag("time_out_fails"):
     wait(Scripted, BASE, "file", timeout=2)
 
+with dag("time_out_later"):
+    wait(Scripted, BASE, "file", timeout=8, soft_fail=True)
+
 with dag("time_out_over_tries"):
     wait(Scripted, BASE, {"raise_after": 2}, retries=9, timeout=9)
 

@@ -180,16 +180,16 @@ def test_retries_do_not_extend_the_time(airflow, base):
 
 
 def test_a_clear_starts_the_time_anew(airflow, base):
-    run = airflow.run("time_out", base.conf)
-    run.until_task("skips", "deferred")
-    until(lambda: run.xcom("skips", "event_deadline"), "the deadline is noted")
-    run.mark("skips", "success")
-    deadline = run.xcom("skips", "event_deadline")
+    run = airflow.run("time_out_later", base.conf)
+    run.until_task("wait", "deferred")
+    until(lambda: run.xcom("wait", "event_deadline"), "the deadline is noted")
+    run.mark("wait", "success")
+    deadline = run.xcom("wait", "event_deadline")
     run.finished()
-    run.clear("skips")
-    run.until_task("skips", "skipped")
-    assert run.xcom("skips", "event_deadline") != deadline
-    assert run.logs("skips").count("No event came until") == 1
+    run.clear("wait")
+    run.until_task("wait", "skipped")
+    assert run.xcom("wait", "event_deadline") != deadline
+    assert run.logs("wait").count("No event came until") == 1
 
 
 def test_the_tasks_execution_timeout_is_not_taken_for_the_waits(airflow, base):

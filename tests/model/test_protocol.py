@@ -248,3 +248,24 @@ def test_a_source_without_compare_and_set_is_caught(machine):
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Mutant, settings=MUTANT)
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_where_a_plugin_listens_to_task_states_a_wait_ends_on_a_worker(listening):
+    from airflow.listeners.listener import get_listener_manager
+
+    plugin = object()
+    if listening:
+        get_listener_manager().pm.register(plugin)
+    machine = Protocol()
+    machine.begin()
+    try:
+        [task, _] = machine.world.tasks
+        machine.in_loop(lambda: machine.world.start_triggerer(task))
+        while machine.alive:
+            machine.go_on(0, 1)
+        assert task.state == ("scheduled" if listening else "success")
+    finally:
+        machine.teardown()
+        if listening:
+            get_listener_manager().pm.unregister(plugin)

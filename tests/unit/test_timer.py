@@ -52,6 +52,12 @@ def test_what_is_no_moment_is_named(moment, error, message):
         when(moment, WAIT)
 
 
+def test_a_dag_may_be_in_a_zone_without_a_name():
+    zone = pendulum.timezone(2 * 3600)
+    wait = Wait("dag", "run", "task", timezone=zone.name)
+    assert when("2026-01-01T12:00", wait) == datetime(2026, 1, 1, 10, tzinfo=timezone.utc)
+
+
 def test_a_duration_needs_a_start_of_the_run():
     with pytest.raises(ValueError, match="counts from the start of the run, and dag/run/task/-1 has none"):
         when("PT1S", Wait("dag", "run", "task"))
