@@ -22,7 +22,7 @@ def told_to(begin_again: Callable[[], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     if loop not in _told:
         told: set[Callable[[], None]] = set()
-        _told[loop] = (background(_watch(told), "stalls of this process"), told)
+        _told[loop] = (background(_watch(told, time.time()), "stalls of this process"), told)
     task, told = _told[loop]
     told.add(begin_again)
     try:
@@ -34,10 +34,11 @@ def told_to(begin_again: Callable[[], None]) -> Iterator[None]:
             task.cancel()
 
 
-async def _watch(told: set[Callable[[], None]]) -> None:
+async def _watch(told: set[Callable[[], None]], before: float) -> None:
     while True:
-        before = time.time()
         await asyncio.sleep(_INTERVAL)
-        if time.time() - before > _INTERVAL + _STALL:
+        now = time.time()
+        if now - before > _INTERVAL + _STALL:
             for begin_again in list(told):
                 begin_again()
+        before = now
