@@ -11,7 +11,7 @@ CHAOS = Path(__file__).parents[2] / "scripts" / "chaos.py"
 
 def test_every_event_is_delivered_once_under_random_kills():
     done = subprocess.run(
-        [sys.executable, str(CHAOS), "--events", "25", "--kills", "8", "--seed", "3", "--timeout", "400"],
+        [sys.executable, str(CHAOS), "--events", "25", "--kills", "8", "--seed", "3", "--timeout", "600"],
         capture_output=True,
         text=True,
     )
