@@ -119,7 +119,13 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         database = stack.enter_context(Postgres()).url if options.database == "postgres" else None
-        settings = {"events.directory_rescan_interval": "1", "events.commit_timeout": "20"}
+        settings = {
+            "events.directory_rescan_interval": "1",
+            "events.commit_timeout": "20",
+            # A killed scheduler leaves its queued tasks, which Airflow otherwise looks for every five minutes.
+            "scheduler.scheduler_health_check_threshold": "6",
+            "scheduler.orphaned_tasks_check_interval": "5",
+        }
         airflow = stack.enter_context(Deployment(home, database=database, settings=settings))
         airflow.prepare()
         airflow.add_dags(bootstrap.ROOT / "tests" / "dags" / "chaos.py")

@@ -160,9 +160,6 @@ class Deployment:
             "scheduler.task_instance_heartbeat_timeout": "15",
             "scheduler.task_instance_heartbeat_timeout_detection_interval": "5",
             "scheduler.enable_health_check": "False",
-            # A killed scheduler leaves its queued tasks, which Airflow otherwise looks for every five minutes.
-            "scheduler.scheduler_health_check_threshold": "6",
-            "scheduler.orphaned_tasks_check_interval": "5",
             "triggerer.job_heartbeat_sec": "1",
             "triggerer.triggerer_health_check_threshold": "6",
             "usage_data_collection.enabled": "False",
