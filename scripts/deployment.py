@@ -20,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -411,12 +411,3 @@ class Run:
         with contextlib.suppress(Exception):
             return f"{self.dag_id} {self.run_id} " + str({k: t["state"] for k, t in self.tasks().items()})
         return f"{self.dag_id} {self.run_id}"
-
-
-@contextlib.contextmanager
-def deployment(home: Path, **arguments: Any) -> Iterator[Deployment]:
-    """Prepare and start an Airflow, and end it."""
-    with Deployment(home, **arguments) as airflow:
-        airflow.prepare()
-        airflow.start()
-        yield airflow

@@ -184,7 +184,7 @@ async def test_a_released_file_goes_to_the_next(drops):
     assert {**second, "path": None} == {**first, "path": None}  # the identity too
 
 
-async def test_releasing_never_overwrites_a_new_file_of_that_name(drops):
+async def release_beside_a_new_file(drops):
     (drops / "a").write_text("first")
     await soon(poll(drops))
     (drops / "a").write_text("second")
@@ -193,6 +193,10 @@ async def test_releasing_never_overwrites_a_new_file_of_that_name(drops):
     assert (await soon(poll(drops, 1)))["size"] == len("second")
     Drops.of(str(drops), None).sweep(0)
     assert (drops / "a").read_text() == "first"
+
+
+async def test_releasing_never_overwrites_a_new_file_of_that_name(drops):
+    await release_beside_a_new_file(drops)
 
 
 async def test_releasing_after_the_commit_changes_nothing(drops):
@@ -309,14 +313,7 @@ def no_renameat2(monkeypatch):
 
 
 async def test_releasing_where_a_rename_may_overwrite(drops, no_renameat2):
-    (drops / "a").write_text("first")
-    await soon(poll(drops))
-    (drops / "a").write_text("second")
-    await release(drops)
-    assert (drops / "a").read_text() == "second"
-    assert (await soon(poll(drops, 1)))["size"] == len("second")
-    Drops.of(str(drops), None).sweep(0)
-    assert (drops / "a").read_text() == "first"
+    await release_beside_a_new_file(drops)
 
 
 @pytest.mark.parametrize("taken", [False, True])
