@@ -29,7 +29,7 @@ from airflow_events.errors import CommitFailed, EventLost
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
 from airflow_events.listeners.serde import check
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_exponential, wait_random
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
     attempts = AsyncRetrying(
         retry=retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, EventLost)),
         stop=stop_after_delay(timeout),
-        wait=wait_exponential_jitter(initial=0.5, max=30, jitter=0.5),
+        wait=wait_exponential(multiplier=0.5, max=30) + wait_random(0, 0.5),
         before_sleep=failed,
         retry_error_callback=gave_up,
     )

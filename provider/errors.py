@@ -54,3 +54,34 @@ class ListenerUnavailable(EventsError):
 
 class UnknownOutcome(EventsError):
     """A trigger of another version of this package sent something that this one cannot read."""
+
+
+class SourceUnreachable(EventsError, ConnectionError):
+    """
+    A source was away for longer than ``[events] unreachable_timeout``.
+
+    Nothing is taken or committed; the next try of the wait connects again.
+    """
+
+    def __init__(self, source: str, seconds: float, error: BaseException) -> None:
+        super().__init__(f"{source} could not be reached for {seconds:.0f} s: {error}")
+
+
+class SourceUnfit(EventsError):
+    """
+    A source is set up in a way that would lose events, or cannot be used.
+
+    The message names the connection, what was found and what is needed.
+    """
+
+
+class EventUndecodable(EventsError, ValueError):
+    """
+    A message is not of the format that the wait was told.
+
+    :ivar where: its coordinates at the source, where it stays.
+    """
+
+    def __init__(self, where: str, wanted: str, reason: str, raw: bytes) -> None:
+        super().__init__(f"{where} is not {wanted}: {reason}; it begins with {raw!r}")
+        self.where = where

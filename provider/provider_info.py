@@ -31,6 +31,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": "float",
         "default": "120",
     },
+    "commit_memory": {
+        "description": (
+            "For how many seconds a source that would forget an event once it is committed (a broker) keeps "
+            "which wait committed it. It is needed while a wait whose commit is not noted in Airflow may "
+            "still be tried again."
+        ),
+        "type": "float",
+        "default": "604800",
+    },
+    "unreachable_timeout": {
+        "description": (
+            "For how long, in seconds, a source that cannot be reached is tried again before the tries of "
+            "the waits on it fail."
+        ),
+        "type": "float",
+        "default": "600",
+    },
     "directory_root": {
         "description": (
             "What relative paths given to DirectoryListener and DirectoryWatchListener are relative to. "

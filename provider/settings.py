@@ -27,6 +27,16 @@ def commit_timeout() -> float:
     return _get("commit_timeout", float)
 
 
+def commit_memory() -> float:
+    """For how many seconds a source keeps who committed an event."""
+    return _get("commit_memory", float)
+
+
+def unreachable_timeout() -> float:
+    """For how many seconds a source that is away is tried again."""
+    return _get("unreachable_timeout", float)
+
+
 def directory_root() -> str:
     """Return what relative directories are relative to."""
     if root := _get("directory_root", str):

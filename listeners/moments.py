@@ -1,0 +1,52 @@
+"""The moments that users write: of a timer, and since when a watch looks."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta, timezone
+
+import pendulum
+from airflow_events.listeners.base import Wait
+
+# A string of nine or more digits is a time since the epoch; ISO 8601 has none of that form.
+_EPOCH = re.compile(r"\d{9,12}(\.\d*)?")
+
+
+def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
+    """Work out the moment, in UTC; parameters and errors as of `TimerListener.poll_for_event`."""
+    if isinstance(moment, str):
+        moment = _parse(moment.strip())
+    if isinstance(moment, timedelta):
+        if wait.run_start is None:
+            raise ValueError(f"{moment} counts from the start of the run, and {wait.id} has none")
+        moment = wait.run_start + moment
+    elif isinstance(moment, (int, float)) and not isinstance(moment, bool):
+        try:
+            moment = datetime.fromtimestamp(moment, timezone.utc)
+        except (OverflowError, OSError, ValueError) as error:
+            raise ValueError(f"{moment!r} seconds since the epoch is out of range (milliseconds?)") from error
+    if not isinstance(moment, datetime):
+        raise TypeError(
+            "a timer takes seconds since the epoch, a datetime, an ISO 8601 string or a timedelta, "
+            f"not {moment!r} of type {type(moment).__qualname__}"
+        )
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=wait.tz)
+    # A plain datetime: the event should not depend on a library's class.
+    return datetime.fromtimestamp(moment.timestamp(), timezone.utc)
+
+
+def _parse(text: str) -> float | datetime | timedelta:
+    if _EPOCH.fullmatch(text):
+        return float(text)
+    try:
+        parsed = pendulum.parse(text, exact=True, tz=None)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is neither ISO 8601 nor seconds since the epoch: {error}") from error
+    if isinstance(parsed, pendulum.Duration):
+        return timedelta(seconds=parsed.total_seconds())
+    if isinstance(parsed, datetime):
+        return parsed
+    if isinstance(parsed, pendulum.Date):
+        return datetime(parsed.year, parsed.month, parsed.day)
+    raise ValueError(f"{text!r} is a {type(parsed).__name__.lower()}, and a timer needs a moment or a duration")

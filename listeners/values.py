@@ -1,0 +1,155 @@
+"""What a message's bytes become, and which message a watch wants."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jmespath
+from airflow_events.errors import EventUndecodable
+
+Format = Literal["json", "text", "bytes"]
+OnUndecodable = Literal["fail", "skip"]
+FORMATS = ("json", "text", "bytes")
+
+
+def decode(raw: bytes | None, values: Format, where: str) -> Any:
+    """
+    Return the value of a message.
+
+    :param raw: None is a message without a value, and stays None.
+    :param values: ``json``; ``text``, which must be UTF-8; ``bytes``, as Base64 text, since Airflow stores no
+        bytes.
+    :param where: the message's coordinates, for the error.
+    :raises EventUndecodable: it is not of that format.
+    """
+    if raw is None:
+        return None
+    if values == "bytes":
+        return base64.b64encode(raw).decode()
+    try:
+        return raw.decode() if values == "text" else json.loads(raw, parse_constant=_refuse)
+    except ValueError as error:  # of which UnicodeDecodeError and JSONDecodeError are kinds
+        raise EventUndecodable(where, values, str(error), raw[:200]) from error
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"JSON has no {constant}")
+
+
+def check_choices(values: str, on_undecodable: str = "fail") -> None:
+    """
+    Check what a user chose.
+
+    :raises ValueError: it is not to be had.
+    """
+    if values not in FORMATS:
+        raise ValueError(f"values is one of {', '.join(map(repr, FORMATS))}, not {values!r}")
+    if on_undecodable not in ("fail", "skip"):
+        raise ValueError(f"on_undecodable is 'fail' or 'skip', not {on_undecodable!r}")
+
+
+class Match:
+    """
+    What a watch wants to see in an event's value.
+
+    :param wanted: None matches every value. A mapping matches a value that has these fields; a dot leads into
+        a nested one (``{"order.id": 42}``). Numbers and their text are the same, since a template renders to
+        text: ``"42"`` matches 42. A string is a JMESPath expression (https://jmespath.org), which matches
+        where it finds anything but null, false or something empty.
+    :raises ValueError: the expression is none.
+    :raises TypeError: another type.
+    """
+
+    def __init__(self, wanted: Mapping[str, Any] | str | None) -> None:
+        self.key: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        """The fields and what they must be; waits whose key is equal are found by one look-up."""
+        self._finds: Callable[[Any], Any] | None = None
+        if isinstance(wanted, str):
+            try:
+                self._finds = jmespath.compile(wanted).search
+            except jmespath.exceptions.JMESPathError as error:
+                raise ValueError(f"match is no JMESPath expression: {error}") from error
+        elif isinstance(wanted, Mapping):
+            fields = tuple(sorted(wanted))
+            self.key = fields, tuple(_text(wanted[field]) for field in fields)
+        elif wanted is not None:
+            raise TypeError(f"match is a mapping, a JMESPath expression or None, not {wanted!r}")
+
+    def matches(self, value: Any) -> bool:
+        """Whether ``value`` is wanted."""
+        if self.key is not None:
+            return key_of(value, self.key[0]) == self.key[1]
+        return self._finds is None or self._matches(value)
+
+    def _matches(self, value: Any) -> bool:
+        assert self._finds is not None
+        try:
+            found = self._finds(value)
+        except jmespath.exceptions.JMESPathError:  # a function that does not take a value of that type
+            return False
+        return found == 0 or bool(found) if not isinstance(found, bool) else found
+
+
+def key_of(value: Any, fields: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return what ``fields`` are in ``value``, as `Match.key` has it, or None if one is missing."""
+    found = []
+    for field in fields:
+        here = value
+        for name in [field] if isinstance(value, dict) and field in value else field.split("."):
+            if not isinstance(here, dict) or name not in here:
+                return None
+            here = here[name]
+        found.append(_text(here))
+    return tuple(found)
+
+
+def _text(value: Any) -> str:
+    """Write a field such that a number and its text are the same, and 1 and 1.0."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+class Index:
+    """Finds the waits that want a value: those with a mapping by one look-up for each set of fields."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[tuple[str, ...], dict[tuple[str, ...], dict[Any, None]]] = {}
+        self._others: dict[Any, Match] = {}
+
+    def add(self, wait: Any, match: Match) -> None:
+        """Note a wait, which must be hashable."""
+        if match.key is None:
+            self._others[wait] = match
+        else:
+            fields, values = match.key
+            self._by_key.setdefault(fields, {}).setdefault(values, {})[wait] = None
+
+    def remove(self, wait: Any, match: Match) -> None:
+        """Forget a wait, if it is there."""
+        if match.key is None:
+            self._others.pop(wait, None)
+            return
+        fields, values = match.key
+        waits = self._by_key.get(fields, {}).get(values, {})
+        waits.pop(wait, None)
+        if not waits and fields in self._by_key:
+            self._by_key[fields].pop(values, None)
+            if not self._by_key[fields]:
+                del self._by_key[fields]
+
+    def find(self, value: Any) -> Iterator[Any]:
+        """Return the waits that want ``value``."""
+        for fields, by_values in list(self._by_key.items()):
+            values = key_of(value, fields)
+            if values is not None:
+                yield from list(by_values.get(values, ()))
+        for wait, match in list(self._others.items()):
+            if match.matches(value):
+                yield wait

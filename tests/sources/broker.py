@@ -1,0 +1,88 @@
+"""
+A source of the suite: how to reach it, how to send, and how to ask, by a client of its own.
+
+A source joins by a module ``of_<source>.py`` with a subclass of `Broker`, and a line in ``conftest.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import servers
+from airflow_events import EventListener
+
+
+class Broker(ABC):
+    """A real server and one queue on it. `fresh` takes another queue, so that tests do not share one."""
+
+    name: ClassVar[str]
+    missing: ClassVar[str]
+    """What to install if the server is not there."""
+    listener: ClassVar[type[EventListener]]
+    watcher: ClassVar[type[EventListener] | None] = None
+    connection_type: ClassVar[str]
+    has_order: ClassVar[bool] = True
+    # Whether the queue can hold bytes that are no JSON.
+    has_bytes: ClassVar[bool] = True
+
+    server: servers.Server
+
+    def __init__(self) -> None:
+        self.queue = ""
+        self._count = 0
+
+    @classmethod
+    @abstractmethod
+    def make(cls) -> Broker | None:
+        """Start the server; None if it is not there."""
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def fresh(self) -> None:
+        self._count += 1
+        self.queue = f"queue{self._count}"
+
+    @abstractmethod
+    def connection(self, **changes: Any) -> dict[str, Any]:
+        """Return the Airflow connection, as JSON has it."""
+
+    @abstractmethod
+    def arguments(self, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Return what the consuming listener polls with."""
+
+    def watch_arguments(self, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Return what the watching listener polls with."""
+        raise NotImplementedError
+
+    def send(self, *values: Any) -> None:
+        """Send values, as JSON."""
+        for value in values:
+            self.send_raw(json.dumps(value).encode())
+
+    @abstractmethod
+    def send_raw(self, raw: bytes) -> None:
+        """Send one message, durably, by a client of its own."""
+
+    @abstractmethod
+    def unacknowledged(self) -> int:
+        """Say how many messages the server has that are not acknowledged: free or claimed."""
+
+    def clients(self) -> int:
+        """Say how many connections of ours the server has."""
+        raise NotImplementedError
+
+
+async def soon(task: Any, seconds: float = 15) -> Any:
+    """Return what the task returns, within ``seconds``."""
+    return await asyncio.wait_for(asyncio.shield(task), seconds)
+
+
+async def nothing(task: Any, seconds: float = 1.0) -> None:
+    """See that the task is not done for ``seconds``."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        raise AssertionError(f"it is done: {await soon(task, seconds)}")

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from airflow_events.listeners.base import Wait, working_for
+from of_redis import Redis6, Valkey
+
+BROKERS = (Valkey, Redis6)
+
+
+@pytest.fixture(scope="module", params=BROKERS, ids=lambda broker: broker.name)
+def server(request):
+    broker = request.param.make()
+    if broker is None:
+        pytest.skip(f"{request.param.name}: {request.param.missing}")
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def broker(server, monkeypatch):
+    """The source, with a queue of this test's own."""
+    server.fresh()
+    if server.server.process.poll() is not None:
+        server.server.start()
+    monkeypatch.setenv("AIRFLOW_CONN_SOURCE", json.dumps(server.connection()))
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "30")
+    return server
+
+
+def wait(number=0):
+    return Wait("dag", f"run{number}", "task")
+
+
+class Waits:
+    """The waits of one triggerer, on one broker."""
+
+    def __init__(self, broker):
+        self.broker = broker
+        self.tasks = []
+
+    def poll(self, number=0, **changes):
+        """Begin to poll for the wait of that number."""
+        args, kwargs = self.broker.arguments(**changes)
+        return self._start(self.broker.listener, number, args, kwargs)
+
+    def watch(self, number=0, **changes):
+        args, kwargs = self.broker.watch_arguments(**changes)
+        return self._start(self.broker.watcher, number, args, kwargs)
+
+    def _start(self, listener, number, args, kwargs):
+        with working_for(wait(number)):
+            task = asyncio.create_task(listener().poll_for_event(*args, **kwargs))
+        self.tasks.append(task)
+        return task
+
+    async def commit(self, event, number=0):
+        with working_for(wait(number)):
+            await self.broker.listener().event_checkpointed(event)
+
+    async def release(self, event, number=0, **changes):
+        args, kwargs = self.broker.arguments(**changes)
+        with working_for(wait(number)):
+            await self.broker.listener().event_released(event, *args, **kwargs)
+
+    async def end(self):
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def waits(broker):
+    waits = Waits(broker)
+    yield waits
+    await waits.end()

@@ -1,0 +1,132 @@
+"""A hub over a source in memory that comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import pytest
+from airflow_events.errors import SourceUnreachable
+from airflow_events.listeners.hub import Hub, Seeker
+
+
+class Source:
+    def __init__(self):
+        self.there = True
+        self.broken = None
+        self.events = []
+        self.connections = 0
+
+
+class MemoryHub(Hub):
+    def __init__(self, source):
+        self.source = source
+        super().__init__("the source")
+
+    async def connect(self):
+        self.check()
+        self.source.connections += 1
+
+    async def serve(self):
+        self.check()
+        for seeker in list(self.seekers):
+            if self.source.events and not seeker.done:
+                seeker.give(self.source.events.pop(0))
+        await self.pause(0.02)
+
+    async def disconnect(self):
+        pass
+
+    def check(self):
+        if not self.source.there:
+            raise ConnectionError("away")
+        if self.source.broken:
+            raise self.source.broken
+
+
+@pytest.fixture
+async def hub():
+    hub = MemoryHub(Source())
+    yield hub
+    await asyncio.wait_for(hub.close(), 5)
+
+
+def take(hub):
+    return asyncio.create_task(hub.take(Seeker()))
+
+
+async def soon(task):
+    return await asyncio.wait_for(task, 5)
+
+
+async def test_events_go_to_who_waits_first(hub):
+    tasks = [take(hub), take(hub)]
+    await asyncio.sleep(0.05)
+    hub.source.events += ["a", "b"]
+    assert [await soon(task) for task in tasks] == ["a", "b"]
+    assert hub.seekers == {}
+    assert hub.source.connections == 1
+
+
+async def test_who_is_cancelled_takes_nothing(hub):
+    gone, there = take(hub), take(hub)
+    await asyncio.sleep(0.05)
+    gone.cancel()
+    await asyncio.sleep(0)
+    hub.source.events.append("a")
+    assert await soon(there) == "a"
+
+
+async def test_it_connects_again(hub):
+    task = take(hub)
+    await asyncio.sleep(0.05)
+    hub.source.there = False
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    hub.source.there = True
+    hub.source.events.append("a")
+    assert await soon(task) == "a"
+    assert hub.source.connections == 2
+
+
+async def test_a_source_that_is_away_for_too_long(hub, monkeypatch, caplog):
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "0.5")
+    hub.source.there = False
+    task = take(hub)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(SourceUnreachable, match="the source could not be reached"),
+    ):
+        await soon(task)
+    assert "the source cannot be reached, which is tried again for up to 0 s: away" in caplog.text
+    # Who comes later is served, should it be there again.
+    hub.source.there = True
+    hub.source.events.append("a")
+    assert await soon(take(hub)) == "a"
+
+
+async def test_what_does_not_go_away_fails_the_waits_at_once_and_later_ones_try_anew(hub):
+    hub.source.broken = ValueError("not yours")
+    with pytest.raises(ValueError, match="not yours"):
+        await soon(take(hub))
+    hub.source.broken = None
+    hub.source.events.append("a")
+    assert await soon(take(hub)) == "a"
+
+
+class Stubborn(MemoryHub):
+    """Its client swallows the first cancellation."""
+
+    async def serve(self):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        await asyncio.sleep(3600)
+
+
+async def test_it_ends_although_its_client_swallows_a_cancellation():
+    hub = Stubborn(Source())
+    task = take(hub)
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.wait_for(hub.close(), 5)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from airflow_events.errors import EventUndecodable
+from airflow_events.listeners.values import Index, Match, decode
+
+
+@pytest.mark.parametrize(
+    ("raw", "values", "value"),
+    [
+        (b'{"a": [1, null]}', "json", {"a": [1, None]}),
+        ("ä".encode(), "text", "ä"),
+        (b"\x00\xff", "bytes", "AP8="),
+        (None, "json", None),
+    ],
+)
+def test_decode(raw, values, value):
+    assert decode(raw, values, "here") == value
+
+
+@pytest.mark.parametrize(
+    ("raw", "values"), [(b"{", "json"), (b"", "json"), (b"NaN", "json"), (b"\xff", "text"), (b"\xff", "json")]
+)
+def test_what_cannot_be_decoded_says_where(raw, values):
+    with pytest.raises(EventUndecodable, match=f"the entry 7 is not {values}") as caught:
+        decode(raw, values, "the entry 7")
+    assert caught.value.where == "the entry 7"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value", "matches"),
+    [
+        (None, 1, True),
+        (None, None, True),
+        ({}, 5, True),
+        ({"id": 42}, {"id": 42, "other": 1}, True),
+        ({"id": "42"}, {"id": 42}, True),
+        ({"id": 42}, {"id": "42"}, True),
+        ({"id": 42}, {"id": 42.0}, True),
+        ({"id": True}, {"id": 1}, False),
+        ({"id": "true"}, {"id": True}, True),
+        ({"id": None}, {}, False),
+        ({"id": None}, {"id": None}, True),
+        ({"id": 1}, [1], False),
+        ({"id": 1}, None, False),
+        ({"order.id": 1}, {"order": {"id": 1}}, True),
+        ({"order.id": 1}, {"order.id": 1}, True),
+        ({"order.id": 1}, {"order": 1}, False),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
+        ({"a": 1, "b": 2}, {"a": 1}, False),
+        ({"a": [1, {"x": 2}]}, {"a": [1, {"x": 2}]}, True),
+        ("id == `42`", {"id": 42}, True),
+        ("id == `42`", {"id": 43}, False),
+        ("items[?price > `10`]", {"items": [{"price": 11}]}, True),
+        ("items[?price > `10`]", {"items": [{"price": 1}]}, False),
+        ("count", {"count": 0}, True),
+        ("flag", {"flag": False}, False),
+        ("missing", {}, False),
+        ("starts_with(name, 'x')", {"name": 5}, False),
+    ],
+)
+def test_match(wanted, value, matches):
+    match = Match(wanted)
+    assert match.matches(value) is matches
+    index = Index()
+    index.add("wait", match)
+    assert list(index.find(value)) == (["wait"] if matches else [])
+    index.remove("wait", match)
+    index.remove("wait", match)
+    assert list(index.find(value)) == []
+
+
+@pytest.mark.parametrize(("wanted", "error"), [("a b", ValueError), (5, TypeError), (["a"], TypeError)])
+def test_matches_that_are_none(wanted, error):
+    with pytest.raises(error, match="match is"):
+        Match(wanted)
+
+
+def test_a_look_up_does_not_grow_with_the_waits():
+    """As a ratio in one run: 100 times the waits, and about the same time."""
+
+    def seconds(waits):
+        index = Index()
+        for number in range(waits):
+            index.add(number, Match({"id": number}))
+        best = 9.9
+        for _ in range(5):
+            began = time.perf_counter()
+            for number in range(200):
+                assert list(index.find({"id": number % 100})) == [number % 100]
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    assert seconds(10_000) < 10 * seconds(100)
