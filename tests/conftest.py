@@ -12,7 +12,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--database",
         choices=("sqlite", "postgres"),
-        default="sqlite",
+        default="postgres",
         help="Airflow's metadata database in the end-to-end tests",
     )
     parser.addoption("--keep", action="store_true", help="keep the folder of the Airflow of the tests")

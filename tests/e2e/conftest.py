@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cells import Stage
+from proof import SETTINGS, furnish, served
 
 from deployment import Deployment, until
 from postgres import Postgres
@@ -18,22 +20,33 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def airflow(request):
+def postgres(request):
+    """Airflow's database, or None if that is SQLite."""
+    if request.config.getoption("--database") == "sqlite":
+        yield None
+        return
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def airflow(request, postgres):
     home = Path(tempfile.mkdtemp(prefix="airflow-events-"))
     keep = request.config.getoption("--keep")
     with contextlib.ExitStack() as stack:
         if not keep:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
-        database = None
-        if request.config.getoption("--database") == "postgres":
-            database = stack.enter_context(Postgres()).url
-        settings = {"events.commit_timeout": "4", "events.directory_rescan_interval": "1"}
-        deployment = stack.enter_context(Deployment(home, database=database, settings=settings))
+        database = postgres.url if postgres else None
+        settings = {**SETTINGS, "events.commit_timeout": "4"}
+        variables = stack.enter_context(served())
+        deployment = stack.enter_context(
+            Deployment(home, database=database, settings=settings, variables=variables)
+        )
         deployment.prepare()
         deployment.add_dags(TESTS / "dags" / "waits.py", TESTS / "dags" / "beside.py")
-        shutil.copy(TESTS / "plugins" / "probes.py", deployment.plugins)
+        furnish(deployment)
         deployment.start()
-        deployment.wait_for_dags("finish_in_triggerer", "siblings")
+        deployment.wait_for_dags("finish_in_triggerer", "siblings", "directory_no_worker")
         yield deployment
         if keep:
             print(f"\nkept: {home}")
@@ -121,3 +134,11 @@ def base(tmp_path):
     for folder in ("drops", "gates", "queue", "leases", "owners", "delivered"):
         (tmp_path / folder).mkdir()
     return Base(tmp_path)
+
+
+@pytest.fixture
+def stage(airflow, postgres, tmp_path):
+    """What the matrix is run on."""
+    if postgres is None:
+        pytest.skip("the matrix needs --database postgres: with SQLite, the API server stands still under it")
+    return Stage(airflow, postgres, tmp_path)

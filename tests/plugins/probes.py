@@ -58,6 +58,17 @@ class GatedDirectory(DirectoryListener):
         await super().event_released(event, f"{base}/drops")
 
 
+class Contested(DirectoryListener):
+    """Loses the first event of its directory: the claim goes back before the commit."""
+
+    async def event_checkpointed(self, event):
+        lost = Path(event["directory"]).with_name("lost")
+        if not lost.exists():
+            lost.touch()
+            await self.event_released(event, event["directory"])
+        await super().event_checkpointed(event)
+
+
 class LeasedQueue(EventListener):
     """
     A queue whose claims are leases, held in nobody's name: polling again may give another message.

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""
+The crash matrix: python3 scripts/matrix.py [--faults killed "told to end" ...].
+
+Starts an Airflow of its own on PostgreSQL, stops a process of each wait in every gap between two durable steps,
+lets every fault strike it there, and judges by the source what became of the event. Writes docs/crash-matrix.md,
+and beside it the results of each fault as it was last run.
+(With SQLite, Airflow's API server stands still when so many write at once.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import bootstrap
+
+DOCS = bootstrap.ROOT / "docs"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Every gap of every wait under every fault.")
+    parser.add_argument(
+        "--faults", nargs="+", metavar="FAULT", help="only these; the page keeps what it says of the others"
+    )
+    parser.add_argument("--sources", nargs="+", metavar="SOURCE", default=[], help="only these; likewise")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of its Airflow")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    bootstrap.run_inside("[test]")
+    tests = bootstrap.ROOT / "tests"
+    sys.path[:0] = [str(tests / "plugins"), str(tests / "matrix"), str(tests / "sources")]
+    from cells import Stage
+    from faults import FAULTS
+    from proof import SETTINGS, endure, furnish, served
+
+    from deployment import Deployment
+    from postgres import Postgres
+
+    known = {fault.name: fault for fault in FAULTS}
+    if unknown := set(options.faults or ()) - known.keys():
+        bootstrap.fail(f"there is no fault {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    home = Path(tempfile.mkdtemp(prefix="airflow-events-matrix-"))
+    all_good = True
+    with contextlib.ExitStack() as stack:
+        if options.keep:
+            print(f"kept: {home}")
+        else:
+            stack.callback(shutil.rmtree, home, ignore_errors=True)
+        postgres = stack.enter_context(Postgres())
+        variables = stack.enter_context(served())
+        airflow = stack.enter_context(
+            Deployment(home, database=postgres.url, settings=SETTINGS, variables=variables)
+        )
+        airflow.prepare()
+        furnish(airflow)
+        airflow.start()
+        airflow.wait_for_dags("directory_no_worker")
+        stage = Stage(airflow, postgres, home / "cells")
+        for fault in [known[name] for name in options.faults or known]:
+            struck = time.time()
+            cells = endure(stage, fault, options.sources)
+            bad = [cell for cell in cells if cell.problems]
+            print(f"{fault.name}: {len(cells)} cells, {len(bad)} bad, {time.time() - struck:.0f} s", flush=True)
+            for cell in bad:
+                print(f"  {cell}: {'; '.join(cell.problems)}", flush=True)
+            write(fault.name, [cell.as_dict() for cell in cells])
+            all_good = all_good and not bad
+    return 0 if all_good else 1
+
+
+def write(fault: str, cells: list[dict[str, Any]]) -> None:
+    """Put the results of one fault beside those of the others, and write the page of all."""
+    from proof import page
+
+    store = DOCS / "crash-matrix.json"
+    results = json.loads(store.read_text()) if store.exists() else {}
+    run = f"{date.today().isoformat()}, Airflow {version('apache-airflow')}, Python {platform.python_version()}"
+    new = {(cell["source"], cell["path"], cell["gap"]): {**cell, "run": run} for cell in cells}
+    old = {(cell["source"], cell["path"], cell["gap"]): cell for cell in results.get(fault, [])}
+    results[fault] = list({**old, **new}.values())
+    store.write_text(json.dumps(results, indent=0) + "\n")
+    (DOCS / "crash-matrix.md").write_text(page(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""One cell of the matrix: a wait that stands in a gap, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path as Folder
+from typing import Any
+
+import psutil
+from airflow_events import Wait
+from gaps import Gap, folder
+from paths import DEADLINE, Path, dag_id
+
+from deployment import FINISHED, Deployment, Run, until
+from postgres import Postgres
+from sources import EVENTS, Source
+
+# Seconds.
+STANDS_FIRM = 4
+# Before these the event is not the wait's, so that a deadline may come first.
+BEFORE_THE_CLAIM = ("deferring", "polling", "half claimed")
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether a process has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The Airflow that the matrix is run on."""
+
+    airflow: Deployment
+    postgres: Postgres
+    folder: Folder
+
+    def finish(self, cells: list[Cell], timeout: float = 300) -> None:
+        """Wait until all runs have ended, or the time is up, which the verdicts will tell."""
+
+        def finished() -> bool:
+            with contextlib.suppress(OSError, RuntimeError):
+                return all(cell.run.state in FINISHED for cell in cells)
+            return False
+
+        with contextlib.suppress(TimeoutError):
+            until(finished, "the runs end", timeout, 1)
+
+
+@dataclass
+class Cell:
+    """A wait in a gap."""
+
+    source: Source
+    path: Path
+    gap: Gap
+    fault: str
+    base: Folder
+    has_deadline: bool = False
+    deleted: str = ""
+    _run: Run | None = None
+    _process: psutil.Process | None = None
+    _reached: float = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.source.name}, {self.path.name}, {self.gap.place} {self.gap.name}, {self.fault}"
+
+    @property
+    def run(self) -> Run:
+        assert self._run is not None
+        return self._run
+
+    @property
+    def process(self) -> psutil.Process:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def _armed(self) -> Folder:
+        """The file of this cell's gap; a gap in a source goes by the source's name of the wait."""
+        run = self.run.run_id if self.gap.name != "half claimed" else self.source.holder(self.wait)
+        return folder(self.run.deployment.home, run) / self.gap.id
+
+    @property
+    def wait(self) -> Wait:
+        return Wait(self.run.dag_id, self.run.run_id, "wait")
+
+    def begin(self, stage: Stage, run_id: str) -> None:
+        """Send the events, arm the gap and start the run."""
+        (self.base / "delivered").mkdir(parents=True)
+        self.source.prepare(self.base)
+        self.source.send(self.base, *EVENTS)
+        dag = dag_id(self.source, self.path, DEADLINE if self.has_deadline else None)
+        self._run = Run(stage.airflow, dag, run_id)
+        self._process = None
+        self._armed.parent.mkdir(parents=True)
+        self._armed.touch()
+        stage.airflow.run(dag, {"base": str(self.base)}, run_id=run_id)
+
+    def begin_again(self, stage: Stage) -> None:
+        """Start another run in place of one that was deleted."""
+        self.deleted = self.source.holder(self.wait)
+        self._run = stage.airflow.run(self.run.dag_id, {"base": str(self.base)}, run_id=f"{self.run.run_id}-again")
+
+    def stands_firm(self, stage: Stage) -> bool:
+        """
+        Whether a process has been standing in the gap for a while.
+
+        Airflow 3.3.2 itself ends a worker that resumed a task when it reads the report of the first one late
+        (apache/airflow #66374); the cell then begins anew.
+        """
+        reached = list(self._armed.parent.glob(f"{self.gap.id}.reached.*"))
+        if not reached:
+            return False
+        if self._process is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process = psutil.Process(int(reached[0].name.rpartition(".")[2]))
+                self._reached = time.monotonic()
+        if self._process is None or is_gone(self._process):
+            self.base = self.base.with_name(f"{self.base.name}x")
+            self.begin(stage, f"{self.run.run_id}x")
+            return False
+        return time.monotonic() - self._reached > STANDS_FIRM
+
+    @property
+    def passed(self) -> bool:
+        return self._armed.with_name(f"{self.gap.id}.passed").exists()
+
+    def open(self, clock: str) -> None:
+        """Let the process go on, its clock set by ``clock`` seconds."""
+        new = self._armed.with_name("new")
+        new.write_text(clock)
+        new.rename(self._armed.with_name(f"{self.gap.id}.open"))
+
+    def judge(self) -> None:
+        """Note all that is not as it should be."""
+        try:
+            self.problems = self._judge()
+        except Exception as error:
+            self.problems = [f"{type(error).__name__}: {error}"]
+
+    def _judge(self) -> list[str]:
+        state, committed = self.run.state, self.source.committed(self.base)
+        delivered = [tuple(file.name.split(" ", 1)) for file in (self.base / "delivered").iterdir()]
+        if self.has_deadline and state == "failed" and self.gap.name in BEFORE_THE_CLAIM:
+            return self._problems(
+                ("delivered after the deadline", delivered, []),
+                ("committed after the deadline", committed, {}),
+                ("free", self._free(EVENTS), set(EVENTS)),
+            )
+        if state != "success":
+            return [f"the run is {state}: {self.run}"]
+        if len(delivered) != 1:
+            return [f"delivered: {delivered}"]
+        [(run_id, event)] = delivered
+        mine = {event: self.source.holder(self.wait)} if self.source.commits else {}
+        if self.deleted:  # it may have committed an event, which went with the run
+            committed = {event: by for event, by in committed.items() if by != self.deleted or event in mine}
+        free = set(EVENTS) - set(self.source.committed(self.base)) if self.source.commits else set(EVENTS)
+        return self._problems(
+            ("delivered by", run_id, self.run.run_id),
+            ("committed", committed, mine),
+            ("free", self._free(free), free),
+            ("recorded", self._recorded(), "committed"),
+        )
+
+    def _recorded(self) -> Any:
+        """Return the phase of the record: a worker's store has it, or the triggerer's XCom."""
+        stored = self.run.state_store("wait", "event_record") or self.run.xcom("wait", "event_record")
+        return stored and stored["phase"]
+
+    def _free(self, expected: Any) -> set[str]:
+        """What is free in the end; a claim that lapses may take a moment."""
+        with contextlib.suppress(TimeoutError):
+            until(lambda: self.source.free(self.base) == set(expected), "the source is free", 5)
+        return self.source.free(self.base)
+
+    def _problems(self, *found: tuple[str, Any, Any]) -> list[str]:
+        return [f"{what}: {is_}, not {wanted}" for what, is_, wanted in found if is_ != wanted]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write the verdict, for the page."""
+        return {
+            "source": self.source.name,
+            "path": self.path.name,
+            "gap": self.gap.id,
+            "fault": self.fault,
+            "problems": self.problems,
+        }

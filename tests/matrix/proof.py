@@ -1,0 +1,145 @@
+"""The matrix: every gap of every path of every source, under every fault."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, Stage
+from faults import FAULTS, Fault, see
+from gaps import GAPS, Gap
+from paths import PATHS, ways
+
+from deployment import Deployment, until
+from sources import SOURCES
+
+TESTS = Path(__file__).parents[1]
+SETTINGS = {
+    "core.parallelism": "64",
+    "events.commit_timeout": "20",
+    "events.directory_rescan_interval": "1",
+    # A killed scheduler leaves its queued tasks, which Airflow otherwise looks for every five minutes.
+    "scheduler.scheduler_health_check_threshold": "6",
+    "scheduler.orphaned_tasks_check_interval": "5",
+}
+
+
+@contextlib.contextmanager
+def served(*names: str) -> Iterator[dict[str, str]]:
+    """
+    Start the servers of the sources, and yield the environment variables by which Airflow finds them.
+
+    :param names: of the sources; none means all.
+    """
+    with contextlib.ExitStack() as stack:
+        variables = {}
+        for source in SOURCES:
+            if not names or source.name in names:
+                variables.update(stack.enter_context(source.serve()))
+        yield variables
+
+
+def furnish(airflow: Deployment, *, gaps: bool = True) -> None:
+    """
+    Lay the plugins and DAGs into an Airflow that is not started yet.
+
+    :param gaps: whether its processes can be stopped in them.
+    """
+    for plugin in (TESTS / "plugins").glob("*.py"):
+        shutil.copy(plugin, airflow.plugins)
+    if gaps:
+        (airflow.home / "gaps").mkdir()
+    airflow.add_dags(TESTS / "dags" / "matrix.py")
+
+
+def endure(stage: Stage, fault: Fault, only: Collection[str] = ()) -> list[Cell]:
+    """
+    Let every wait stand in its gap, let the fault strike all of them at once, and judge each.
+
+    :param only: the names of sources; none means all.
+    """
+    cells = [
+        Cell(source, path, gap, fault.name, stage.folder / fault.id / f"{number}", fault.has_deadline)
+        for number, (source, path, gap) in enumerate(ways())
+        if gap.place in fault.places and (not only or source.name in only)
+    ]
+    for number, cell in enumerate(cells):
+        cell.begin(stage, f"{fault.id}-{number}")
+    until(
+        lambda: all([cell.stands_firm(stage) for cell in cells]),  # noqa: C419 (each of them goes on)
+        f"all waits of {fault.name!r} stand in their gaps",
+        timeout=90 + 4 * len(cells),
+        pause=0.3,
+    )
+    see(stage, cells)
+    course = fault.course(stage, cells)
+    next(course)
+    for cell in cells:
+        cell.open(fault.clock)
+    next(course)
+    stage.finish(cells)
+    for _ in course:
+        raise AssertionError("a fault yields twice")
+    for name in [name for name in stage.airflow.components if "@" in name]:
+        stage.airflow.components.pop(name).stop()
+    for cell in cells:
+        cell.judge()
+    return cells
+
+
+def page(results: dict[str, list[dict[str, Any]]]) -> str:
+    """
+    Write the page.
+
+    :param results: the cells of each fault, as they were last run.
+    """
+    cells = [cell for fault in results.values() for cell in fault]
+    verdicts = {(c["source"], c["path"], c["gap"], c["fault"]): "✗" if c["problems"] else "✓" for c in cells}
+    bad = [cell for cell in cells if cell["problems"]]
+    lines = [
+        "# The crash matrix",
+        "",
+        "Made by `python3 scripts/matrix.py`, not typed: a real Airflow on PostgreSQL, with the scheduler's "
+        f"LocalExecutor. **{len(cells)} cells, {len(bad)} not as they should be.**",
+        "",
+        "A real process of each wait is stopped in a gap between two durable steps, a fault strikes it there, and "
+        "it goes on, if it can. A cell is ✓ if then the run succeeds, downstream got one event once, the record "
+        "is noted as committed, the source (asked by a client of its own) says that this wait and no other "
+        "committed that event, and the other event that was sent is free for others. Where the deadline passes "
+        "before the event was the wait's, the run may fail instead, and both events must be free.",
+        "",
+        "| fault | what happens | run |",
+        "|---|---|---|",
+    ]
+    for fault in FAULTS:
+        runs = Counter(cell["run"] for cell in results.get(fault.name, []))
+        lines.append(
+            f"| {fault.name} | {fault.says} | {'; '.join(f'{n} cells: {run}' for run, n in runs.items())} |"
+        )
+    for source in SOURCES:
+        for path in [path for path in PATHS if path.name in source.paths]:
+            gaps = [gap for gap in GAPS if path.passes(gap, source)]
+            lines += ["", f"## {source.name}: {path.name}", "", *_table(source.name, path.name, gaps, verdicts)]
+    if bad:
+        lines += ["", "## Not as it should be", ""]
+        lines += [
+            f"- {c['source']}, {c['path']}, {c['gap']}, {c['fault']}: {'; '.join(c['problems'])}" for c in bad
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _table(source: str, path: str, gaps: list[Gap], verdicts: dict[tuple[str, str, str, str], str]) -> list[str]:
+    return [
+        "| where | durable there | " + " | ".join(fault.name for fault in FAULTS) + " |",
+        "|---|---" + "|:-:" * len(FAULTS) + "|",
+        *[
+            f"| {gap.place}: {gap.name} | {gap.durable} | "
+            + " | ".join(verdicts.get((source, path, gap.id, fault.name), "") for fault in FAULTS)
+            + " |"
+            for gap in gaps
+        ],
+    ]

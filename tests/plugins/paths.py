@@ -1,0 +1,63 @@
+"""The ways that a wait can take through triggerer and workers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gaps import GAPS, Gap
+
+from sources import Source
+
+# Seconds; of the waits that have one.
+DEADLINE = 120.0
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where a wait starts and ends."""
+
+    name: str
+    starts_on_worker: bool
+    ends_on_worker: bool
+
+    def passes(self, gap: Gap, source: Source) -> bool:
+        """Whether a wait that goes this way comes by the gap."""
+        if gap.commits and not source.commits:
+            return False
+        if gap.only != source.name and (gap.only or source.has_gaps_of_its_own):
+            return False
+        if gap.name == "deferring":
+            return self.starts_on_worker
+        if gap.place == "worker":
+            return self.ends_on_worker
+        before_the_record = gap.name in ("polling", "half claimed", "claimed", "handed over")
+        return before_the_record or not self.ends_on_worker
+
+
+PATHS = (
+    Path("no worker", starts_on_worker=False, ends_on_worker=False),
+    Path("ends on a worker", starts_on_worker=False, ends_on_worker=True),
+    Path("starts on a worker", starts_on_worker=True, ends_on_worker=False),
+    Path("starts and ends on workers", starts_on_worker=True, ends_on_worker=True),
+)
+
+
+def dag_id(source: Source, path: Path, timeout: float | None) -> str:
+    """Name the DAG of a source and a path."""
+    words = f"{source.name} {path.name} {'with a deadline' if timeout else ''}"
+    return re.sub(r"\W+", "_", words).strip("_")
+
+
+def ways() -> list[tuple[Source, Path, Gap]]:
+    """List every gap of every path of every source."""
+    from sources import SOURCES
+
+    return [
+        (source, path, gap)
+        for source in SOURCES
+        for path in PATHS
+        if path.name in source.paths
+        for gap in GAPS
+        if path.passes(gap, source)
+    ]
