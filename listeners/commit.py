@@ -20,7 +20,8 @@ import asyncio
 import dataclasses
 import enum
 import logging
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import greenback
@@ -43,10 +44,15 @@ class Phase(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Record:
-    """The event of a wait, as it is durable in Airflow's database."""
+    """
+    The event of a wait, as it is durable in Airflow's database.
+
+    :param id: of this recording, so that one of them can be dropped without touching a later one.
+    """
 
     event: Any
     phase: Phase
+    id: str = field(default="", compare=False)
 
     def committed(self) -> Record:
         """Return the record after the commit."""
@@ -54,12 +60,12 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Write the record as it is stored."""
-        return {"phase": self.phase.value, "event": self.event}
+        return {"phase": self.phase.value, "event": self.event, "id": self.id}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Record:
         """Read what `as_dict` wrote."""
-        return cls(event=stored["event"], phase=Phase(stored["phase"]))
+        return cls(event=stored["event"], phase=Phase(stored["phase"]), id=stored.get("id", ""))
 
 
 class RecordStore(Protocol):
@@ -71,8 +77,8 @@ class RecordStore(Protocol):
     async def write(self, record: Record) -> None:
         """Put ``record`` in the place of any earlier one."""
 
-    async def drop(self) -> None:
-        """Forget the record; nothing happens if there is none."""
+    async def drop(self, record: Record) -> None:
+        """Forget this record; nothing happens if it is forgotten already, or if there is a later one."""
 
 
 async def settle(
@@ -99,14 +105,13 @@ async def settle(
     if record is None:
         check(event)
         phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
-        record = Record(event, phase)
+        record = Record(event, phase, uuid.uuid4().hex)
         await store.write(record)
     if record.phase is Phase.RECORDED:
         try:
             await commit(listener, wait, record.event)
         except EventLost:
-            if await store.read() == record:  # a triggerer that comes late must not drop another's record
-                await store.drop()
+            await store.drop(record)
             if superfluous:
                 await release(listener, wait, event, args, kwargs or {})
             raise

@@ -10,7 +10,7 @@ from typing import Any
 from airflow.sdk.execution_time.context import NEVER_EXPIRE, TaskStateStoreAccessor
 from airflow_events.listeners import serde
 from airflow_events.listeners.commit import Record
-from airflow_events.triggers.record import DEADLINE_KEY, RECORD_KEY
+from airflow_events.triggers.record import DEADLINE_KEY, LOST_KEY, RECORD_KEY
 
 _FENCE_KEY = "event_fence"
 
@@ -39,7 +39,10 @@ class WorkerRecord:
         if stored is None:
             # Recorded by a trigger, which then handed over to a worker.
             stored = self._pull(RECORD_KEY)
-            return Record.from_dict(stored) if stored is not None and self.replay else None
+            if stored is None or not self.replay:
+                return None
+            record = Record.from_dict(stored)
+            return None if record.id and record.id == self._pull(LOST_KEY) else record
         if not self.replay and stored["generation"] != self.ti.max_tries:
             return None
         return Record.from_dict(stored)
@@ -50,9 +53,9 @@ class WorkerRecord:
         self.ti.xcom_push(RECORD_KEY, record.as_dict())
         self._set(RECORD_KEY, {**record.as_dict(), "generation": self.ti.max_tries})
 
-    async def drop(self) -> None:
+    async def drop(self, record: Record) -> None:
         self.store.delete(RECORD_KEY)
-        self.ti.xcom_push(RECORD_KEY, None)
+        self.ti.xcom_push(LOST_KEY, record.id)
 
     def deadline(self, timeout: timedelta, now: datetime) -> datetime:
         """Return when the wait's time is up: counted from the first try, and anew after a clear."""

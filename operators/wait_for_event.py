@@ -212,7 +212,7 @@ class WaitForEventOperator(BaseOperator):
             asyncio.run(
                 release(self.listener, self._wait(context), stored.event, self.listener_args, self.listener_kwargs)
             )
-        asyncio.run(record.drop())
+        asyncio.run(record.drop(stored))
 
     def _defer(self, context: Context) -> None:
         self._check_arguments()

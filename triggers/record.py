@@ -11,6 +11,7 @@ from airflow_events.listeners.base import Wait
 from airflow_events.listeners.commit import Record
 
 RECORD_KEY = "event_record"
+LOST_KEY = "event_lost"
 DEADLINE_KEY = "event_deadline"
 
 
@@ -21,19 +22,25 @@ class XComRecord:
 
     It stays over retries and clears of a task that starts in the triggerer, and goes with the run. A task
     that starts on a worker loses it at the start of each try, which is Airflow's own doing.
+
+    An XCom has no compare-and-set. So a record is not deleted when it is dropped, which a triggerer that
+    stood still might do to another's: its id is noted as lost.
     """
 
     wait: Wait
 
     async def read(self) -> Record | None:
         stored = await self._get(RECORD_KEY)
-        return Record.from_dict(stored) if stored is not None else None
+        if stored is None:
+            return None
+        record = Record.from_dict(stored)
+        return None if record.id and record.id == await self._get(LOST_KEY) else record
 
     async def write(self, record: Record) -> None:
         await self._set(RECORD_KEY, record.as_dict())
 
-    async def drop(self) -> None:
-        await self._set(RECORD_KEY, None)
+    async def drop(self, record: Record) -> None:
+        await self._set(LOST_KEY, record.id)
 
     async def deadline(self, timeout: timedelta, try_number: int, retries: int, now: datetime) -> datetime:
         """

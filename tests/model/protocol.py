@@ -26,7 +26,7 @@ from airflow_events.listeners import commit
 from airflow_events.operators.record import WorkerRecord
 from airflow_events.triggers import outcome
 from airflow_events.triggers.event import EventTrigger
-from airflow_events.triggers.record import RECORD_KEY
+from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
 
 PROCESS: contextvars.ContextVar[Process] = contextvars.ContextVar("process")
 
@@ -78,8 +78,8 @@ class Task:
 
     @property
     def record(self) -> commit.Record | None:
-        stored = json.loads(self.xcoms.get(RECORD_KEY, "null"))
-        return commit.Record.from_dict(stored) if stored else None
+        stored, lost = (json.loads(self.xcoms.get(key, "null")) for key in (RECORD_KEY, LOST_KEY))
+        return commit.Record.from_dict(stored) if stored and stored["id"] != lost else None
 
 
 class World:
@@ -268,9 +268,9 @@ class SteppedWorkerRecord(WorkerRecord):
         await super().write(record)
         await step("written")
 
-    async def drop(self) -> None:
+    async def drop(self, record: commit.Record) -> None:
         await step("drop")
-        await super().drop()
+        await super().drop(record)
 
 
 def violation(world: World) -> str | None:

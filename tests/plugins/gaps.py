@@ -107,6 +107,10 @@ GAPS = (
     ),
     Gap("triggerer", "claimed", "the claim", TRIGGER, "EventTrigger._poll", AFTER, _of_trigger),
     Gap(
+        "triggerer", "recording", "the claim; there was no record yet",
+        XCOM_RECORD, "XComRecord.write", BEFORE, _of_record("recorded"), commits=True,
+    ),
+    Gap(
         "triggerer", "recorded", "the record, not committed",
         XCOM_RECORD, "XComRecord.write", AFTER, _of_record("recorded"), commits=True,
     ),

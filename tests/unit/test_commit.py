@@ -9,6 +9,7 @@ import pytest
 from airflow_events.errors import CommitFailed, EventLost, EventNotSerializable
 from airflow_events.listeners.base import EventListener, Wait, current_wait
 from airflow_events.listeners.commit import Phase, Record, settle
+from airflow_events.triggers.record import XComRecord
 
 WAIT = Wait("dag", "run", "task")
 
@@ -24,9 +25,10 @@ class Store:
         self.log.append(("write", record.phase.value, record.event))
         self.record = record
 
-    async def drop(self) -> None:
+    async def drop(self, record: Record) -> None:
         self.log.append(("drop",))
-        self.record = None
+        if self.record is not None and self.record.id == record.id:
+            self.record = None
 
 
 @pytest.fixture
@@ -168,3 +170,26 @@ async def test_each_commit_has_an_instance_of_its_own(log):
 
     await settle(Source, WAIT, Store(log), "e")
     assert len({id(instance) for instance in instances}) == 3
+
+
+async def test_a_record_that_is_dropped_late_takes_no_later_one_with_it(monkeypatch):
+    """Two triggerers learn that the first event is lost, and one of them is slow to say so."""
+    xcoms = {}
+
+    async def get(self, key):
+        return xcoms.get(key)
+
+    async def put(self, key, value):
+        xcoms[key] = value
+
+    monkeypatch.setattr(XComRecord, "_get", get)
+    monkeypatch.setattr(XComRecord, "_set", put)
+    store = XComRecord(WAIT)
+    lost, later = Record("e", Phase.RECORDED, "1"), Record("e", Phase.COMMITTED, "2")
+    await store.write(lost)
+    assert await store.read() == lost
+    await store.drop(lost)
+    assert await store.read() is None
+    await store.write(later)
+    await store.drop(lost)
+    assert await store.read() == later
