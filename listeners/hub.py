@@ -143,6 +143,7 @@ class Hub(abc.ABC, Generic[_S]):
                     # These cannot be served. Those who come later are tried anew: it may have been mended.
                     for seeker in list(self.seekers):
                         seeker.fail(error)
+                    await self._disconnect()
                     await self._idle()
         finally:
             await self._disconnect()

@@ -28,6 +28,10 @@ class Broker(ABC):
     has_order: ClassVar[bool] = True
     # Whether the queue can hold bytes that are no JSON.
     has_bytes: ClassVar[bool] = True
+    # Whether a message can hold bytes that are no text.
+    has_binary: ClassVar[bool] = True
+    # Whether messages, claims and commits are there again after the server was killed.
+    survives_kill: ClassVar[bool] = True
 
     server: servers.Server
 

@@ -6,8 +6,16 @@ import json
 import pytest
 from airflow_events.listeners.base import Wait, working_for
 from of_redis import Redis6, Valkey
+from of_sqs import Sqs, SqsFifo
 
-BROKERS = (Valkey, Redis6)
+BROKERS = (Valkey, Redis6, Sqs, SqsFifo)
+
+
+def pytest_collection_modifyitems(items):
+    """Where several processes share the tests, those of one broker stay together."""
+    for item in items:
+        if hasattr(item, "callspec") and "server" in item.callspec.params:
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["server"].name))
 
 
 @pytest.fixture(scope="module", params=BROKERS, ids=lambda broker: broker.name)
