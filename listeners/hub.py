@@ -24,6 +24,8 @@ from tenacity.wait import wait_exponential, wait_random
 
 log = logging.getLogger(__name__)
 
+# Seconds that `serve` has to end when it is cancelled, less than a trigger gives a poll.
+_GOODBYE = 8
 # Seconds between two attempts to connect.
 _PAUSES = wait_exponential(multiplier=0.2, max=15) + wait_random(0, 0.3)
 
@@ -99,9 +101,10 @@ class Hub(abc.ABC, Generic[_S]):
             self.left(seeker)
 
     async def close(self) -> None:
-        while not self._work.done():  # a client may have swallowed the cancellation
+        while not self._work.done():
             self._work.cancel()
-            await asyncio.wait({self._work}, timeout=1)
+            # A hub may have something to put back first; or its client has swallowed the cancellation.
+            await asyncio.wait({self._work}, timeout=_GOODBYE)
 
     @abc.abstractmethod
     async def connect(self) -> None:

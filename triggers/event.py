@@ -213,11 +213,14 @@ class EventTrigger(BaseTrigger):
         await asyncio.shield(letting_go)
 
     async def _let_go(self) -> None:
-        if self.wait is None or self.task_instance is None or self._recording:
+        if self.wait is None or self.task_instance is None:
+            return
+        wait = Wait(**self.wait)
+        # What is recorded stays the wait's, for a clear, unless the record has gone with the run.
+        if self._recording and await self._state(wait) != "removed":
             return
         if self._poll_task is not None:
             await asyncio.wait({self._poll_task}, timeout=_LONGEST_GOODBYE)
-        wait = Wait(**self.wait)
         if await self._has_ended(wait):
             await self._release(reference.load(self.listener), wait)
 

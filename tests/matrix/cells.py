@@ -146,6 +146,11 @@ class Cell:
     def _judge(self) -> list[str]:
         state, committed = self.run.state, self.source.committed(self.base)
         delivered = [tuple(file.name.split(" ", 1)) for file in (self.base / "delivered").iterdir()]
+        if self.deleted:  # it may have delivered before it was deleted
+            earlier = [event for run_id, event in delivered if run_id != self.run.run_id]
+            delivered = [(run_id, event) for run_id, event in delivered if run_id == self.run.run_id]
+            if self.source.commits and set(earlier) & {event for _, event in delivered}:
+                return [f"delivered by the deleted run too: {earlier}"]
         if self.has_deadline and state == "failed" and self.gap.name in BEFORE_THE_CLAIM:
             return self._problems(
                 ("delivered after the deadline", delivered, []),
@@ -161,6 +166,8 @@ class Cell:
         if self.deleted:  # it may have committed an event, which went with the run
             committed = {event: by for event, by in committed.items() if by != self.deleted or event in mine}
         free = set(EVENTS) - set(self.source.committed(self.base)) if self.source.commits else set(EVENTS)
+        if self.deleted:  # or have claimed one, which lapses
+            free -= {event for event, by in self.source.claimed(self.base).items() if by == self.deleted}
         return self._problems(
             ("delivered by", run_id, self.run.run_id),
             ("committed", committed, mine),

@@ -251,7 +251,11 @@ FAULTS = (
     Fault("cleared", "a user clears the task", cleared),
     Fault("marked failed", "a user marks the task as failed, and clears it later", marked_failed),
     Fault("marked success", "a user marks the task as successful, and clears it later", marked_success),
-    Fault("deleted", "a user ends and deletes the run; another run waits for the same events", deleted),
+    Fault(
+        "deleted",
+        "a user ends and deletes the run; another run waits, and what the first had claimed may have to lapse",
+        deleted,
+    ),
     Fault("too late", "the deadline passes there", too_late, has_deadline=True),
     Fault("clock ahead", "the process's clock jumps ahead by two days", undisturbed, clock="172800"),
     Fault("clock back", "the process's clock jumps back by an hour", undisturbed, clock="-3600"),

@@ -60,6 +60,10 @@ class Source:
         """Say by whom each event was committed."""
         return {}
 
+    def claimed(self, base: Path) -> dict[str, str]:
+        """Say who has which event and has not committed it."""
+        return {}
+
     def free(self, base: Path) -> set[str]:
         """Say which events another wait could take."""
         return set(EVENTS) - self.committed(base).keys()
@@ -88,8 +92,14 @@ class Directory(Source):
         return str(event["name"])
 
     def committed(self, base: Path) -> dict[str, str]:
-        archived = (base / "drops" / ".airflow-events" / "archive").glob("*/*/*")
-        return {file.name: file.parents[1].name for file in archived}
+        return self._held(base, "archive")
+
+    def claimed(self, base: Path) -> dict[str, str]:
+        return self._held(base, "claims")
+
+    def _held(self, base: Path, where: str) -> dict[str, str]:
+        files = (base / "drops" / ".airflow-events" / where).glob("*/*/*")
+        return {file.name: file.parents[1].name for file in files}
 
     def free(self, base: Path) -> set[str]:
         return {file.name for file in (base / "drops").iterdir() if file.is_file()}
@@ -172,6 +182,12 @@ class RedisStream(Source):
             keys = list(client.scan_iter(f"airflow-events:{{{base}}}:airflow:*", count=10_000))
             names = {entry: json.loads(fields["v"]) for entry, fields in client.xrange(str(base))}
             return {names[key.rpartition(":")[2]]: client.get(key) for key in keys}
+
+    def claimed(self, base: Path) -> dict[str, str]:
+        with self._client as client:
+            names = {entry: json.loads(fields["v"]) for entry, fields in client.xrange(str(base))}
+            held = client.xpending_range(str(base), "airflow", "-", "+", 100)
+            return {names[entry["message_id"]]: entry["consumer"] for entry in held}
 
     def free(self, base: Path) -> set[str]:
         with self._client as client:

@@ -5,10 +5,11 @@ import json
 
 import pytest
 from airflow_events.listeners.base import Wait, working_for
+from of_nats import Nats
 from of_redis import Redis6, Valkey
 from of_sqs import Sqs, SqsFifo
 
-BROKERS = (Valkey, Redis6, Sqs, SqsFifo)
+BROKERS = (Valkey, Redis6, Nats, Sqs, SqsFifo)
 
 
 def pytest_collection_modifyitems(items):

@@ -124,7 +124,8 @@ class Stubborn(MemoryHub):
         await asyncio.sleep(3600)
 
 
-async def test_it_ends_although_its_client_swallows_a_cancellation():
+async def test_it_ends_although_its_client_swallows_a_cancellation(monkeypatch):
+    monkeypatch.setattr("airflow_events.listeners.hub._GOODBYE", 0.2)
     hub = Stubborn(Source())
     task = take(hub)
     await asyncio.sleep(0.05)
