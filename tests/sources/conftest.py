@@ -6,10 +6,11 @@ import json
 import pytest
 from airflow_events.listeners.base import Wait, working_for
 from of_nats import Nats
+from of_postgres import PostgresJsonb, PostgresTable
 from of_redis import Redis6, Valkey
 from of_sqs import Sqs, SqsFifo
 
-BROKERS = (Valkey, Redis6, Nats, Sqs, SqsFifo)
+BROKERS = (Valkey, Redis6, PostgresTable, PostgresJsonb, Nats, Sqs, SqsFifo)
 
 
 def pytest_collection_modifyitems(items):
