@@ -23,6 +23,8 @@ def matrix_dag(source, path, timeout):
 
     @task
     def deliver(event, params=None, run_id=None):
+        if event is None:
+            raise ValueError("no event: a user marked the wait as successful")
         Path(params["base"], "delivered", f"{run_id} {source.identity(event)}").write_text(
             json.dumps(event, default=str)
         )
