@@ -77,23 +77,24 @@ def main() -> int:
             print(f"{fault.name}: {len(cells)} cells, {len(bad)} bad, {time.time() - struck:.0f} s", flush=True)
             for cell in bad:
                 print(f"  {cell}: {'; '.join(cell.problems)}", flush=True)
-            write(fault.name, [cell.as_dict() for cell in cells])
+            write([cell.as_dict() for cell in cells])
             all_good = all_good and not bad
     return 0 if all_good else 1
 
 
-def write(fault: str, cells: list[dict[str, Any]]) -> None:
-    """Put the results of one fault beside those of the others, and write the page of all."""
+def write(cells: list[dict[str, Any]]) -> None:
+    """Put the results of one fault beside all others, and write the page of all."""
     from proof import page
 
     store = DOCS / "crash-matrix.json"
-    results = json.loads(store.read_text()) if store.exists() else {}
     run = f"{date.today().isoformat()}, Airflow {version('apache-airflow')}, Python {platform.python_version()}"
-    new = {(cell["source"], cell["path"], cell["gap"]): {**cell, "run": run} for cell in cells}
-    old = {(cell["source"], cell["path"], cell["gap"]): cell for cell in results.get(fault, [])}
-    results[fault] = list({**old, **new}.values())
-    store.write_text(json.dumps(results, indent=0) + "\n")
-    (DOCS / "crash-matrix.md").write_text(page(results))
+    known = json.loads(store.read_text()) if store.exists() else []
+    results = {tuple(cell[name] for name in ("fault", "source", "path", "gap")): cell for cell in known}
+    for cell in cells:
+        results[tuple(cell[name] for name in ("fault", "source", "path", "gap"))] = {**cell, "run": run}
+    lines = ",\n".join(json.dumps(cell) for _, cell in sorted(results.items()))
+    store.write_text(f"[\n{lines}\n]\n")
+    (DOCS / "crash-matrix.md").write_text(page(list(results.values())))
 
 
 if __name__ == "__main__":

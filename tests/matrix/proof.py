@@ -93,13 +93,12 @@ def endure(stage: Stage, fault: Fault, only: Collection[str] = ()) -> list[Cell]
     return cells
 
 
-def page(results: dict[str, list[dict[str, Any]]]) -> str:
+def page(cells: list[dict[str, Any]]) -> str:
     """
     Write the page.
 
-    :param results: the cells of each fault, as they were last run.
+    :param cells: as they were last run.
     """
-    cells = [cell for fault in results.values() for cell in fault]
     verdicts = {(c["source"], c["path"], c["gap"], c["fault"]): "✗" if c["problems"] else "✓" for c in cells}
     bad = [cell for cell in cells if cell["problems"]]
     lines = [
@@ -112,13 +111,14 @@ def page(results: dict[str, list[dict[str, Any]]]) -> str:
         "it goes on, if it can. A cell is ✓ if then the run succeeds, downstream got one event once, the record "
         "is noted as committed, the source (asked by a client of its own) says that this wait and no other "
         "committed that event, and the other event that was sent is free for others. Where the deadline passes "
-        "before the event was the wait's, the run may fail instead, and both events must be free.",
+        "before the event was the wait's, the run may fail instead, and both events must be free. An empty cell has "
+        "not been run, or cannot be.",
         "",
         "| fault | what happens | run |",
         "|---|---|---|",
     ]
     for fault in FAULTS:
-        runs = Counter(cell["run"] for cell in results.get(fault.name, []))
+        runs = Counter(cell["run"] for cell in cells if cell["fault"] == fault.name)
         lines.append(
             f"| {fault.name} | {fault.says} | {'; '.join(f'{n} cells: {run}' for run, n in runs.items())} |"
         )
