@@ -10,7 +10,7 @@ from gaps import GAPS, Gap
 from sources import Source
 
 # Seconds; of the waits that have one.
-DEADLINE = 120.0
+DEADLINE = 300.0
 
 
 @dataclass(frozen=True)
