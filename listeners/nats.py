@@ -12,7 +12,7 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from itertools import zip_longest
@@ -26,7 +26,7 @@ from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.connections import connection
 from airflow_events.listeners.hub import Hub, Seeker
 from airflow_events.listeners.log import LogHub, Message, Watcher, since_of
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.shared import connected, shared
 from airflow_events.listeners.values import Format, Match, OnUndecodable, check_choices, decode
 
 try:
@@ -920,28 +920,11 @@ class _Server:
             self._denied = error
 
 
-@contextlib.asynccontextmanager
-async def _server(conn_id: str) -> AsyncIterator[_Server]:
+def _server(conn_id: str) -> contextlib.AbstractAsyncContextManager[_Server]:
     """Use the connection by which the waits of this process commit and release."""
-    async with shared(("nats server", conn_id), lambda: _Shared(conn_id)) as server:
-        yield await server.get()
-
-
-class _Shared:
-    def __init__(self, conn_id: str) -> None:
-        self._conn_id = conn_id
-        self._server: _Server | None = None
-        self._lock = asyncio.Lock()
-
-    async def get(self) -> _Server:
-        async with self._lock:
-            if self._server is None or self._server.closed:
-                self._server = await _connect(self._conn_id)
-            return self._server
-
-    async def close(self) -> None:
-        if self._server is not None:
-            await self._server.close()
+    return connected(
+        ("nats server", conn_id), lambda: _connect(conn_id), _Server.close, lambda server: server.closed
+    )
 
 
 async def _connect(conn_id: str) -> _Server:

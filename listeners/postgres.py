@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta, timezone
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.connections import connection
 from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.shared import connected, shared
 from airflow_events.listeners.values import Format, OnUndecodable, check_choices, decode
 
 try:
@@ -377,10 +376,9 @@ class _Source:
 
         :raises EventLost: another wait has claimed or committed it, or nobody has, or it was deleted.
         """
-        async with _client(self.conn_id) as client:
-            statement = self.statement(_COMMIT)
-            with _refusals(str(self)):
-                answers = await client.run(statement, {"wait": wait, "id": identity})
+        with _refusals(str(self)):
+            async with _client(self.conn_id) as client:
+                answers = await _run(client, self.statement(_COMMIT), {"wait": wait, "id": identity})
         who, committed_by = answers[-1][0] if answers[-1] else (None, None)
         if committed_by != wait:
             holder = who or ("nobody (its claim was taken back)" if answers[-1] else "nobody (it was deleted)")
@@ -391,7 +389,7 @@ class _Source:
         which = sql.SQL("true") if identity is None else self.statement("{id} = %(id)s")
         async with _client(self.conn_id) as client:
             statement = self.statement(_RELEASE, which=which)
-            await client.run(statement, {"wait": wait, "id": identity, "channel": channel})
+            await _run(client, statement, {"wait": wait, "id": identity, "channel": channel})
 
 
 def _source(conn_id: str, table: str, columns: Mapping[str, str | None] | None) -> _Source:
@@ -849,28 +847,14 @@ async def _run(
                 return answers
 
 
-@contextlib.asynccontextmanager
-async def _client(conn_id: str) -> AsyncIterator[_Client]:
-    """Use the client by which the waits of this process commit and release."""
-    async with shared(("postgres client", conn_id), lambda: _Client(conn_id)) as client:
-        yield client
-
-
-class _Client:
-    def __init__(self, conn_id: str) -> None:
-        self._conn_id = conn_id
-        self._connecting = asyncio.Lock()
-        self._connection: AsyncConnection[Any] | None = None
-
-    async def run(self, query: sql.Composed, parameters: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
-        async with self._connecting:
-            if self._connection is None or self._connection.closed:
-                self._connection = await _connect(self._conn_id)
-        return await _run(self._connection, query, parameters)
-
-    async def close(self) -> None:
-        if self._connection is not None:
-            await self._connection.close()
+def _client(conn_id: str) -> contextlib.AbstractAsyncContextManager[AsyncConnection[Any]]:
+    """Use the connection by which the waits of this process commit and release."""
+    return connected(
+        ("postgres client", conn_id),
+        lambda: _connect(conn_id),
+        AsyncConnection.close,
+        lambda client: client.closed,
+    )
 
 
 async def _connect(conn_id: str) -> AsyncConnection[Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, ClassVar
@@ -16,7 +14,7 @@ from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.connections import connection
 from airflow_events.listeners.hub import Hub, Seeker
 from airflow_events.listeners.log import LogHub, Message, Watcher, since_of
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.shared import connected, shared
 from airflow_events.listeners.values import Format, Match, OnUndecodable, check_choices, decode
 
 try:
@@ -420,28 +418,9 @@ async def _check_persistence(client: Redis, source: _Source) -> None:
         )
 
 
-@contextlib.asynccontextmanager
-async def _client(conn_id: str) -> AsyncIterator[Redis]:
+def _client(conn_id: str) -> contextlib.AbstractAsyncContextManager[Redis]:
     """Use the client by which the waits of this process commit and release."""
-    async with shared(("redis client", conn_id), lambda: _Client(conn_id)) as client:
-        yield await client.get()
-
-
-class _Client:
-    def __init__(self, conn_id: str) -> None:
-        self._conn_id = conn_id
-        self._client: Redis | None = None
-        self._connecting = asyncio.Lock()
-
-    async def get(self) -> Redis:
-        async with self._connecting:
-            if self._client is None:
-                self._client = await _connect(self._conn_id, 4)
-            return self._client
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+    return connected(("redis client", conn_id), lambda: _connect(conn_id, 4), Redis.aclose)
 
 
 async def _connect(conn_id: str, connections: int) -> Redis:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 
@@ -18,6 +18,7 @@ class Resource(Protocol):
 
 
 _R = TypeVar("_R", bound=Resource)
+_C = TypeVar("_C")
 _open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, tuple[Any, list[object]]]] = WeakKeyDictionary()
 
 
@@ -41,6 +42,48 @@ async def shared(key: Hashable, make: Callable[[], _R]) -> AsyncIterator[_R]:
         if not users:
             del resources[key]
             await resource.close()
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    key: Hashable,
+    connect: Callable[[], Awaitable[_C]],
+    close: Callable[[_C], Awaitable[Any]],
+    is_closed: Callable[[_C], bool] = lambda _: False,
+) -> AsyncIterator[_C]:
+    """
+    Use the connection that goes by ``key`` in this event loop; for short work, such as a commit.
+
+    :param connect: opens it, for the first user, and again for whoever finds it closed; its errors escape.
+    :param close: closes it after its last user.
+    :param is_closed: whether it has gone by itself. A client that connects again by itself needs none.
+    """
+    async with shared(key, lambda: _Connection(connect, close, is_closed)) as connection:
+        yield await connection.get()
+
+
+class _Connection(Generic[_C]):
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[_C]],
+        close: Callable[[_C], Awaitable[Any]],
+        is_closed: Callable[[_C], bool],
+    ) -> None:
+        self._connect = connect
+        self._close = close
+        self._is_closed = is_closed
+        self._open: _C | None = None
+        self._connecting = asyncio.Lock()
+
+    async def get(self) -> _C:
+        async with self._connecting:
+            if self._open is None or self._is_closed(self._open):
+                self._open = await self._connect()
+            return self._open
+
+    async def close(self) -> None:
+        if self._open is not None:
+            await self._close(self._open)
 
 
 def background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -27,7 +27,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
@@ -37,7 +37,7 @@ from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.connections import connection
 from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.shared import connected, shared
 from airflow_events.listeners.values import Format, OnUndecodable, check_choices, decode
 
 try:
@@ -427,29 +427,14 @@ def _refusals(source: _Source) -> Iterator[None]:
         raise SourceUnfit(f"{source}: the connection cannot be used: {error}") from error
 
 
-@contextlib.asynccontextmanager
-async def _client(source: _Source) -> AsyncIterator[Any]:
+def _client(source: _Source) -> contextlib.AbstractAsyncContextManager[Any]:
     """Use the client by which the waits of this process commit and release."""
-    async with shared(("sqs client", source.conn_id, source.region), lambda: _Client(source)) as client:
-        yield await client.get()
 
+    async def connect() -> Any:
+        with _refusals(source):
+            return await _connect(source)
 
-class _Client:
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self._client: Any = None
-        self._lock = asyncio.Lock()
-
-    async def get(self) -> Any:
-        async with self._lock:
-            if self._client is None:
-                with _refusals(self._source):
-                    self._client = await _connect(self._source)
-            return self._client
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
+    return connected(("sqs client", source.conn_id, source.region), connect, lambda client: client.close())
 
 
 class _Credentials(AioCredentials):  # type: ignore[misc]

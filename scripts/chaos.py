@@ -133,6 +133,9 @@ def main() -> int:
         airflow = stack.enter_context(Deployment(home, database=database, settings=settings, variables=variables))
         airflow.prepare()
         furnish(airflow, gaps=False)
+        if not source.is_there:
+            bootstrap.fail(f"the server of {source.name} is not installed: {source.missing}")
+        (home / "delivered").mkdir()
         source.prepare(home)
         airflow.start()
         for number in range(1, options.triggerers):
@@ -151,7 +154,6 @@ def dag_of(source, number: int) -> str:
 
 def endure(options, source, airflow, home: Path):
     """Run it, and return the killer, the runs and when each event was delivered."""
-    (home / "delivered").mkdir()
     killer = Killer(airflow, random.Random(options.seed), options.kills, options.every)
     began = time.time()
     # The kills are in this thread, since what it starts ends with it.
@@ -189,8 +191,10 @@ def publish(events: int, pause: float, source, airflow, home: Path) -> None:
 
 
 def start(airflow, dag: str, name: str, home: Path) -> None:
+    from source import conf
+
     try:
-        airflow.run(dag, {"base": str(home)}, run_id=name)
+        airflow.run(dag, conf(home), run_id=name)
     except RuntimeError as error:
         if " 409 " not in str(error):  # it was started, and the answer was lost with the API server
             raise

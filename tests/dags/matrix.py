@@ -7,7 +7,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-from airflow.sdk import DAG, Asset, task
+from airflow.sdk import DAG, Asset, get_parsing_context, task
 from airflow_events import wait_for_event
 from paths import DEADLINE, PATHS, dag_id
 
@@ -19,7 +19,7 @@ SOON = timedelta(seconds=1)
 def matrix_dag(source, path, timeout):
     @task
     def argument(params=None):
-        return source.argument(params["base"])
+        return source.argument(params["base"], params["queue"])
 
     @task
     def deliver(event, params=None, run_id=None):
@@ -34,21 +34,24 @@ def matrix_dag(source, path, timeout):
         dag_id(source, path, timeout),
         schedule=None,
         catchup=False,
-        params={"base": "/nonexistent"},
+        params={"base": "/nonexistent", "queue": ""},
         max_active_runs=2000,
         max_active_tasks=2000,
         default_args={"retries": int(os.environ.get("MATRIX_RETRIES", "5")), "retry_delay": SOON},
     ) as dag:
         wait = wait_for_event.override(task_id="wait", timeout=timeout, outlets=outlets)
-        first = argument() if path.starts_on_worker else source.argument("{{ params.base }}")
+        first = argument() if path.starts_on_worker else source.argument("{{ params.base }}", "{{ params.queue }}")
         deliver(wait(source.listener, first, **source.keywords))
     return dag
 
 
+# A task's own process makes the one DAG that it needs, and so imports no client but that one's.
+ASKED = get_parsing_context().dag_id
 DAGS = [
     matrix_dag(source, path, timeout)
     for source in SOURCES
     for path in PATHS
     if path.name in source.paths
     for timeout in (None, DEADLINE)
+    if ASKED in (None, dag_id(source, path, timeout))
 ]

@@ -12,10 +12,10 @@ import psutil
 from airflow_events import Wait
 from gaps import Gap, folder
 from paths import DEADLINE, Path, dag_id
+from source import EVENTS, Source, conf
 
 from deployment import FINISHED, Deployment, Run, until
 from postgres import Postgres
-from sources import EVENTS, Source
 
 # Seconds.
 STANDS_FIRM = 4
@@ -99,12 +99,12 @@ class Cell:
         self._process = None
         self._armed.parent.mkdir(parents=True)
         self._armed.touch()
-        stage.airflow.run(dag, {"base": str(self.base)}, run_id=run_id)
+        stage.airflow.run(dag, conf(self.base), run_id=run_id)
 
     def begin_again(self, stage: Stage) -> None:
         """Start another run in place of one that was deleted."""
         self.deleted = self.source.holder(self.wait)
-        self._run = stage.airflow.run(self.run.dag_id, {"base": str(self.base)}, run_id=f"{self.run.run_id}-again")
+        self._run = stage.airflow.run(self.run.dag_id, conf(self.base), run_id=f"{self.run.run_id}-again")
 
     def stands_firm(self, stage: Stage) -> bool:
         """

@@ -35,6 +35,8 @@ def served(*names: str) -> Iterator[dict[str, str]]:
     """
     Start the servers of the sources, and yield the environment variables by which Airflow finds them.
 
+    A source whose server is not installed has no part in what follows.
+
     :param names: of the sources; none means all.
     """
     with contextlib.ExitStack() as stack:
@@ -67,7 +69,7 @@ def endure(stage: Stage, fault: Fault, only: Collection[str] = ()) -> list[Cell]
     cells = [
         Cell(source, path, gap, fault.name, stage.folder / fault.id / f"{number}", fault.has_deadline)
         for number, (source, path, gap) in enumerate(ways())
-        if gap.place in fault.places and (not only or source.name in only)
+        if gap.place in fault.places and source.is_there and (not only or source.name in only)
     ]
     for number, cell in enumerate(cells):
         cell.begin(stage, f"{fault.id}-{number}")

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 
 from gaps import GAPS, Gap
-
-from sources import Source
+from source import Source
 
 # Seconds; of the waits that have one.
 DEADLINE = 300.0

@@ -1,72 +1,17 @@
-"""
-The sources of the matrix: how to send them events, and to ask them, by a client of their own, what became of them.
-
-A source takes part in the matrix by standing in `SOURCES`. Each run has a folder of its own, ``base``.
-"""
+"""The sources of the matrix. A source takes part in it by standing in `SOURCES`."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from airflow_events import EventListener, Wait
+from airflow_events import Wait
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.directory.claims import key_of
-from airflow_events.listeners.redis import RedisListener
 from airflow_events.listeners.timer import TimerListener
+from brokers import BROKERS
 from probes import Contested, LeasedQueue
-
-EVENTS = ("a", "b")
-
-
-class Source:
-    """A source of a wait's events. Two are sent to each wait, which is to take one of them."""
-
-    name: ClassVar[str]
-    listener: ClassVar[type[EventListener]]
-    commits: ClassVar[bool] = True
-    # Of `paths.PATHS`, those that differ for it.
-    paths: ClassVar[tuple[str, ...]]
-    keywords: ClassVar[dict[str, Any]] = {}
-    # Whether it is in the matrix for the gaps that no other source has, and only for them.
-    has_gaps_of_its_own: ClassVar[bool] = False
-
-    def argument(self, base: str) -> str:
-        """Return the first argument of ``poll_for_event``."""
-        return base
-
-    def holder(self, wait: Wait) -> str:
-        """Name a wait as the source does."""
-        return wait.id
-
-    def prepare(self, base: Path) -> None: ...
-
-    def send(self, base: Path, *events: str) -> None: ...
-
-    @contextlib.contextmanager
-    def serve(self) -> Iterator[dict[str, str]]:
-        """Start the server that it needs, and yield the environment variables by which Airflow finds it."""
-        yield {}
-
-    def identity(self, event: Any) -> str:
-        """Name an event as the source does."""
-        return str(event)
-
-    def committed(self, base: Path) -> dict[str, str]:
-        """Say by whom each event was committed."""
-        return {}
-
-    def claimed(self, base: Path) -> dict[str, str]:
-        """Say who has which event and has not committed it."""
-        return {}
-
-    def free(self, base: Path) -> set[str]:
-        """Say which events another wait could take."""
-        return set(EVENTS) - self.committed(base).keys()
+from source import Source
 
 
 class Directory(Source):
@@ -75,7 +20,7 @@ class Directory(Source):
     paths = ("no worker", "ends on a worker", "starts and ends on workers")
     keywords: ClassVar[dict[str, Any]] = {"settle": 0}
 
-    def argument(self, base: str) -> str:
+    def argument(self, base: str, queue: str) -> str:
         return f"{base}/drops"
 
     def holder(self, wait: Wait) -> str:
@@ -145,73 +90,13 @@ class Queue(Source):
         return {file.name: file.read_text() for file in (base / "owners").iterdir() if not file.suffix}
 
 
-class RedisStream(Source):
-    name = "redis"
-    listener = RedisListener
-    paths = ("no worker", "ends on a worker", "starts and ends on workers")
-    keywords: ClassVar[dict[str, Any]] = {"field": "v"}
-
-    @contextlib.contextmanager
-    def serve(self) -> Iterator[dict[str, str]]:
-        import servers
-
-        server = servers.valkey()
-        assert server is not None
-        with server:
-            about = {"conn_type": "redis", "host": "127.0.0.1", "port": server.port}
-            os.environ["AIRFLOW_CONN_REDIS_DEFAULT"] = json.dumps(about)
-            yield {"AIRFLOW_CONN_REDIS_DEFAULT": json.dumps(about)}
-
-    @property
-    def _client(self) -> Any:
-        from redis import Redis
-
-        port = json.loads(os.environ["AIRFLOW_CONN_REDIS_DEFAULT"])["port"]
-        return Redis(port=port, decode_responses=True)
-
-    def send(self, base: Path, *events: str) -> None:
-        with self._client as client:
-            for event in events:
-                client.xadd(str(base), {"v": json.dumps(event)})
-
-    def identity(self, event: Any) -> str:
-        return str(event["value"])
-
-    def committed(self, base: Path) -> dict[str, str]:
-        with self._client as client:
-            keys = list(client.scan_iter(f"airflow-events:{{{base}}}:airflow:*", count=10_000))
-            names = {entry: json.loads(fields["v"]) for entry, fields in client.xrange(str(base))}
-            return {names[key.rpartition(":")[2]]: client.get(key) for key in keys}
-
-    def claimed(self, base: Path) -> dict[str, str]:
-        with self._client as client:
-            names = {entry: json.loads(fields["v"]) for entry, fields in client.xrange(str(base))}
-            held = client.xpending_range(str(base), "airflow", "-", "+", 100)
-            return {names[entry["message_id"]]: entry["consumer"] for entry in held}
-
-    def free(self, base: Path) -> set[str]:
-        with self._client as client:
-            [group] = client.xinfo_groups(str(base))
-            released = [held["message_id"] for held in client.xpending_range(str(base), "airflow", "-", "+", 100)
-                        if held["consumer"] == "=released"]  # fmt: skip
-            return {
-                json.loads(fields["v"])
-                for entry, fields in client.xrange(str(base))
-                if entry in released or _place(entry) > _place(group["last-delivered-id"])
-            }
-
-
-def _place(entry: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in entry.split("-"))
-
-
 class Timer(Source):
     name = "timer"
     listener = TimerListener
     paths = ("no worker", "starts on a worker")
     commits = False
 
-    def argument(self, base: str) -> str:
+    def argument(self, base: str, queue: str) -> str:
         return "2020-01-01T00:00:00Z"
 
 
@@ -221,5 +106,5 @@ SOURCES: tuple[Source, ...] = (
     DirectoryWatch(),
     Queue(),
     Timer(),
-    RedisStream(),
+    *BROKERS,
 )

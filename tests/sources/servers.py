@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +107,76 @@ def _redis(program: Path | None, persistent: bool) -> Server | None:
         ]  # fmt: skip
 
     return Server(command, lambda server: says(server, b"PING\r\n", b"+PONG"))
+
+
+class _RabbitMQ(Server):
+    """
+    RabbitMQ, with an ``epmd``, a cookie and a node name of its own.
+
+    Its start script becomes the Erlang machine itself, so that one process id is the whole server.
+    """
+
+    def __init__(self, program: Path, settings: tuple[str, ...]) -> None:
+        self.epmd_port = free_port()
+        self._epmd: subprocess.Popen[bytes] | None = None
+        super().__init__(
+            lambda server: [str(program)], lambda server: says(server, b"AMQP\x00\x00\x09\x01", b"\x01\x00\x00")
+        )
+        self.node = f"events{self.port}@localhost"
+        plugins = self.folder / "enabled_plugins"
+        plugins.write_text("[].")
+        config = self.folder / "rabbitmq.conf"
+        config.write_text("\n".join(["loopback_users = none", "log.console.level = warning", *settings, ""]))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RABBITMQ_")},
+            "HOME": str(self.folder),
+            "ERL_EPMD_PORT": str(self.epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.folder / "log"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(plugins),
+            "RABBITMQ_CONFIG_FILE": str(config),
+            "RABBITMQ_CONF_ENV_FILE": os.devnull,
+            "RABBITMQ_ALLOW_INPUT": "1",  # without it the script stays beside the server, to pass signals on
+            # One busy thread for each processor is meant for a machine of its own.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput +S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none",
+        }
+        self._popen = {"env": self.environment, "stdin": subprocess.DEVNULL}
+
+    def start(self) -> None:
+        if self._epmd is None or self._epmd.poll() is not None:
+            epmd = shutil.which("epmd")
+            assert epmd is not None
+            self._epmd = subprocess.Popen(
+                [epmd, "-port", str(self.epmd_port), "-address", "127.0.0.1"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        super().start()
+
+    def kill(self, pause: float = 0.6) -> None:
+        """
+        Kill it, after a pause.
+
+        A classic queue writes down what was acknowledged when it has had nothing to do for 0.2 s; what a SIGKILL
+        before that leaves, ``test_rabbitmq.py`` tests.
+        """
+        time.sleep(pause)
+        super().kill()
+
+    def stop(self) -> None:
+        super().stop()
+        if self._epmd is not None:
+            self._epmd.kill()
+            self._epmd.wait()
+
+
+def rabbitmq(*settings: str) -> _RabbitMQ | None:
+    """RabbitMQ, from Debian's package ``rabbitmq-server``; None if that is not installed."""
+    for program in sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server")):
+        return _RabbitMQ(program, settings)
+    return None

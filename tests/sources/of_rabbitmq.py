@@ -1,0 +1,208 @@
+"""RabbitMQ, with a classic and with a quorum queue as the source; asked by a client in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import threading
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+import aiormq
+import servers
+from aiormq.abc import ChannelFrame
+from airflow_events.listeners.rabbitmq import RabbitMQListener, RabbitMQWatchListener
+from broker import Broker
+from pamqp.body import ContentBody
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
+# How many queues are made when the server starts.
+_MADE = 25
+
+
+class RabbitMQ(Broker):
+    name = "rabbitmq, classic queue"
+    missing = "apt install rabbitmq-server"
+    listener = RabbitMQListener
+    watcher = RabbitMQWatchListener
+    connection_type = "amqp"
+    queue_type = "classic"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._client: aiormq.Connection | None = None
+        self._made: set[str] = set()
+
+    @classmethod
+    def make(cls) -> RabbitMQ | None:
+        server = servers.rabbitmq()
+        if server is None:
+            return None
+        broker = cls()
+        broker.server = server
+        server.start()
+        # RabbitMQ 3.10 forgets quorum queues and streams that were made in the second before a SIGKILL.
+        for _ in range(_MADE):
+            broker.fresh()
+        broker._count = 0
+        time.sleep(3)
+        return broker
+
+    def stop(self) -> None:
+        super().stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def fresh(self) -> None:
+        super().fresh()
+        if self.server.process.poll() is not None:
+            self.server.start()
+        if self.queue not in self._made:
+            self._made.add(self.queue)
+            self.declare(self.queue, {"x-queue-type": self.queue_type})
+        if self.watcher is not None and self.stream not in self._made:
+            self._made.add(self.stream)
+            self.declare(self.stream, {"x-queue-type": "stream"})
+
+    @property
+    def stream(self) -> str:
+        return f"{self.queue}.stream"
+
+    def connection(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "conn_type": "amqp", "host": "127.0.0.1", "port": self.server.port, "login": "guest",
+            "password": "guest", **changes,
+        }  # fmt: skip
+
+    def arguments(self, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
+        return [self.queue], {"rabbitmq_conn_id": "source", **changes}
+
+    def watch_arguments(self, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
+        return [self.stream], {"rabbitmq_conn_id": "source", **changes}
+
+    def send_raw(self, raw: bytes) -> None:
+        self.publish(raw, timestamp=datetime.now(timezone.utc).replace(microsecond=0))
+
+    def publish(self, body: bytes, to: str | None = None, **properties: Any) -> None:
+        """Send a message to the queue and the stream, or to one of another name, and see it taken."""
+        self.do(self._publish(body, [to] if to else self._both(), properties))
+
+    def _both(self) -> list[str]:
+        return [self.queue] if self.watcher is None else [self.queue, self.stream]
+
+    async def _publish(self, body: bytes, queues: list[str], properties: dict[str, Any]) -> None:
+        found = Basic.Properties(**{"delivery_mode": 2, "headers": {"n": 1}, **properties})
+        for queue in queues:
+            channel = await self._channel_where_there_is(queue)
+            await channel.tx_select()
+            # Not basic_publish, which gives a message_id to a message that has none.
+            frames = [
+                Basic.Publish(exchange="", routing_key=queue),
+                ContentHeader(properties=found, body_size=len(body)),
+                *([ContentBody(body)] if body else []),
+            ]
+            await channel.write_queue.put(ChannelFrame.marshall(channel.number, frames))
+            await channel.tx_commit()
+            await channel.close()
+
+    async def _channel_where_there_is(self, queue: str) -> Any:
+        end = time.monotonic() + 15
+        while True:  # a stream is there again a little later than the server
+            channel = await self.channel(publisher_confirms=False)
+            try:
+                await channel.queue_declare(queue, passive=True)
+                return channel
+            except aiormq.ChannelNotFoundEntity:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.1)
+
+    async def channel(self, **options: Any) -> Any:
+        if self._client is None or self._client.is_closed:
+            url = f"amqp://guest:guest@127.0.0.1:{self.server.port}/?name=tests"
+            self._client = await aiormq.connect(url)
+        return await self._client.channel(**options)
+
+    def do(self, work: Any) -> Any:
+        """Run a coroutine beside the test's own loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def declare(self, queue: str, arguments: dict[str, Any] | None = None, **options: Any) -> None:
+        async def declare() -> None:
+            channel = await self.channel()
+            await channel.queue_declare(queue, arguments=arguments or {}, **{"durable": True, **options})
+            await channel.close()
+
+        self.do(declare())
+
+    def look(self, queue: str) -> list[Any]:
+        """Return what a queue has that nobody else holds; it stays there."""
+
+        async def look() -> list[Any]:
+            channel, found = await self.channel(), []
+            while not isinstance((message := await channel.basic_get(queue)).delivery, Basic.GetEmpty):
+                found.append(message)
+            await channel.close()  # which puts them back, in their order
+            return found
+
+        return self.do(look())
+
+    def ask(self, expression: str) -> str:
+        """Evaluate an Erlang expression on the server, as ``rabbitmqctl eval`` does, which takes seconds."""
+        cookie = (self.server.folder / ".erlang.cookie").read_text()
+        return subprocess.run(
+            ["erl_call", "-c", cookie, "-n", self.server.node, "-e", "-timeout", "25"],
+            input=f"{expression}\n", capture_output=True, text=True, check=True,
+            env={**os.environ, **self.server.environment},
+        ).stdout  # fmt: skip
+
+    def queues(self) -> dict[str, int]:
+        """Return all queues of the server and how many messages each has, given out or not."""
+        asked = (
+            'lists:flatten([io_lib:format("<~s>=~p;", [N, M]) || [{name, {_, _, _, N}}, {messages, M}] <- '
+            'rabbit_amqqueue:info_all(<<"/">>, [name, messages])]).'
+        )
+        return {name: int(count) for name, count in re.findall(r"<([^>]*)>=(\d+);", self.ask(asked))}
+
+    def claims(self) -> list[str]:
+        """Return the claim queues of this test's queue."""
+        return [name for name in self.queues() if name.startswith(f"airflow-events.claim.{self.queue}.")]
+
+    def unacknowledged(self) -> int:
+        queues = self.queues()
+        claimed = [name for name in queues if name.startswith(f"airflow-events.claim.{self.queue}.")]
+        return self.waiting(queues) + sum(bool(queues[name]) for name in claimed)
+
+    def waiting(self, queues: dict[str, int]) -> int:
+        """Return how many messages the source has, given out or not."""
+        return queues[self.queue]
+
+    def clients(self) -> int:
+        asked = (
+            "length([1 || [{client_properties, P}] <- rabbit_networking:connection_info_all([client_properties]), "
+            '{<<"connection_name">>, _, <<"airflow-events">>} <- P]).'
+        )
+        return int(re.search(r"(\d+)}", self.ask(asked))[1])
+
+
+class Quorum(RabbitMQ):
+    name = "rabbitmq, quorum queue"
+    watcher = None
+    queue_type = "quorum"
+
+    def waiting(self, queues: dict[str, int]) -> int:
+        # What the server lists for a quorum queue is some seconds old. After a restart its leader tells nothing
+        # until it has applied its log, which it has when it has applied a command.
+        asked = (
+            f'Queue = {{list_to_atom("%2F_{self.queue}"), node()}}, '
+            "{ok, _, _} = ra:process_command(Queue, rabbit_fifo:make_garbage_collection(), 20000), "
+            "{ok, {_, Count}, _} = ra:leader_query(Queue, fun rabbit_fifo:query_messages_total/1), Count."
+        )
+        found = re.match(r"\{ok, (\d+)\}", answer := self.ask(asked))
+        assert found is not None, answer
+        return int(found[1])
