@@ -53,12 +53,20 @@ class Killer:
     kills: int
     every: float
     killed: Counter = field(default_factory=Counter)
+    ended: Counter = field(default_factory=Counter)
     moments: list[float] = field(default_factory=list)
     due: float = 0
 
     @property
     def done(self) -> bool:
         return sum(self.killed.values()) >= self.kills
+
+    def revive(self) -> None:
+        """Start again what has ended by itself, as a service manager would."""
+        for name, component in list(self.airflow.components.items()):
+            if not component.alive:
+                self.ended[name.split("@")[0]] += 1
+                self.airflow.restart(name)
 
     def kill_if_due(self) -> None:
         if self.done or time.time() < self.due:
@@ -164,6 +172,7 @@ def endure(options, source, airflow, home: Path):
     cleared = 0
     told = 0.0
     while time.time() - began < options.timeout:
+        killer.revive()
         killer.kill_if_due()
         time.sleep(0.2)
         if time.time() - told < 5:
@@ -250,6 +259,7 @@ def judge(options, source, killer: Killer, states: Counter, cleared: int, home: 
         "events delivered twice": twice,
         "committed at the source by the run that delivered": len(committed & by_delivery),
         "runs that Airflow failed, and that were cleared": cleared,
+        "components that ended by themselves, and were started again": sum(killer.ended.values()),
         **{f"kills: {target}": killer.killed[target] for target in TARGETS},
         "kills": sum(killer.killed.values()),
         "longest time from a kill to the next delivery (s)": round(recovery, 1),
