@@ -3,10 +3,10 @@
 Waits under random kills: python3 scripts/chaos.py [--source redis] [--events 100] [--kills 20] [--seed 1] ...
 
 Starts an Airflow of its own, and no other can be given to it; starts one run for each event, each with a wait,
-sends the events (files that are dropped, unless told otherwise), and kills a random process with SIGKILL every few
-seconds. Most waits need no worker; every seventh ends on one, and every seventh begins and ends on one, where the
-source has such waits. In the end every event must have been delivered by one run. The seed decides what is killed,
-in which order and at which intervals.
+sends the events (files that are dropped, unless told otherwise), and kills a random process with SIGKILL every
+few seconds, as the deliveries go on. Most waits need no worker; every seventh ends on one, and every seventh
+begins and ends on one, where the source has such waits. In the end every event must have been delivered by one
+run. The seed decides what is killed, in which order and at which intervals.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ import bootstrap
 TARGETS = {"triggerer": 4, "trigger runner": 2, "worker": 6, "scheduler": 2, "api-server": 2, "dag-processor": 1}
 # Seconds to look for a worker to kill: there may be none at the moment.
 LOOK_FOR_A_WORKER = 5
+# How many runs are under way at most, and by how many kills these may be ahead of the events, or behind.
+UNDER_WAY = 60
+AHEAD = 5
 
 
 def arguments() -> argparse.Namespace:
@@ -61,6 +64,14 @@ class Killer:
     def done(self) -> bool:
         return sum(self.killed.values()) >= self.kills
 
+    def is_ahead(self, delivered: float) -> bool:
+        """Whether so many were killed that too few would be left for what is still to be delivered."""
+        return sum(self.killed.values()) > AHEAD + delivered * self.kills
+
+    def is_behind(self, published: float) -> bool:
+        """Whether so few were killed that too many would be left for when everything is delivered."""
+        return sum(self.killed.values()) + AHEAD < published * self.kills
+
     def revive(self) -> None:
         """Start again what has ended by itself, as a service manager would."""
         for name, component in list(self.airflow.components.items()):
@@ -68,8 +79,9 @@ class Killer:
                 self.ended[name.split("@")[0]] += 1
                 self.airflow.restart(name)
 
-    def kill_if_due(self) -> None:
-        if self.done or time.time() < self.due:
+    def kill_if_due(self, delivered: float) -> None:
+        """Kill something if it is time, where ``delivered`` of all events, from 0 to 1, have been."""
+        if self.done or time.time() < self.due or self.is_ahead(delivered):
             return
         target = self.random.choices(list(TARGETS), list(TARGETS.values()))[0]
         if self.kill(target, self.random.random()):
@@ -165,15 +177,17 @@ def endure(options, source, airflow, home: Path):
     killer = Killer(airflow, random.Random(options.seed), options.kills, options.every)
     began = time.time()
     # The kills are in this thread, since what it starts ends with it.
-    pause = options.kills * options.every / options.events  # so that the kills are spread over all events
-    publishing = threading.Thread(target=publish, args=(options.events, pause, source, airflow, home), daemon=True)
+    publishing = threading.Thread(
+        target=publish, args=(killer, options.events, source, airflow, home), daemon=True
+    )
     publishing.start()
     states: Counter = Counter()
     cleared = 0
     told = 0.0
     while time.time() - began < options.timeout:
         killer.revive()
-        killer.kill_if_due()
+        delivered = count(home)
+        killer.kill_if_due(delivered / options.events)
         time.sleep(0.2)
         if time.time() - told < 5:
             continue
@@ -182,7 +196,7 @@ def endure(options, source, airflow, home: Path):
             states = count_states(airflow)
             cleared += clear_failed(airflow)
         print(
-            f"{told - began:6.0f} s  delivered {len(list((home / 'delivered').iterdir())):5} of {options.events}, "
+            f"{told - began:6.0f} s  delivered {delivered:5} of {options.events}, "
             f"kills {sum(killer.killed.values()):4} of {options.kills}, runs {dict(states)}",
             flush=True,
         )
@@ -191,12 +205,18 @@ def endure(options, source, airflow, home: Path):
     return killer, states, cleared, home, time.time() - began
 
 
-def publish(events: int, pause: float, source, airflow, home: Path) -> None:
-    """Start a run and send an event, again and again, with ``pause`` seconds in between."""
+def publish(killer: Killer, events: int, source, airflow, home: Path) -> None:
+    """Start a run and send an event, again and again, as long as there are not too many for the kills."""
     for number in range(events):
+        while number - count(home) >= UNDER_WAY or killer.is_behind(number / events):
+            time.sleep(0.2)
         insist(lambda number=number: start(airflow, dag_of(source, number), f"run{number:05}", home))
         source.send(home, f"event{number:05}")
-        time.sleep(pause)
+
+
+def count(home: Path) -> int:
+    """Say how many events were delivered."""
+    return len(list((home / "delivered").iterdir()))
 
 
 def start(airflow, dag: str, name: str, home: Path) -> None:
