@@ -224,6 +224,64 @@ class RabbitMQ(Broker):
         return [message for name in names for message in broker.look(name)]
 
 
+class Kafka(Broker):
+    """A topic of six partitions; which message is where, its producer's client decides."""
+
+    name = "kafka"
+    listener_is = ("kafka", "KafkaListener")
+    broker_is = ("of_kafka", "Kafka")
+    conn_id = "kafka_default"
+    partitions: ClassVar[int] = 6
+
+    def prepare(self, base: Path) -> None:
+        from confluent_kafka.admin import AdminClient, NewTopic
+
+        broker = self._of(base)
+        [made] = AdminClient(broker.bootstrap).create_topics([NewTopic(broker.queue, self.partitions, 1)]).values()
+        made.result(60)
+
+    def committed(self, base: Path) -> dict[str, str]:
+        prefix, events = f"airflow/{queue_of(base)}/", self._events(base)
+        notes = self._of(base).records("airflow-events.commits")
+        return {
+            events[tuple(map(int, key.removeprefix(prefix).split("/")))]: note["wait"]
+            for key, note in notes
+            if key.startswith(prefix)
+        }
+
+    def claimed(self, base: Path) -> dict[str, str]:
+        return {event: wait for event, wait in self._open(base).items() if wait}
+
+    def free(self, base: Path) -> set[str]:
+        """Say what the group has not had, by its committed offsets, and what was given back."""
+        state, events = self._of(base).state(), self._events(base)
+        released = {event for event, wait in self._open(base).items() if not wait}
+        return released | {event for (number, offset), event in events.items() if offset >= state[number]["next"]}
+
+    def _open(self, base: Path) -> dict[str, str]:
+        events = self._events(base)
+        return {
+            events[number, int(offset)]: claim["wait"]
+            for number, partition in self._of(base).state().items()
+            for offset, claim in partition["open"].items()
+        }
+
+    def _events(self, base: Path) -> dict[tuple[int, ...], str]:
+        """Return the topic's events by partition and offset."""
+        from confluent_kafka import TopicPartition
+
+        broker = self._of(base)
+        ends = {number: end for number, end in broker.ends().items() if end}
+        consumer, found = broker.consumer("nobody"), {}
+        consumer.assign([TopicPartition(broker.queue, number, 0) for number in ends])
+        while len(found) < sum(ends.values()):
+            message = consumer.poll(30)
+            assert message is not None and message.error() is None, f"{len(found)} of {ends}"
+            found[message.partition(), message.offset()] = json.loads(message.value())
+        consumer.close()
+        return found
+
+
 def _json(message: Any) -> Any:
     return json.loads(message.body)
 
@@ -233,4 +291,4 @@ def _about(message: Any) -> dict[str, Any]:
     return about
 
 
-BROKERS: tuple[Source, ...] = (Redis(), Postgres(), Nats(), RabbitMQ())
+BROKERS: tuple[Source, ...] = (Redis(), Postgres(), Nats(), RabbitMQ(), Kafka())

@@ -33,6 +33,10 @@ class Broker(ABC):
     # Whether messages, claims and commits are there again after the server was killed.
     survives_kill: ClassVar[bool] = True
 
+    # How many clients the waits of a triggerer share, and the watches.
+    clients_of_waits: ClassVar[int] = 1
+    clients_of_watches: ClassVar[int] = 1
+
     server: servers.Server
 
     def __init__(self) -> None:
@@ -77,7 +81,7 @@ class Broker(ABC):
         """Say how many messages the server has that are not acknowledged: free or claimed."""
 
     def clients(self) -> int:
-        """Say how many connections of ours the server has."""
+        """Say how many connections of ours the server has (where it cannot tell: how many clients we have)."""
         raise NotImplementedError
 
 

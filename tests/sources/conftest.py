@@ -5,13 +5,14 @@ import json
 
 import pytest
 from airflow_events.listeners.base import Wait, working_for
+from of_kafka import Kafka
 from of_nats import Nats
 from of_postgres import PostgresJsonb, PostgresTable
 from of_rabbitmq import Quorum, RabbitMQ
 from of_redis import Redis6, Valkey
 from of_sqs import Sqs, SqsFifo
 
-BROKERS = (Valkey, Redis6, PostgresTable, PostgresJsonb, Nats, RabbitMQ, Quorum, Sqs, SqsFifo)
+BROKERS = (Valkey, Redis6, PostgresTable, PostgresJsonb, Nats, RabbitMQ, Quorum, Sqs, SqsFifo, Kafka)
 
 
 def pytest_collection_modifyitems(items):

@@ -188,14 +188,14 @@ async def test_the_server_is_killed_after_the_commit(broker, waits):
 async def test_a_server_that_is_not_there(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_NOWHERE", json.dumps(broker.connection(port=1)))
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
-    name = next(key for key in broker.arguments()[1] if key.endswith("conn_id"))
+    name = next(key for key in broker.arguments()[1] if key.endswith(("conn_id", "config_id")))
     with pytest.raises(SourceUnreachable, match="nowhere"):
         await soon(waits.poll(**{name: "nowhere"}), 30)
 
 
 async def test_a_connection_of_another_type(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_OTHER", json.dumps({**broker.connection(), "conn_type": "ftp"}))
-    name = next(key for key in broker.arguments()[1] if key.endswith("conn_id"))
+    name = next(key for key in broker.arguments()[1] if key.endswith(("conn_id", "config_id")))
     with pytest.raises(SourceUnfit, match=f"'other' is of type 'ftp', and '{broker.connection_type}'"):
         await soon(waits.poll(**{name: "other"}))
 
@@ -248,7 +248,7 @@ async def test_many_waits_share_a_connection_which_ends_with_them(broker, waits)
     tasks = [waits.poll(number) for number in range(200)]
     await asyncio.sleep(1)
     assert not any(task.done() for task in tasks)
-    assert broker.clients() - before == 1
+    assert broker.clients() - before == broker.clients_of_waits
     await waits.end()
     until(lambda: broker.clients() == before, "the connection has ended", 10)
 

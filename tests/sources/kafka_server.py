@@ -1,0 +1,178 @@
+"""Apache Kafka itself, from Maven Central, one broker in KRaft mode."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+import servers
+
+from deployment import free_port
+
+VERSION = "4.1.0"
+MISSING = "needs Java 17 and Maven: apt-get install default-jre-headless maven"
+
+_POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
+<modelVersion>4.0.0</modelVersion><groupId>t</groupId><artifactId>t</artifactId><version>1</version>
+<packaging>pom</packaging>
+<dependencies><dependency>
+<groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{VERSION}</version>
+</dependency></dependencies>
+</project>
+"""
+
+
+def jars() -> Path | None:
+    """Return the folder with Kafka's jars, fetched once; None without Java or Maven."""
+    if not (shutil.which("java") and shutil.which("mvn")):
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "airflow-provider-events"
+    folder = cache / f"kafka-{VERSION}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "kafka.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            half = cache / f"kafka-{VERSION}.half"
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            (half / "pom.xml").write_text(_POM)
+            goal = f"-DoutputDirectory={half}"
+            subprocess.run(
+                ["mvn", "-q", "-B", "dependency:copy-dependencies", goal, "-DincludeScope=runtime"],
+                cwd=half, check=True, timeout=600,
+            )  # fmt: skip
+            half.rename(folder)
+    return folder
+
+
+def server(**settings: Any) -> servers.Server | None:
+    """Kafka; None if it is not to be had. ``settings`` go into its file, with dots for underscores."""
+    folder = jars()
+    if folder is None:
+        return None
+    java = [
+        "java", "-Xmx400m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData",
+        "-cp", f"{folder}/*",
+    ]  # fmt: skip
+
+    def command(server: servers.Server) -> list[str]:
+        file = server.folder / "server.properties"
+        if not file.exists():
+            controller = free_port()
+            about = {
+                "process.roles": "broker,controller",
+                "node.id": 1,
+                "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+                "listeners": f"PLAINTEXT://127.0.0.1:{server.port},CONTROLLER://127.0.0.1:{controller}",
+                "advertised.listeners": f"PLAINTEXT://127.0.0.1:{server.port}",
+                "controller.listener.names": "CONTROLLER",
+                "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+                "log.dirs": server.folder / "log",
+                "offsets.topic.replication.factor": 1,
+                "offsets.topic.num.partitions": 2,
+                "transaction.state.log.replication.factor": 1,
+                "transaction.state.log.min.isr": 1,
+                "transaction.state.log.num.partitions": 2,
+                "share.coordinator.state.topic.replication.factor": 1,
+                "share.coordinator.state.topic.min.isr": 1,
+                "group.initial.rebalance.delay.ms": 0,
+                "log.retention.check.interval.ms": 1000,
+                "log.segment.delete.delay.ms": 100,
+                "log.cleaner.backoff.ms": 500,
+                **{name.replace("_", "."): value for name, value in settings.items()},
+            }
+            file.write_text("".join(f"{name}={value}\n" for name, value in about.items()))
+            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            subprocess.run(
+                [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(file)],
+                check=True, capture_output=True, timeout=120,
+            )  # fmt: skip
+        return [*java, "kafka.Kafka", str(file)]
+
+    return servers.Server(command, _answers)
+
+
+def _answers(server: servers.Server) -> bool:
+    return _lists({"bootstrap.servers": f"127.0.0.1:{server.port}", "log_level": 0})
+
+
+def _lists(settings: dict[str, Any]) -> bool:
+    """Whether there is a broker that has joined its cluster; an open port is not one."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+
+    try:
+        return bool(AdminClient(settings).list_topics(timeout=2).brokers)
+    except KafkaException:
+        return False
+
+
+def guarded() -> servers.Server | None:
+    """Kafka with users, of whom all but ``admin`` need to be allowed what they do; a password is NAME-secret."""
+    users = " ".join(f'user_{name}="{name}-secret"' for name in ("admin", "reader", "nobody"))
+    found = server()
+    if found is None:
+        return None
+    plain = found._command
+
+    def command(server: servers.Server) -> list[str]:
+        new = not (server.folder / "server.properties").exists()
+        line = plain(server)
+        if new:
+            file = server.folder / "server.properties"
+            text = file.read_text().replace("PLAINTEXT://", "SASL_PLAINTEXT://", 1)
+            text = text.replace("advertised.listeners=PLAINTEXT", "advertised.listeners=SASL_PLAINTEXT")
+            text = text.replace("PLAINTEXT:PLAINTEXT", "SASL_PLAINTEXT:SASL_PLAINTEXT")
+            text = text.replace("CONTROLLER:SASL_PLAINTEXT:SASL_PLAINTEXT", "CONTROLLER:PLAINTEXT")
+            text += (
+                "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer\n"
+                "super.users=User:admin;User:ANONYMOUS\n"
+                "inter.broker.listener.name=SASL_PLAINTEXT\n"
+                "sasl.enabled.mechanisms=PLAIN\nsasl.mechanism.inter.broker.protocol=PLAIN\n"
+                "listener.name.sasl_plaintext.plain.sasl.jaas.config="
+                "org.apache.kafka.common.security.plain.PlainLoginModule required "
+                f'username="admin" password="admin-secret" {users};\n'
+            )
+            file.write_text(text)
+        return line
+
+    found._command = command
+    found._answers = lambda server: _lists(as_admin(server))
+    return found
+
+
+def as_admin(server: servers.Server) -> dict[str, Any]:
+    return {
+        "bootstrap.servers": f"127.0.0.1:{server.port}", "security.protocol": "SASL_PLAINTEXT", "log_level": 0,
+        "sasl.mechanism": "PLAIN", "sasl.username": "admin", "sasl.password": "admin-secret",
+    }  # fmt: skip
+
+
+def allow(server: servers.Server, user: str, topic: str) -> None:
+    """Make a topic, and let a user read it."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import (
+        AclBinding,
+        AclOperation,
+        AclPermissionType,
+        AdminClient,
+        NewTopic,
+        ResourcePatternType,
+        ResourceType,
+    )
+
+    admin = AdminClient(as_admin(server))
+    with contextlib.suppress(KafkaException):  # it is there
+        admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(30)
+    rule = AclBinding(
+        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{user}", "*", AclOperation.READ,
+        AclPermissionType.ALLOW,
+    )  # fmt: skip
+    admin.create_acls([rule])[rule].result(30)
