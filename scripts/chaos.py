@@ -32,6 +32,9 @@ LOOK_FOR_A_WORKER = 5
 # How many runs are under way at most, and by how many kills these may be ahead of the events, or behind.
 UNDER_WAY = 60
 AHEAD = 5
+# Seconds without a delivery after which kills go on anyhow. LocalExecutor was seen to stand still for good, all
+# its processes waiting to write their results, until its scheduler was killed.
+STUCK = 45
 
 
 def arguments() -> argparse.Namespace:
@@ -59,6 +62,8 @@ class Killer:
     ended: Counter = field(default_factory=Counter)
     moments: list[float] = field(default_factory=list)
     due: float = 0
+    delivered: float = 0
+    delivered_at: float = field(default_factory=time.time)
 
     @property
     def done(self) -> bool:
@@ -81,7 +86,10 @@ class Killer:
 
     def kill_if_due(self, delivered: float) -> None:
         """Kill something if it is time, where ``delivered`` of all events, from 0 to 1, have been."""
-        if self.done or time.time() < self.due or self.is_ahead(delivered):
+        if delivered > self.delivered:
+            self.delivered, self.delivered_at = delivered, time.time()
+        is_stuck = time.time() > self.delivered_at + STUCK
+        if self.done or time.time() < self.due or (self.is_ahead(delivered) and not is_stuck):
             return
         target = self.random.choices(list(TARGETS), list(TARGETS.values()))[0]
         if self.kill(target, self.random.random()):
