@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _BLOCK = 0.5
 # Seconds between two looks at what other processes did, while waits wait.
 _LOOK = 1.0
+# Seconds between two warnings of one kind.
+_TELL = 300
 # Messages, and their bytes, that are kept for waits to come.
 _MOST = 1000
 _MOST_BYTES = 2**25
@@ -135,7 +137,10 @@ class KafkaListener(EventListener):
         )
         wait = current_wait().id
         async with _ledger(source) as ledger:
-            await ledger.change(lambda state: state.release(wait))
+            await ledger.refresh()
+            # To write would overtake others, and most that is released holds nothing.
+            if ledger.state is not None and any(claim.wait == wait for _, _, claim in ledger.state.claims()):
+                await ledger.change(lambda state: state.release(wait))
 
 
 def _ledger(source: Source) -> contextlib.AbstractAsyncContextManager[Ledger]:
@@ -177,6 +182,7 @@ class _QueueHub(Hub[_Taker]):
         self._clients: Clients | None = None
         self._windows: dict[int, _Window] = {}
         self._looked = 0.0
+        self._told = float("-inf")
         super().__init__(str(source))
 
     async def connect(self) -> None:
@@ -298,6 +304,11 @@ class _QueueHub(Hub[_Taker]):
         starts = {number: window.start for number, window in self._windows.items()}
         attempt = state.copy()
         found = work(attempt)
+        if attempt.full and time.monotonic() - self._told > _TELL:
+            self._told = time.monotonic()
+            claims = sum(1 for _ in attempt.claims())
+            message = "%s: there is no room for more than its %d open claims; waits wait until some are committed"
+            self._tell_all(logging.WARNING, message, self.name, claims)
         if not found:
             return
         if attempt.changed:

@@ -361,10 +361,8 @@ class Ledger:
             self._begin()
 
     def _begin(self) -> None:
-        self._take()
-        assert self.state is not None
-        if self.state.changed:
-            self._write([])
+        self._drop_producer()
+        self._write([])
 
     def _moved(self) -> bool:
         """Whether another process has written since."""
@@ -395,7 +393,15 @@ class Ledger:
             if not taken:
                 self._begin()
                 return
+            was = place
             place, state = self._last_state()
+            if state is None and was is not None:
+                raise SourceUnfit(
+                    f"{self._source}: the group's offsets say that its state is at offset {was} of a topic, and "
+                    f"{self._states!r} has none: was it deleted, or do other waits of the group name another "
+                    "ledger? To begin anew without it, set the group's offsets, as by kafka-consumer-groups "
+                    "--reset-offsets"
+                )
             state = self._adopt(state, committed)
         self.state, self._place = state, place
 

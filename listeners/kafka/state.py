@@ -57,12 +57,14 @@ class State:
     Its methods change it in place and are made again on a newer state if the change came too late.
 
     :ivar changed: whether it is to be written.
+    :ivar full: whether a claim was refused for want of room.
     :ivar commits: partition, offset and wait of what was committed since it was read.
     """
 
     def __init__(self, partitions: dict[int, Partition] | None = None) -> None:
         self.partitions = partitions or {}
         self.changed = False
+        self.full = False
         self.commits: list[tuple[int, int, str]] = []
         self._bytes = sum(len(claim.wait) + _CLAIM_BYTES for _, _, claim in self.claims())
 
@@ -86,6 +88,7 @@ class State:
         """
         if offset not in self.partitions[partition].open:
             if self._bytes + len(claim.wait) + _CLAIM_BYTES > MOST_BYTES:
+                self.full = True
                 return False
             self._bytes += len(claim.wait) + _CLAIM_BYTES
         self.partitions[partition].open[offset] = claim

@@ -51,6 +51,7 @@ class Process:
 
 async def main() -> None:
     idle = []
+    taken: list[Any] = []
     while line := await asyncio.to_thread(sys.stdin.readline):
         asked = json.loads(line)
         answer: Any = None
@@ -63,31 +64,27 @@ async def main() -> None:
                     answer = await listener.poll_for_event(**asked["kwargs"])
                 elif asked["do"] == "commit":
                     await listener.event_checkpointed(asked["event"])
-                elif asked["do"] == "take all":  # until nothing has come for a while
-                    answer = await take_all(asked["wait"], asked["waits"], asked["kwargs"], asked["seconds"])
+                elif asked["do"] == "take":
+                    idle += [
+                        asyncio.create_task(take(asked["wait"] + number, asked["kwargs"], taken))
+                        for number in range(asked["waits"])
+                    ]
+                elif asked["do"] == "taken":
+                    answer = taken
             except EventsError as error:
                 answer = {"error": type(error).__name__, "message": str(error)}
         print(_ANSWER + json.dumps(answer, default=str), flush=True)
 
 
-async def take_all(first: int, waits: int, kwargs: Any, seconds: float) -> list[Any]:
-    """Let waits take and commit event after event, each under a name of its own."""
-    taken = []
-
-    async def work(start: int) -> None:
-        number = start
-        while True:
-            number += 1000
-            with working_for(Wait("dag", f"run{number}", "task")):
-                try:
-                    event = await asyncio.wait_for(KafkaListener().poll_for_event(**kwargs), seconds)
-                except asyncio.TimeoutError:
-                    return
-                await KafkaListener().event_checkpointed(event)
-            taken.append([event["value"], f"dag/run{number}/task/-1"])
-
-    await asyncio.gather(*(work(first + number) for number in range(waits)))
-    return taken
+async def take(number: int, kwargs: Any, taken: list[Any]) -> None:
+    """Take and commit event after event, each for another wait, and note its value and the wait."""
+    while True:
+        number += 1000
+        wait = Wait("dag", f"run{number}", "task")
+        with working_for(wait):
+            event = await KafkaListener().poll_for_event(**kwargs)
+            await KafkaListener().event_checkpointed(event)
+        taken.append([event["value"], wait.id])
 
 
 if __name__ == "__main__":
