@@ -100,6 +100,12 @@ class EventListener(abc.ABC):
     until it is committed, in whatever process. Such a wait needs no worker.
     """
 
+    recorded_from_outside: ClassVar[bool] = False
+    """
+    True says that somebody else than the wait itself may record its event, at any moment, and end the task.
+    When the time of such a wait is up, a worker looks for a record before it believes so.
+    """
+
     @abc.abstractmethod
     async def poll_for_event(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -22,11 +22,12 @@ import enum
 import logging
 import uuid
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any, Protocol
 
 import greenback
 from airflow_events import settings
-from airflow_events.errors import CommitFailed, EventLost
+from airflow_events.errors import CommitFailed, EventLost, EventRejected
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
 from airflow_events.listeners.serde import check
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay
@@ -40,6 +41,12 @@ class Phase(str, enum.Enum):
 
     RECORDED = "recorded"
     COMMITTED = "committed"
+    REJECTED = "rejected"
+    """There will be no event. What stands in its place says why, by whom, and of which generation."""
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,27 @@ class Record:
     The event of a wait, as it is durable in Airflow's database.
 
     :param id: of this recording, so that one of them can be dropped without touching a later one.
+    :param until: of an event that was sent before its wait had begun: when it lapses unless the wait has
+        taken it by then. None is never.
+    :param receipt: what the sender of an event that was sent to the wait was told; None of all others.
+    :param recorded_at: when the event was recorded first, ISO 8601 in UTC; empty in records of earlier versions.
     """
 
     event: Any
     phase: Phase
     id: str = field(default="", compare=False)
+    until: datetime | None = None
+    receipt: dict[str, Any] | None = None
+    recorded_at: str = field(default_factory=_now, compare=False)
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether the event came too early for the wait to take it."""
+        return self.until is not None and self.until < datetime.now(timezone.utc)
+
+    def taken(self) -> Record:
+        """Return the record once the wait has taken it, after which it does not lapse."""
+        return dataclasses.replace(self, until=None)
 
     def committed(self) -> Record:
         """Return the record after the commit."""
@@ -60,19 +83,34 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Write the record as it is stored."""
-        return {"phase": self.phase.value, "event": self.event, "id": self.id}
+        optional = {"until": self.until, "receipt": self.receipt}
+        # The phase comes first: the page finds uncommitted records in the database by how they begin.
+        return {
+            "phase": self.phase.value,
+            "event": self.event,
+            "id": self.id,
+            "recorded_at": self.recorded_at,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Record:
         """Read what `as_dict` wrote."""
-        return cls(event=stored["event"], phase=Phase(stored["phase"]), id=stored.get("id", ""))
+        return cls(
+            event=stored["event"],
+            phase=Phase(stored["phase"]),
+            id=stored.get("id", ""),
+            until=stored.get("until"),
+            receipt=stored.get("receipt"),
+            recorded_at=stored.get("recorded_at", ""),
+        )
 
 
 class RecordStore(Protocol):
     """Where the record of one wait is kept. Each method is durable when it returns."""
 
     async def read(self) -> Record | None:
-        """Return the record, or None if no event has been recorded."""
+        """Return the record, or None if no event has been recorded, or one that has lapsed."""
 
     async def write(self, record: Record) -> None:
         """Put ``record`` in the place of any earlier one."""
@@ -97,15 +135,21 @@ async def settle(
 
     :param args: what ``event`` was polled with, for `EventListener.event_released`; ``kwargs`` likewise.
     :raises EventLost: another wait has the event; the record is dropped, and the wait should go on.
+    :raises EventRejected: the wait was rejected meanwhile.
     :raises EventNotSerializable: before anything was recorded.
     :raises CommitFailed: the event is recorded and not committed.
     """
     record = await store.read()
+    if record is not None and record.phase is Phase.REJECTED:
+        raise EventRejected(record.event["reason"], record.event["by"])
     superfluous = record is not None and record.event != event
     if record is None:
         check(event)
         phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
         record = Record(event, phase, uuid.uuid4().hex)
+        await store.write(record)
+    elif record.until is not None:
+        record = record.taken()
         await store.write(record)
     if record.phase is Phase.RECORDED:
         try:

@@ -42,10 +42,12 @@ class WorkerRecord:
             if stored is None or not self.replay:
                 return None
             record = Record.from_dict(stored)
-            return None if record.id and record.id == self._pull(LOST_KEY) else record
+            lost = record.id and record.id == self._pull(LOST_KEY)
+            return None if lost or record.lapsed else record
         if not self.replay and stored["generation"] != self.ti.max_tries:
             return None
-        return Record.from_dict(stored)
+        record = Record.from_dict(stored)
+        return None if record.lapsed else record
 
     async def write(self, record: Record) -> None:
         # Unlike the store, XComs take the writes of a worker that its task has outlived: ask the store first.

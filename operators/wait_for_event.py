@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,10 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.decorator import get_unique_task_id
 from airflow.sdk.bases.operator import BaseOperator
 from airflow.sdk.definitions.xcom_arg import XComArg
-from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
+from airflow.sdk.exceptions import (
+    AirflowFailException,
+    AirflowSensorTimeout,
+    AirflowSkipException,
+    TaskDeferralTimeout,
+)
 from airflow.triggers.base import StartTriggerArgs
 from airflow_events import settings
-from airflow_events.errors import EventLost, EventNotSerializable
+from airflow_events.errors import EventLost, EventNotSerializable, EventRejected
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, describe
 from airflow_events.listeners.commit import Phase, Record, release, settle
@@ -62,6 +68,18 @@ class _StartFromTrigger:
         raise AttributeError("where a wait starts follows from its arguments; see operators/route.py")
 
 
+class _ListenerName:
+    """
+    ``custom_operator_name``, which Airflow shows and stores with each task instance: the listener's name.
+
+    Of the class, which is what Airflow reads for mapped tasks, it is the class's own name.
+    """
+
+    def __get__(self, task: WaitForEventOperator | None, owner: type) -> str:
+        listener = vars(task).get("listener") if task is not None else None
+        return owner.__name__ if listener is None else str(listener.__name__)
+
+
 class WaitForEventOperator(BaseOperator):
     """
     Wait for an event, and return it.
@@ -86,6 +104,7 @@ class WaitForEventOperator(BaseOperator):
     template_fields_renderers: ClassVar[dict[str, str]] = {"listener_args": "json", "listener_kwargs": "json"}
     ui_color = "#d9ead3"
     ui_fgcolor = "#1f3d1f"
+    custom_operator_name = _ListenerName()
     start_from_trigger = _StartFromTrigger()
     start_trigger_args = _StartFromTrigger()
 
@@ -132,6 +151,23 @@ class WaitForEventOperator(BaseOperator):
             _refuse_pickle(check_listener(kwargs["listener"]))
         return super().partial(**kwargs)
 
+    @classmethod
+    def get_serialized_fields(cls) -> frozenset[str]:
+        """Let a serialized DAG say what waits there."""
+        return frozenset({"event_wait", *super().get_serialized_fields()})  # type: ignore[no-untyped-call]
+
+    @property
+    def event_wait(self) -> str | None:
+        """What those need to know who send an event to the wait, also before it begins, as JSON."""
+        if "replay" not in vars(self):  # BaseOperator's constructor is still at work
+            return None
+        face: dict[str, Any] = {"listener": reference.name(self.listener), "replay": self.replay}
+        if self.listener.recorded_from_outside and isinstance(self.listener_kwargs, Mapping):
+            schema = self.listener_kwargs.get("schema")
+            if not any(XComArg.iter_xcom_references(schema)):
+                face["schema"] = schema
+        return json.dumps(face, sort_keys=True)
+
     def execute(self, context: Context) -> Any:
         """Begin a try that starts on a worker."""
         if (stored := self._recorded(context)) is not None:
@@ -152,6 +188,11 @@ class WaitForEventOperator(BaseOperator):
         match outcome.decode(event):
             case outcome.Arrived(arrived):
                 return self._finish(context, arrived)
+            case outcome.Rejected():
+                if (stored := self._recorded(context)) is not None:
+                    return self._finish(context, stored.event)
+                self._defer(context)  # cleared, or forgotten, since
+                return None
             case outcome.TimedOut(deadline):
                 if (stored := self._recorded(context)) is not None:  # by a second triggerer, just in time
                     return self._finish(context, stored.event)
@@ -170,7 +211,20 @@ class WaitForEventOperator(BaseOperator):
             return self._time_is_up(deadline)
 
     def _recorded(self, context: Context) -> Record | None:
-        return asyncio.run(self._record(context).read())
+        """
+        Return the record of the wait's event, or None.
+
+        :raises AirflowFailException: the wait was rejected, and not cleared since.
+        """
+        record = self._record(context)
+        stored = asyncio.run(record.read())
+        if stored is None or stored.phase is not Phase.REJECTED:
+            return stored
+        if stored.event["generation"] == context["ti"].max_tries:
+            rejected = EventRejected(stored.event["reason"], stored.event["by"])
+            raise AirflowFailException(str(rejected)) from rejected
+        asyncio.run(record.drop(stored))
+        return None
 
     def _finish(self, context: Context, event: Any) -> Any:
         record = self._record(context)
@@ -205,7 +259,8 @@ class WaitForEventOperator(BaseOperator):
         """Give back what an earlier generation recorded and did not commit; it is to wait for another."""
         record = dataclasses.replace(self._record(context), replay=True)
         stored = asyncio.run(record.read())
-        if stored is None:
+        # One of this generation was sent from outside a moment ago.
+        if stored is None or asyncio.run(self._record(context).read()) is not None:
             return
         self.log.info("Waiting for another event than the one recorded before the task was cleared (replay=False)")
         if stored.phase is Phase.RECORDED:

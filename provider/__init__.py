@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from airflow_events.provider_info import VERSION as __version__
 
 if TYPE_CHECKING:
+    from airflow_events.api.callback import callback_url
     from airflow_events.listeners.base import EventListener, Wait, current_wait
     from airflow_events.operators.wait_for_event import wait_for_event
 
-__all__ = ["__version__", "EventListener", "Wait", "current_wait", "wait_for_event"]
+__all__ = ["__version__", "EventListener", "Wait", "callback_url", "current_wait", "wait_for_event"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from airflow_events.operators import wait_for_event as module
 
         return module.wait_for_event
+    if name == "callback_url":
+        from airflow_events.api.callback import callback_url
+
+        return callback_url
     if name in ("EventListener", "Wait", "current_wait"):
         from airflow_events.listeners import base
 

@@ -30,6 +30,18 @@ class EventNotSerializable(EventsError, TypeError):
         self.place = place
 
 
+class EventRejected(EventsError):
+    """
+    Somebody has rejected the wait: there will be no event, and the task fails without another try.
+
+    :ivar reason: what they gave as the reason.
+    """
+
+    def __init__(self, reason: str, by: str) -> None:
+        super().__init__(f"the wait was rejected by {by}: {reason}")
+        self.reason = reason
+
+
 class CommitFailed(EventsError):
     """
     ``event_checkpointed`` kept raising for ``[events] commit_timeout`` seconds.

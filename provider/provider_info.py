@@ -48,6 +48,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": "float",
         "default": "600",
     },
+    "callback_secret": {
+        "description": (
+            "With what callback addresses are signed; the same for API servers, workers and triggerers. Empty "
+            "means [api] secret_key."
+        ),
+        "type": "string",
+        "sensitive": True,
+        "default": "",
+    },
+    "http_keep": {
+        "description": (
+            "For how many seconds an event that is sent to a key is kept for a wait that has not begun, and an "
+            "idempotency key is remembered, unless the sender gives a ttl."
+        ),
+        "type": "float",
+        "default": "604800",
+    },
+    "http_match_interval": {
+        "description": "How often, in seconds, an API server looks whether a wait has begun for a kept event.",
+        "type": "float",
+        "default": "2",
+    },
+    "http_max_body": {
+        "description": "How many bytes the body of an HTTP event may have at most.",
+        "type": "integer",
+        "default": "262144",
+    },
     "directory_root": {
         "description": (
             "What relative paths given to DirectoryListener and DirectoryWatchListener are relative to. "
@@ -91,6 +118,9 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
         "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_events.triggers.event"]}],
+        # The plugin is an entry point of the package instead: Airflow loads plugins that stand here only with
+        # [core] lazy_discover_providers = False.
+        "cli": ["airflow_events.cli.definition.get_events_cli_commands"],
         "config": {
             SECTION: {
                 "description": "Settings of airflow-provider-events.",

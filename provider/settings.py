@@ -7,7 +7,7 @@ from typing import TypeVar
 from airflow.sdk.configuration import conf
 from airflow_events.provider_info import OPTIONS, SECTION
 
-_T = TypeVar("_T", bool, float, str)
+_T = TypeVar("_T", bool, int, float, str)
 
 
 def _get(option: str, kind: type[_T]) -> _T:
@@ -35,6 +35,26 @@ def commit_memory() -> float:
 def unreachable_timeout() -> float:
     """For how many seconds a source that is away is tried again."""
     return _get("unreachable_timeout", float)
+
+
+def callback_secret() -> str:
+    """Return what callback addresses are signed with; empty if there is nothing."""
+    return _get("callback_secret", str) or str(conf.get("api", "secret_key", fallback=""))
+
+
+def http_keep() -> float:
+    """For how many seconds an event for a key is kept, and an idempotency key remembered."""
+    return _get("http_keep", float)
+
+
+def http_match_interval() -> float:
+    """Seconds between two looks for waits that have begun."""
+    return _get("http_match_interval", float)
+
+
+def http_max_body() -> int:
+    """How many bytes the body of an HTTP event may have."""
+    return _get("http_max_body", int)
 
 
 def directory_root() -> str:

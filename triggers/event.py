@@ -15,7 +15,7 @@ from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEven
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, describe, working_for
-from airflow_events.listeners.commit import inherit_portal, release, settle
+from airflow_events.listeners.commit import Phase, inherit_portal, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.record import XComRecord
 from airflow_events.triggers.watchdog import timed
@@ -155,6 +155,9 @@ class EventTrigger(BaseTrigger):
                         stored.phase.value,
                         wait.id,
                     )
+                    if stored.phase is Phase.REJECTED:  # whether a clear has undone that, a worker knows
+                        yield TriggerEvent(outcome.encode(outcome.Rejected()))
+                        return
                     event = stored.event
                 else:
                     try:
@@ -163,7 +166,7 @@ class EventTrigger(BaseTrigger):
                         if await record.read() is not None:  # by a second triggerer, just in time
                             continue
                         await self._release(listener, wait)
-                        yield await self._time_is_up(record)
+                        yield await self._time_is_up(listener, record)
                         return
                     except _PollAnew:
                         continue
@@ -171,7 +174,7 @@ class EventTrigger(BaseTrigger):
                         self.log.warning("The task has ended meanwhile; its event goes back to the source")
                         await self._release(listener, wait)
                         return
-                if self.finish_on_worker or _airflow_has_listeners():
+                if self.finish_on_worker or airflow_has_listeners():
                     yield TriggerEvent(outcome.encode(outcome.Arrived(event)))
                     return
                 try:
@@ -322,10 +325,11 @@ class EventTrigger(BaseTrigger):
             await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
         return TaskSuccessEvent()
 
-    async def _time_is_up(self, record: XComRecord) -> TriggerEvent:
+    async def _time_is_up(self, listener: type[EventListener], record: XComRecord) -> TriggerEvent:
         assert self.deadline is not None
         self.log.info("No event came until %s", self.deadline.isoformat(timespec="seconds"))
-        if self.finish_on_worker or _airflow_has_listeners() or not (self.soft_fail or self.default):
+        on_worker = self.finish_on_worker or listener.recorded_from_outside or airflow_has_listeners()
+        if on_worker or not (self.soft_fail or self.default):
             return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
         if self.default:
             self.log.info("Delivering the default")
@@ -359,7 +363,7 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _airflow_has_listeners() -> bool:
+def airflow_has_listeners() -> bool:
     """Whether a plugin listens to task states, which it would miss if the task ended here."""
     from airflow.listeners.listener import get_listener_manager
 

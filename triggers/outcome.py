@@ -24,7 +24,12 @@ class TimedOut:
     deadline: datetime
 
 
-Outcome = Arrived | TimedOut
+@dataclass(frozen=True)
+class Rejected:
+    """Somebody has rejected the wait; the record says who, and why."""
+
+
+Outcome = Arrived | TimedOut | Rejected
 
 
 def encode(outcome: Outcome) -> dict[str, str]:
@@ -34,7 +39,13 @@ def encode(outcome: Outcome) -> dict[str, str]:
     The value is JSON text: on its way through the triggerer's pipe and ``next_kwargs`` Airflow would turn
     tuples into lists.
     """
-    value = outcome.event if isinstance(outcome, Arrived) else outcome.deadline
+    match outcome:
+        case Arrived(event):
+            value = event
+        case TimedOut(deadline):
+            value = deadline
+        case Rejected():
+            value = None
     return {"outcome": type(outcome).__name__, "value": serde.encode(value)}
 
 
@@ -49,7 +60,9 @@ def decode(payload: Any) -> Outcome:
             return Arrived(serde.decode(value))
         case {"outcome": "TimedOut", "value": str(value)}:
             return TimedOut(serde.decode(value))
+        case {"outcome": "Rejected"}:
+            return Rejected()
     raise UnknownOutcome(
-        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived and TimedOut; "
+        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived, TimedOut and Rejected; "
         "run one version of airflow-provider-events in triggerers and workers"
     )

@@ -34,7 +34,8 @@ class XComRecord:
         if stored is None:
             return None
         record = Record.from_dict(stored)
-        return None if record.id and record.id == await self._get(LOST_KEY) else record
+        lost = record.id and record.id == await self._get(LOST_KEY)
+        return None if lost or record.lapsed else record
 
     async def write(self, record: Record) -> None:
         await self._set(RECORD_KEY, record.as_dict())

@@ -43,10 +43,10 @@ def airflow(request, postgres):
             Deployment(home, database=database, settings=settings, variables=variables)
         )
         deployment.prepare()
-        deployment.add_dags(TESTS / "dags" / "waits.py", TESTS / "dags" / "beside.py")
+        deployment.add_dags(*(TESTS / "dags" / file for file in ("waits.py", "beside.py", "http_waits.py")))
         furnish(deployment)
         deployment.start()
-        deployment.wait_for_dags("finish_in_triggerer", "siblings", "directory_no_worker")
+        deployment.wait_for_dags("finish_in_triggerer", "siblings", "directory_no_worker", "http")
         yield deployment
         if keep:
             print(f"\nkept: {home}")

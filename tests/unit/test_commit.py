@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from airflow_events.errors import CommitFailed, EventLost, EventNotSerializable
+from airflow_events.errors import CommitFailed, EventLost, EventNotSerializable, EventRejected
 from airflow_events.listeners.base import EventListener, Wait, current_wait
 from airflow_events.listeners.commit import Phase, Record, settle
 from airflow_events.triggers.record import XComRecord
@@ -193,3 +194,40 @@ async def test_a_record_that_is_dropped_late_takes_no_later_one_with_it(monkeypa
     await store.write(later)
     await store.drop(lost)
     assert await store.read() == later
+
+
+async def test_the_commit_keeps_the_moment_of_the_record(listener, log):
+    store = Store(log)
+    await settle(listener, WAIT, store, "event")
+    recorded_at = store.record.recorded_at
+    assert recorded_at
+    read = Record.from_dict(store.record.as_dict())
+    assert (read.phase, read.recorded_at) == (Phase.COMMITTED, recorded_at)
+    assert next(iter(store.record.as_dict())) == "phase"  # by which the page finds records in the database
+
+
+def test_a_record_of_an_earlier_version_has_no_moment():
+    assert Record.from_dict({"phase": "recorded", "event": 1}).recorded_at == ""
+
+
+async def test_an_event_that_came_early_does_not_lapse_once_it_is_taken(log):
+    soon = datetime.now(timezone.utc) + timedelta(minutes=1)
+    store = Store(log, Record("early", Phase.COMMITTED, "1", until=soon, receipt={"key": "k"}))
+    assert await settle(Watch, WAIT, store, "early") == "early"
+    assert store.record.until is None
+    assert store.record.receipt == {"key": "k"}
+
+
+def test_a_record_is_read_as_it_was_written():
+    record = Record([1], Phase.COMMITTED, "1", datetime(2030, 1, 1, tzinfo=timezone.utc), {"key": None})
+    assert Record.from_dict(record.as_dict()).as_dict() == record.as_dict()
+    assert not record.lapsed
+    assert Record([1], Phase.COMMITTED, "1", datetime(2020, 1, 1, tzinfo=timezone.utc)).lapsed
+    assert set(Record(1, Phase.RECORDED).as_dict()) == {"phase", "event", "id", "recorded_at"}
+
+
+async def test_a_wait_that_was_rejected_takes_no_event(log, listener):
+    store = Store(log, Record({"reason": "no", "by": "ada", "generation": 3}, Phase.REJECTED, "1"))
+    with pytest.raises(EventRejected, match="rejected by ada: no"):
+        await settle(listener, WAIT, store, "polled")
+    assert log == []

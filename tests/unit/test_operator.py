@@ -214,3 +214,9 @@ def test_pickled_listeners_can_be_refused(dag, monkeypatch):
 def test_it_is_no_sensor_that_holds_a_worker(dag):
     assert isinstance(operator(), BaseOperator)
     assert not hasattr(operator(), "poke")
+
+
+def test_airflow_shows_a_wait_by_the_name_of_its_listener(dag):
+    assert operator().operator_name == "TimerListener"
+    mapped = WaitForEventOperator.partial(task_id="m", listener=TimerListener).expand(listener_args=[[0]])
+    assert mapped.operator_name == "WaitForEventOperator"

@@ -1,0 +1,1 @@
+"""Events over HTTP: what runs in Airflow's API server."""

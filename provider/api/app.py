@@ -1,0 +1,57 @@
+"""
+The FastAPI app that Airflow's API server mounts at ``/events``.
+
+Airflow mounts apps of plugins without any authentication of their own; each router here brings its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from airflow.api_fastapi.core_api.security import get_user
+from airflow_events.api import callback_events, events, key_events, webhook_events
+from airflow_events.api.refusals import Refusal
+from airflow_events.page import routes as page
+from airflow_events.provider_info import VERSION
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+
+log = logging.getLogger(__name__)
+
+ROUTERS = (events.router, key_events.router, callback_events.router, webhook_events.router, page.router)
+
+
+def create_app() -> FastAPI:
+    """Make the app."""
+    app = FastAPI(
+        title="Airflow events",
+        version=VERSION,
+        description="Send events to Airflow runs that wait for them.",
+        # Served below, behind the login.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(DBAPIError, _database_busy)
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(get_user)])
+    def openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    return app
+
+
+def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refusal)
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse({"detail": str(error)}, error.status, headers)
+
+
+def _database_busy(request: Request, error: Exception) -> JSONResponse:
+    log.error("The database refused the transaction of a request to %s", request.url.path, exc_info=error)
+    return JSONResponse({"detail": "the database refused; send the same again"}, 503, headers={"Retry-After": "2"})

@@ -1,0 +1,84 @@
+"""The route that a signed address leads to."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime, timezone
+from typing import Annotated
+
+from airflow.models.taskinstancehistory import TaskInstanceHistory
+from airflow_events.api import inbox
+from airflow_events.api.callback import Token, TokenExpired, TokenInvalid, check
+from airflow_events.api.events import KEPT, Answer, answer
+from airflow_events.api.refusals import Over
+from airflow_events.api.requests import ANY_JSON, IdempotencyKey, Payload, answers, in_transaction
+from airflow_events.api.wait_rows import WaitRow
+from fastapi import APIRouter, Depends, HTTPException, Query, Response, status
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+
+def token_of(
+    token: Annotated[str | None, Query(max_length=4096, description="As `callback_url` made it.")] = None,
+) -> Token:
+    """Return what the token of the address says, which nobody without the secret could have written."""
+    if not token:
+        raise HTTPException(status.HTTP_401_UNAUTHORIZED, "the address has no token")
+    try:
+        return check(token)
+    except TokenInvalid as error:
+        raise HTTPException(status.HTTP_403_FORBIDDEN, str(error)) from None
+    except TokenExpired as error:
+        raise HTTPException(status.HTTP_410_GONE, str(error)) from None
+
+
+TheToken = Annotated[Token, Depends(token_of)]
+
+router = APIRouter(dependencies=[Depends(token_of)])
+
+
+@router.post(
+    "/callback",
+    summary="Send an event to the wait that a signed address is for",
+    response_model=Answer,
+    response_description="The event is durable, and the wait has it.",
+    responses={**KEPT, **answers(400, 401, 403, 404, 409, 410, 413, 415, 422, 425, 503)},
+    openapi_extra=ANY_JSON,
+)
+def send_by_callback(
+    token: TheToken, payload: Payload, response: Response, idempotency_key: IdempotencyKey = None
+) -> Answer:
+    """Do what the address by wait does, with the signature of the address in the place of a login."""
+    event_id = uuid.uuid4().hex
+
+    def work(session: Session) -> inbox.Receipt:
+        row = WaitRow.lock(session, token.wait)
+        cleared = _last_clear(session, row)
+        if cleared is not None and token.issued < cleared:
+            raise Over(f"{token.wait.id} was cleared since the address was made")
+        return inbox.give(row, payload, by="callback", event_id=event_id, idempotency_key=idempotency_key)
+
+    return answer(in_transaction(work), response)
+
+
+def _last_clear(session: Session, row: WaitRow) -> datetime | None:
+    """
+    Return when the wait was cleared last, or None if it never was since it first began.
+
+    Airflow does not note it, but each try has an id (a UUID of version 7) that holds the moment at which the try
+    was prepared, and the first try after a clear is the first with its ``max_tries``, which a clear raises. Who
+    signs cannot know ``max_tries``.
+    """
+    wait, history = row.wait, TaskInstanceHistory
+    tries = session.execute(
+        select(history.task_instance_id, history.max_tries).where(
+            history.dag_id == wait.dag_id,
+            history.run_id == wait.run_id,
+            history.task_id == wait.task_id,
+            history.map_index == wait.map_index,
+        )
+    ).all()
+    if not any((max_tries or 0) < row.ti.max_tries for _, max_tries in tries):
+        return None
+    ids = [row.ti.id, *(id_ for id_, max_tries in tries if max_tries == row.ti.max_tries)]
+    return datetime.fromtimestamp(min(id_.int >> 80 for id_ in ids) / 1000, timezone.utc)

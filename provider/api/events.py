@@ -1,0 +1,109 @@
+"""The routes by which an event is sent to one wait."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Literal
+
+from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
+from airflow.api_fastapi.core_api.security import requires_access_dag
+from airflow_events.api import inbox
+from airflow_events.api.requests import (
+    ANY_JSON,
+    IdempotencyKey,
+    Payload,
+    TheWait,
+    TimeToLive,
+    UserName,
+    answers,
+    in_transaction,
+)
+from fastapi import APIRouter, Depends, Response, status
+from pydantic import BaseModel, Field, StringConstraints
+
+may_edit_tasks = Depends(requires_access_dag("PUT", DagAccessEntity.TASK_INSTANCE))
+
+router = APIRouter(dependencies=[may_edit_tasks])
+
+_OF_WAIT = "/dags/{dag_id}/runs/{run_id}/tasks/{task_id}"
+
+
+class Answer(BaseModel):
+    """What a sender is told."""
+
+    status: Literal["delivered", "kept"] = Field(
+        description="`delivered`: the wait has the event. `kept`: it will have it when it begins."
+    )
+    event_id: str = Field(description="The event, as Airflow's audit log names it.")
+    wait: str = Field(description="`dag_id/run_id/task_id/map_index`")
+
+
+class Rejection(BaseModel):
+    """Why there will be no event."""
+
+    reason: Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=r"^[^\x00]+$")]
+
+
+class Rejected(BaseModel):
+    """What is told who rejects a wait."""
+
+    status: Literal["delivered", "kept"] = Field(
+        description="`delivered`: the task fails now. `kept`: it fails when it begins."
+    )
+
+
+KEPT: dict[int | str, dict[str, object]] = {
+    202: {"model": Answer, "description": "The event is durable, and the wait has not begun."}
+}
+
+
+@router.post(
+    _OF_WAIT,
+    summary="Send an event to a wait",
+    response_model=Answer,
+    response_description="The event is durable, and the wait has it.",
+    responses={**KEPT, **answers(400, 401, 403, 404, 409, 410, 413, 415, 422, 425, 503)},
+    openapi_extra=ANY_JSON,
+)
+def send(
+    wait: TheWait,
+    by: UserName,
+    payload: Payload,
+    response: Response,
+    ttl: TimeToLive,
+    idempotency_key: IdempotencyKey = None,
+) -> Answer:
+    """Record the event for the wait and, if it has begun, end the task with it, in one transaction."""
+    event_id = uuid.uuid4().hex
+    receipt = in_transaction(
+        lambda session: inbox.send(
+            session, wait, payload, by=by, event_id=event_id, idempotency_key=idempotency_key, ttl=ttl
+        )
+    )
+    return answer(receipt, response)
+
+
+@router.post(
+    f"{_OF_WAIT}/reject",
+    summary="Reject a wait",
+    response_description="The task fails.",
+    responses={
+        202: {"model": Rejected, "description": "The task fails when it begins."},
+        **answers(401, 403, 404, 409, 410, 422, 503),
+    },
+)
+def reject(wait: TheWait, by: UserName, rejection: Rejection, response: Response) -> Rejected:
+    """Fail the wait with a reason, without another try. A clear makes it wait anew."""
+    outcome = in_transaction(lambda session: inbox.reject(session, wait, rejection.reason, by=by))
+    response.status_code = _code(outcome)
+    return Rejected(status=outcome)
+
+
+def answer(receipt: inbox.Receipt, response: Response) -> Answer:
+    """Tell a sender what became of the event."""
+    response.status_code = _code(receipt.status)
+    return Answer(status=receipt.status, event_id=receipt.event_id, wait=receipt.wait)
+
+
+def _code(outcome: inbox.Status) -> int:
+    return status.HTTP_200_OK if outcome == "delivered" else status.HTTP_202_ACCEPTED

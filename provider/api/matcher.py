@@ -1,0 +1,80 @@
+"""Gives events that were kept for a key to the waits that begin with it, as long as the API server lives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+
+from airflow_events import settings
+from airflow_events.api import keys
+from airflow_events.api.requests import in_transaction
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+_TIDY = 300  # passes
+
+
+class Matcher:
+    """
+    A middleware that touches no request: it is there for the API server's start and end.
+
+    Each API server has one. What two of them do at once is decided by the rows that they lock.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._failing = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        task: asyncio.Task[None] | None = None
+
+        async def watched() -> Message:
+            nonlocal task
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                task = asyncio.create_task(self._run())
+            elif task is not None:
+                task.cancel()
+            return message
+
+        try:
+            await self.app(scope, watched, send)
+        finally:
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _run(self) -> None:
+        for passed in itertools.count():
+            await asyncio.sleep(settings.http_match_interval())
+            try:
+                if passed % _TIDY == 0:
+                    await asyncio.to_thread(in_transaction, keys.tidy)
+                await asyncio.to_thread(match_once)
+            except Exception:
+                # Once for each time that the database is away; the events stay where they are.
+                log.log(
+                    logging.DEBUG if self._failing else logging.ERROR,
+                    "Kept events could not be given to the waits that have begun; this is tried again",
+                    exc_info=True,
+                )
+                self._failing = True
+            else:
+                self._failing = False
+
+
+def match_once() -> dict[str, list[str]]:
+    """Match all keys, each in a transaction of its own; return which waits each event reached."""
+    reached: dict[str, list[str]] = {}
+    for key in in_transaction(keys.wanted):
+        reached.update(in_transaction(lambda session, key=key: keys.match(session, key)))  # type: ignore[misc]
+    for event_id, waits in reached.items():
+        log.info("The kept event %s went to %s", event_id, ", ".join(waits))
+    return reached

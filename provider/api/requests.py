@@ -1,0 +1,159 @@
+"""What all routes do with a request: who sends it, its body, its one transaction, and how it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Annotated, Any, TypeVar
+
+from airflow.api_fastapi.core_api.security import GetUserDep
+from airflow.utils.retries import MAX_DB_RETRIES, run_with_db_retries
+from airflow.utils.session import create_session
+from airflow_events import settings
+from airflow_events.listeners.base import Wait
+from fastapi import Depends, Header, HTTPException, Path, Query, Request, status
+from sqlalchemy.orm import Session
+from starlette.requests import ClientDisconnect
+
+_T = TypeVar("_T")
+
+# Airflow's columns for names are of this length, and PostgreSQL refuses a NUL in a text.
+_Name = Annotated[str, Path(max_length=250, pattern=r"^[^\x00]+$")]
+_MapIndex = Annotated[
+    int, Query(ge=-1, lt=2**31, description="Which one of a mapped task; -1 for a task that is not mapped.")
+]
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        description=(
+            "A text of the sender's choice. The same again gets the first answer again, and delivers nothing. "
+            "Send one, and a request without an answer can be sent again without harm."
+        ),
+    ),
+]
+
+
+def in_transaction(work: Callable[[Session], _T], *, again: bool = True) -> _T:
+    """
+    Return what ``work`` returns, once its transaction is committed.
+
+    :param again: whether to do it again where the database gave up the transaction (a deadlock, a lost
+        connection); it must find out for itself what an earlier attempt may have committed.
+    """
+    for attempt in run_with_db_retries(MAX_DB_RETRIES if again else 1):
+        with attempt, create_session(scoped=False) as session:
+            result = work(session)
+    return result
+
+
+def wait_of(dag_id: _Name, run_id: _Name, task_id: _Name, map_index: _MapIndex = -1) -> Wait:
+    """Return the wait that the address names."""
+    return Wait(dag_id, run_id, task_id, map_index)
+
+
+def user_name(user: GetUserDep) -> str:
+    """Return who is logged in."""
+    return str(user.get_name())
+
+
+TheWait = Annotated[Wait, Depends(wait_of)]
+UserName = Annotated[str, Depends(user_name)]
+
+
+def time_to_live(
+    ttl: Annotated[
+        float | None,
+        Query(gt=0, le=10 * 365 * 86400, description="For how many seconds to keep an event that comes early."),
+    ] = None,
+) -> timedelta | None:
+    """Return for how long an event is to be kept."""
+    return None if ttl is None else timedelta(seconds=ttl)
+
+
+TimeToLive = Annotated[timedelta | None, Depends(time_to_live)]
+
+
+async def raw_body(request: Request) -> bytes:
+    """Read a body of JSON, and no more of it than is allowed."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise HTTPException(
+            status.HTTP_415_UNSUPPORTED_MEDIA_TYPE,
+            f"the body is {media_type or 'of no type'}, and must be application/json",
+        )
+    limit = settings.http_max_body()
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise HTTPException(
+                    status.HTTP_413_CONTENT_TOO_LARGE,
+                    f"the body is larger than {limit} bytes ([events] http_max_body)",
+                )
+            parts.append(part)
+    except ClientDisconnect:
+        raise HTTPException(status.HTTP_400_BAD_REQUEST, "the sender hung up") from None
+    return b"".join(parts)
+
+
+def parse(raw: bytes) -> Any:
+    """Return what a body says."""
+    try:
+        return json.loads(raw.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise HTTPException(
+            status.HTTP_422_UNPROCESSABLE_CONTENT, f"the body is no JSON: {error or 'nested too deeply'}"
+        ) from None
+
+
+async def json_body(request: Request) -> Any:
+    """Return the body."""
+    return parse(await raw_body(request))
+
+
+Payload = Annotated[Any, Depends(json_body)]
+
+# FastAPI cannot know it: the body is read by hand, because it has a limit and may be any JSON.
+ANY_JSON: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "The event: any JSON.",
+        "content": {"application/json": {"schema": {}}},
+    }
+}
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"there is no {constant}")
+
+
+REFUSALS: Mapping[int, str] = {
+    400: "The request broke off.",
+    401: "Not logged in.",
+    403: "Logged in, or addressed, without the permission.",
+    404: "There is no such run or task, or it does not wait for HTTP events.",
+    409: "The wait has another event already.",
+    410: "The wait has ended without an event, or was rejected; or the address has expired.",
+    413: "The body is larger than `[events] http_max_body`.",
+    415: "The body is not `application/json`.",
+    422: "The body is no JSON, does not fit the wait's schema, or cannot be stored; or the idempotency key was "
+    "used with another body.",
+    425: "What the wait takes is not known before it begins. `Retry-After` says when to try again.",
+    503: "The wait is between two states, or the database is busy. `Retry-After` says when to try again.",
+}
+
+
+def answers(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Describe refusals for OpenAPI."""
+    detail = {"type": "object", "properties": {"detail": {}}, "required": ["detail"]}
+    return {
+        code: {"description": REFUSALS[code], "content": {"application/json": {"schema": detail}}}
+        for code in codes
+    }

@@ -1,0 +1,1 @@
+"""``airflow events``: what the page does, in the terminal."""

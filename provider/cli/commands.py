@@ -1,0 +1,167 @@
+"""What the commands do. Like Airflow's own commands they use Airflow's database."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, TypeVar
+
+from airflow.cli.simple_table import AirflowConsole
+from airflow.utils import cli as cli_utils
+from airflow.utils.cli import suppress_logs_and_warning
+from airflow.utils.helpers import ask_yesno
+from airflow.utils.platform import getuser
+from airflow.utils.providers_configuration_loader import providers_configuration_loaded
+from airflow.utils.session import create_session
+from airflow_events import waits
+from airflow_events.listeners.base import Wait
+from airflow_events.waits import Detail, Order, Stage, Summary
+from sqlalchemy.orm import Session
+
+_T = TypeVar("_T")
+
+
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def list_waits(args: argparse.Namespace) -> None:
+    """List the waits of a stage."""
+    with create_session() as session:
+        page = waits.find(
+            session,
+            Stage(args.stage),
+            dag_id=args.dag_id,
+            run_id=args.run_id,
+            task_id=args.task_id,
+            listener=args.listener,
+            text=args.text,
+            order=Order(args.order) if args.order else None,
+            descending=args.descending,
+            limit=args.limit,
+            offset=args.offset,
+        )
+    AirflowConsole().print_as(data=page.waits, output=args.output, mapper=_row)
+    if args.output == "table" and page.more:
+        left = f"of {page.total}" if page.total is not None else "and there are more"
+        print(f"{len(page.waits)} {left}; see --limit and --offset")
+
+
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def show_wait(args: argparse.Namespace) -> None:
+    """Show one wait."""
+    with create_session() as session:
+        detail = waits.show(session, _key(args))
+    if detail is None:
+        raise SystemExit(f"{_name(args)} is no task instance that waits for an event")
+    rows = [_facts(detail)]
+    if args.output in ("table", "plain"):
+        rows = [{"what": name, "value": value} for name, value in rows[0].items()]
+    AirflowConsole().print_as(data=rows, output=args.output)
+
+
+@cli_utils.action_cli  # type: ignore[untyped-decorator]
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def forget_event(args: argparse.Namespace) -> None:
+    """Forget the record of a wait, after a question."""
+    question = f"Forget the event of {_name(args)}? A clear of the task then takes another event. [y/n]"
+    if not args.yes and not ask_yesno(question):
+        raise SystemExit("Nothing was forgotten")
+    with create_session() as session:
+        forgotten = waits.forget(session, _key(args))
+    if forgotten is None:
+        raise SystemExit(f"{_name(args)} is no task instance")
+    if forgotten.refused:
+        raise SystemExit(forgotten.refused)
+    print(f"Forgotten. Clear the task to wait for another event: {_name(args)}")
+
+
+@cli_utils.action_cli  # type: ignore[untyped-decorator]
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def send_event(args: argparse.Namespace) -> None:
+    """Send an event to a wait."""
+    from airflow_events.api import inbox
+
+    text = sys.stdin.read() if args.payload == "-" else args.payload
+    try:
+        payload = json.loads(text)
+    except ValueError as error:
+        raise SystemExit(f"The payload is no JSON: {error}") from None
+    receipt = _in_inbox(
+        lambda session: inbox.send(
+            session, Wait(*_key(args)), payload, by=getuser(), idempotency_key=args.idempotency_key
+        )
+    )
+    print("The wait has it" if receipt.status == "delivered" else "It is kept until the wait begins")
+
+
+@cli_utils.action_cli  # type: ignore[untyped-decorator]
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def reject_wait(args: argparse.Namespace) -> None:
+    """Fail a wait."""
+    from airflow_events.api import inbox
+
+    outcome = _in_inbox(lambda session: inbox.reject(session, Wait(*_key(args)), args.reason, by=getuser()))
+    print("The task fails now" if outcome == "delivered" else "The task fails when it begins")
+
+
+def _in_inbox(work: Callable[[Session], _T]) -> _T:
+    from airflow_events.api.refusals import Refusal
+
+    try:
+        with create_session() as session:
+            return work(session)
+    except Refusal as refusal:
+        raise SystemExit(str(refusal)) from None
+
+
+def _key(args: argparse.Namespace) -> tuple[str, str, str, int]:
+    return args.dag_id, args.run_id, args.task_id, args.map_index
+
+
+def _name(args: argparse.Namespace) -> str:
+    return "/".join(str(part) for part in _key(args))
+
+
+def _row(wait: Summary) -> dict[str, Any]:
+    return {
+        "dag_id": wait.dag_id,
+        "run_id": wait.run_id,
+        "task_id": wait.task_id,
+        "map_index": wait.map_index,
+        "state": wait.state,
+        "phase": wait.phase,
+        "waits_for": wait.call or wait.listener,
+        "since": _moment(wait.since),
+        "deadline": _moment(wait.deadline),
+        "triggerer": wait.triggerer and wait.triggerer.hostname,
+        "sign_of_life": _moment(wait.sign_of_life),
+        "ended": _moment(wait.ended),
+    }
+
+
+def _facts(detail: Detail) -> dict[str, Any]:
+    steps = {
+        f"step: {step.name}": f"{_moment(step.at) or '(time unknown)'} {step.note}"
+        for step in detail.steps
+        if step.done
+    }
+    record = detail.record
+    return {
+        **_row(detail.summary),
+        "stage": detail.summary.stage.value,
+        "try_number": detail.summary.try_number,
+        **steps,
+        "event": None if record is None else (record.preview or json.dumps(record.event)),
+        "trigger_error": detail.error,
+        "can_be_forgotten": detail.cannot_forget or "yes",
+    }
+
+
+def _moment(moment: datetime | None) -> str | None:
+    return moment.isoformat(timespec="seconds") if moment else None

@@ -1,0 +1,1 @@
+"""The page that shows every wait, and the routes that it lives on."""

@@ -1,0 +1,178 @@
+"""
+The routes of the page: the waits as JSON, forgetting a record, and the page's own files.
+
+Nobody sees a DAG that Airflow would not show them, and nobody gets anything without a login, the page's own
+files included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from airflow.api_fastapi.app import get_auth_manager
+from airflow.api_fastapi.auth.managers.base_auth_manager import ResourceMethod
+from airflow.api_fastapi.auth.managers.models.base_user import BaseUser
+from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity, DagDetails
+from airflow.api_fastapi.common.db.common import SessionDep
+from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires_access_dag
+from airflow.api_fastapi.logging.decorators import action_logging
+from airflow.models.dag import DagModel
+from airflow_events import waits
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
+
+router = APIRouter(tags=["Waits"])
+
+_NOT_LOGGED_IN: dict[int | str, dict[str, Any]] = {
+    401: {"description": "Not logged in"},
+    403: {"description": "Not permitted"},
+}
+_WAIT = "/api/waits/{dag_id}/{run_id}/{task_id}/{map_index}"
+# Airflow's columns for names are of this length, and PostgreSQL refuses a NUL in a text.
+Name = Annotated[str, Path(max_length=250, pattern=r"^[^\x00]+$")]
+Filter = Annotated[str | None, Query(max_length=250, pattern=r"^[^\x00]*$")]
+MapIndex = Annotated[int, Path(ge=-1, lt=2**31, description="-1 for a task that is not mapped")]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """
+    One wait, and what the user may do with it.
+
+    :param may_see_event: whether the user may read this DAG's XComs; if not, ``record`` has no event.
+    :param may_edit: whether the user may edit this DAG's task instances.
+    """
+
+    wait: waits.Detail
+    may_see_event: bool
+    may_edit: bool
+
+
+@router.get(
+    "/api/waits",
+    summary="List the waits of a stage",
+    responses=_NOT_LOGGED_IN,
+    dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))],
+)
+def list_waits(
+    session: SessionDep,
+    user: GetUserDep,
+    stage: waits.Stage = waits.Stage.OPEN,
+    dag_id: Filter = None,
+    run_id: Filter = None,
+    task_id: Filter = None,
+    listener: Annotated[Filter, Query(description="the listener's class name")] = None,
+    text: Annotated[Filter, Query(description="part of any of these, in any case")] = None,
+    order: waits.Order | None = None,
+    descending: bool | None = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
+) -> waits.Page:
+    """Return a page of waits of the DAGs that the user may see."""
+    visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
+    return waits.find(
+        session,
+        stage,
+        dag_ids=visible,
+        dag_id=dag_id,
+        run_id=run_id,
+        task_id=task_id,
+        listener=listener,
+        text=text,
+        order=order,
+        descending=descending,
+        limit=limit,
+        offset=offset,
+    )
+
+
+@router.get(
+    _WAIT,
+    summary="Show one wait",
+    responses={**_NOT_LOGGED_IN, 404: {"description": "No such task instance, or it is no wait"}},
+    dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))],
+)
+def show_wait(
+    dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, session: SessionDep, user: GetUserDep
+) -> Wait:
+    """Return one wait in full."""
+    detail = waits.show(session, (dag_id, run_id, task_id, map_index))
+    if detail is None:
+        raise _no_wait(dag_id, run_id, task_id, map_index)
+    may_see = _may(user, "GET", dag_id, DagAccessEntity.XCOM)
+    if detail.record is not None and not may_see:
+        detail = replace(detail, record=replace(detail.record, event=None, preview=None))
+    return Wait(detail, may_see, _may(user, "PUT", dag_id, DagAccessEntity.TASK_INSTANCE))
+
+
+@router.post(
+    f"{_WAIT}/forget",
+    summary="Forget the record of a wait",
+    status_code=status.HTTP_204_NO_CONTENT,
+    responses={
+        **_NOT_LOGGED_IN,
+        404: {"description": "No such task instance"},
+        409: {"description": "Nothing is recorded, or the task is at work"},
+    },
+    dependencies=[
+        Depends(requires_access_dag("PUT", DagAccessEntity.TASK_INSTANCE)),
+        Depends(action_logging("forget_event")),
+    ],
+)
+def forget_event(dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, session: SessionDep) -> None:
+    """Forget the event that a wait recorded: its next try or clear takes another."""
+    forgotten = waits.forget(session, (dag_id, run_id, task_id, map_index))
+    if forgotten is None:
+        raise _no_wait(dag_id, run_id, task_id, map_index)
+    if forgotten.refused:
+        raise HTTPException(status.HTTP_409_CONFLICT, forgotten.refused)
+
+
+_TYPES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@router.get(
+    "/page/",
+    summary="The page",
+    response_class=Response,
+    responses={**_NOT_LOGGED_IN, 200: {"content": {"text/html": {}}}},
+    dependencies=[Depends(get_user)],
+)
+def page() -> Response:
+    """Return the page: the list of waits, or, by its query, one wait."""
+    return _file("index.html", "text/html")
+
+
+@router.get(
+    "/page/{name}",
+    summary="A file of the page",
+    response_class=Response,
+    responses={**_NOT_LOGGED_IN, 200: {"content": {kind: {} for kind in _TYPES.values()}}},
+    dependencies=[Depends(get_user)],
+)
+def page_file(name: Literal["page.css", "page.js", "icon.svg"]) -> Response:
+    """Return what the page is made of."""
+    return _file(name, _TYPES[name])
+
+
+def _file(name: str, media_type: str) -> Response:
+    content = files(__package__).joinpath("static").joinpath(name).read_bytes()
+    return Response(content, media_type=media_type, headers=_HEADERS)
+
+
+def _may(user: BaseUser, method: ResourceMethod, dag_id: str, entity: DagAccessEntity) -> bool:
+    details = DagDetails(id=dag_id, team_name=DagModel.get_team_name(dag_id))
+    return get_auth_manager().is_authorized_dag(method=method, user=user, access_entity=entity, details=details)
+
+
+def _no_wait(dag_id: str, run_id: str, task_id: str, map_index: int) -> HTTPException:
+    return HTTPException(
+        status.HTTP_404_NOT_FOUND,
+        f"{dag_id}/{run_id}/{task_id}/{map_index} is no task instance that waits for an event",
+    )

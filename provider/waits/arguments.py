@@ -1,0 +1,87 @@
+"""What a wait was told, as far as its trigger tells it: listener, arguments, deadline. Secrets are masked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from airflow._shared.secrets_masker import redact
+from airflow.models.trigger import Trigger
+from airflow.sdk.serde import deserialize
+from airflow.serialization.enums import Encoding
+from airflow.serialization.serialized_objects import BaseSerialization
+from airflow_events.listeners.base import describe
+from airflow_events.triggers.reference import display_name
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """
+    What a trigger was given.
+
+    :param call: listener and arguments as the call that they are; templates stand there as they were written.
+    :param deadline: None if there is none, or if it counts from a moment that the trigger notes later.
+    """
+
+    listener: str
+    call: str
+    args: Any
+    kwargs: Any
+    deadline: datetime | None
+    timeout: float | None
+    finish_on_worker: bool
+
+
+def read(encrypted_kwargs: str) -> Arguments | None:
+    """Return what a trigger's row holds, or None if this process has another Fernet key or cannot read it."""
+    try:
+        told = _decoded(Trigger._decrypt_kwargs(encrypted_kwargs))
+        listener = display_name(told["listener"])
+    except Exception:  # one row that cannot be read must not hide the others
+        return None
+    args, kwargs = redact(told.get("listener_args") or []), redact(told.get("listener_kwargs") or {})
+    return Arguments(
+        listener=listener,
+        call=describe(listener, args, kwargs),
+        args=jsonable(args),
+        kwargs=jsonable(kwargs),
+        deadline=utc(told.get("deadline")),
+        timeout=told.get("timeout"),
+        finish_on_worker=bool(told.get("finish_on_worker")),
+    )
+
+
+def _decoded(value: Any) -> Any:
+    """Undo the encoding that arguments of a serialized DAG still have in the trigger's row."""
+    if isinstance(value, dict):
+        if Encoding.VAR in value or Encoding.VAR.value in value:
+            return BaseSerialization.deserialize(value)
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def deadline(stored: Any) -> datetime | None:
+    """Return the deadline that a wait noted among its XComs, or None."""
+    try:
+        noted: Any = deserialize(stored)
+        return utc(noted["at"])
+    except Exception:
+        return None
+
+
+def utc(moment: Any) -> datetime | None:
+    """Return a moment as a plain datetime in UTC, or None if it is none."""
+    return datetime.fromtimestamp(moment.timestamp(), timezone.utc) if isinstance(moment, datetime) else None
+
+
+def jsonable(value: Any) -> Any:
+    """Return ``value`` as JSON shapes, to be looked at and not to be read back."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -1,0 +1,89 @@
+"""Which rows of Airflow's tables belong to waits, as SQL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow.models.task_state_store import TaskStateStoreModel
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.trigger import Trigger
+from airflow.models.xcom import XComModel
+from airflow.utils.state import TaskInstanceState as State
+from airflow_events.listeners.commit import Phase
+from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
+from sqlalchemy import and_, exists, or_, select, union_all
+from sqlalchemy.orm import aliased
+from sqlalchemy.sql import ColumnElement, Select
+
+OPERATOR = "WaitForEventOperator"
+_OUR_TRIGGERS = "airflow_events.triggers."
+
+OPEN = (
+    State.SCHEDULED,
+    State.QUEUED,
+    State.RUNNING,
+    State.RESTARTING,
+    State.DEFERRED,
+    State.UP_FOR_RETRY,
+    State.UP_FOR_RESCHEDULE,
+)
+"""The states of a task instance that waits, or is about to."""
+
+AT_WORK = (State.QUEUED, State.RUNNING, State.RESTARTING, State.DEFERRED)
+"""The states in which somebody may have the event in memory."""
+
+ENDED = (State.SUCCESS, State.FAILED, State.SKIPPED, State.REMOVED)
+
+
+def of_a_wait() -> ColumnElement[bool]:
+    """Whether a task instance, joined with its trigger if it has one, is a wait."""
+    return or_(TaskInstance.operator == OPERATOR, Trigger.classpath.startswith(_OUR_TRIGGERS, autoescape=True))
+
+
+def has_record() -> ColumnElement[bool]:
+    """Whether something is, or was, recorded for a task instance, as for waits of a subclass of the operator."""
+    xcom, stored = aliased(XComModel), aliased(TaskStateStoreModel)
+    return or_(
+        exists().where(of(xcom), xcom.key == RECORD_KEY), exists().where(of(stored), stored.key == RECORD_KEY)
+    )
+
+
+def of(row: Any) -> ColumnElement[bool]:
+    """Whether a row of another table belongs to the task instance."""
+    return and_(
+        row.dag_id == TaskInstance.dag_id,
+        row.task_id == TaskInstance.task_id,
+        row.run_id == TaskInstance.run_id,
+        row.map_index == TaskInstance.map_index,
+    )
+
+
+def uncommitted() -> Select[Any]:
+    """
+    Select the ids of the task instances whose event is recorded and not committed.
+
+    As the operator reads it: what a worker stored counts before the triggerer's XCom, and a record whose id is
+    noted as lost is none. An XCom backend that stores values elsewhere hides the second kind from this.
+    """
+    record, lost = aliased(XComModel), aliased(XComModel)
+    stored, any_stored = aliased(TaskStateStoreModel), aliased(TaskStateStoreModel)
+    by_trigger = (
+        select(TaskInstance.id)
+        .join(record, of(record))
+        .where(
+            record.key == RECORD_KEY,
+            record.value["phase"].as_string() == Phase.RECORDED.value,
+            ~exists().where(of(lost), lost.key == LOST_KEY, lost.value == record.value["id"]),
+            ~exists().where(of(any_stored), any_stored.key == RECORD_KEY),
+        )
+    )
+    # The column is text, so no dialect looks into it alike; `Record.as_dict` keeps the phase in front.
+    by_worker = (
+        select(TaskInstance.id)
+        .join(stored, of(stored))
+        .where(
+            stored.key == RECORD_KEY,
+            stored.value.startswith(f'{{"phase": "{Phase.RECORDED.value}"', autoescape=True),
+        )
+    )
+    return select(union_all(by_trigger, by_worker).subquery().c.id)

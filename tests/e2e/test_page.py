@@ -1,0 +1,187 @@
+"""The page in a real Airflow: with a real browser, with real permissions, and from the terminal."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from urllib.parse import quote, urlencode
+
+import jwt
+import pytest
+from airflow_events.page.routes import router
+
+import browser
+from deployment import Deployment, until
+
+
+@pytest.fixture(scope="module")
+def strict(airflow):
+    """A second API server of the same Airflow. The first one lets everybody in as an admin, this one nobody."""
+    settings = {**airflow.settings, "core.simple_auth_manager_all_admins": "False"}
+    server = Deployment(airflow.home, database=airflow.database, settings=settings, variables=airflow.variables)
+    with server:
+        server.start("api-server")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def token(airflow):
+    """Make the login of a user with a role; None is a user without any permission."""
+    airflow.api("GET", "/dags?limit=1")
+    claims = jwt.decode(airflow._token, options={"verify_signature": False})
+    secret = airflow.environment["AIRFLOW__API_AUTH__JWT_SECRET"]
+
+    def token(role):
+        return jwt.encode({**claims, "sub": f"a {role}", "role": role}, secret, algorithm="HS512")
+
+    return token
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if problem := browser.missing():
+        pytest.skip(problem)
+    with browser.browser() as started:
+        yield started
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: str
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def ask(server, path, *, method="GET", token=None):
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{server.url}/events{path}", method=method, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return Answer(answer.status, answer.read().decode())
+    except urllib.error.HTTPError as error:
+        return Answer(error.code, error.read().decode())
+
+
+def of_wait(run, task="wait"):
+    return f"/api/waits/{quote(run.dag_id)}/{quote(run.run_id, safe='')}/{task}/-1"
+
+
+ROUTES = sorted((method, route.path) for route in router.routes for method in route.methods)
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_without_a_login_no_route_answers(strict, method, path):
+    path = path.format(dag_id="one_worker", run_id="x", task_id="wait", map_index=-1, name="page.js")
+    assert ask(strict, path, method=method).status in (401, 403)
+    assert ask(strict, path, method=method, token="not.a.token").status in (401, 403)
+
+
+def test_who_has_no_permission_sees_and_does_nothing_and_a_viewer_only_sees(airflow, strict, base, token):
+    base.drop("first.csv")
+    run = airflow.run("finish_in_triggerer", base.conf)
+    run.finished()
+    nobody, viewer, user = token(None), token("viewer"), token("user")
+
+    for path in ("/api/waits?stage=ended", of_wait(run)):
+        assert ask(strict, path, token=nobody).status == 403
+        assert ask(strict, path, token=viewer).status == 200
+    for login in (nobody, viewer):
+        assert ask(strict, f"{of_wait(run)}/forget", method="POST", token=login).status == 403
+    assert run.xcom("wait", "event_record")["phase"] == "committed"
+    shown = ask(strict, of_wait(run), token=viewer).json
+    assert not shown["may_edit"]
+    assert [step["done"] for step in shown["wait"]["steps"]] == [True] * 4
+
+    assert ask(strict, f"{of_wait(run)}/forget", method="POST", token=user).status == 204
+    assert ask(strict, f"{of_wait(run)}/forget", method="POST", token=user).status == 409
+    assert run.xcom("wait", "event_record") is None
+    log = airflow.api("GET", f"/eventLogs?event=forget_event&run_id={quote(run.run_id)}")["event_logs"]
+    assert "a user" in {entry["owner"] for entry in log}
+
+    # A clear waits for another event, and the one that was forgotten does not come again.
+    base.drop("second.csv")
+    run.clear("wait", "deliver")
+    run.finished()
+    assert run.xcom("wait")["name"] == "second.csv"
+
+
+def test_the_terminal_does_what_the_page_does(airflow, base):
+    run = airflow.run("one_worker", base.conf)
+    run.until_task("wait", "deferred")
+    listed = json.loads(airflow.airflow("events", "list", "--dag-id", "one_worker", "--output", "json"))
+    [wait] = [wait for wait in listed if wait["run_id"] == run.run_id]
+    assert (wait["state"], wait["waits_for"]) == ("deferred", "LeasedQueue('{{ params.base }}')")
+    with pytest.raises(RuntimeError, match="Nothing is recorded"):
+        airflow.airflow("events", "forget", "--yes", "one_worker", run.run_id, "wait")
+    base.send("a")
+    run.finished()
+    shown = json.loads(airflow.airflow("events", "show", "one_worker", run.run_id, "wait", "--output", "json"))
+    assert json.loads(shown[0]["event"])["message"] == "a"
+    assert "Forgotten" in airflow.airflow("events", "forget", "--yes", "one_worker", run.run_id, "wait")
+    assert run.state_store("wait", "event_record") is None
+    with pytest.raises(RuntimeError, match="no task instance that waits"):
+        airflow.airflow("events", "show", "one_worker", "nobody", "wait")
+
+
+def test_in_the_browser_a_wait_is_found_opened_sent_an_event_and_forgotten(airflow, strict, chromium, token):
+    run = airflow.run("http_one")
+    run.until_task("wait", "deferred")
+    with browser.logged_in(chromium, strict.url, token("admin")) as page:
+        page.goto(f"{strict.url}/plugin/event-waits")
+        inside = browser.frame(page)
+        inside.locator("#search").fill(run.run_id)
+        found = inside.locator("tbody a")
+        inside.get_by_text("of 1", exact=False).wait_for()
+        assert found.all_inner_texts() == ["http_one · wait"]
+
+        found.click()
+        inside.get_by_text("HttpListener").first.wait_for()
+        assert inside.locator("#forget").count() == 0
+        inside.locator("#send").click()
+        inside.locator("#payload").fill('{"order": ')
+        inside.locator("#send-yes").click()
+        inside.get_by_text("This is no JSON").wait_for()
+        inside.locator("#payload").fill('{"order": 42}')
+        inside.locator("#send-yes").click()
+        inside.locator("#event").wait_for()
+        assert '"order": 42' in inside.locator("#event").inner_text()
+        assert run.finished() == "success"
+        assert run.xcom("gather") == [{"order": 42}]
+
+        inside.locator("#forget").click()
+        inside.locator("#cancel").click()
+        assert run.xcom("wait", "event_record") is not None
+        inside.locator("#forget").click()
+        inside.locator("#forget-yes").click()
+        inside.get_by_text("No event has been recorded").wait_for()
+        assert run.xcom("wait", "event_record") is None
+
+        # Out of the frame to the task, and there the same wait as a tab.
+        inside.locator("#task").click()
+        page.wait_for_url("**/tasks/wait")
+        page.get_by_role("link", name="Wait", exact=True).click()
+        browser.frame(page).get_by_text("The wait", exact=True).wait_for()
+        assert page.problems == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_has_the_color_mode_of_airflow(strict, chromium, token, theme):
+    with browser.logged_in(chromium, strict.url, token("viewer"), theme=theme) as page:
+        page.goto(f"{strict.url}/plugin/event-waits?{urlencode({'stage': 'ended'})}")
+        root = browser.frame(page).locator("html")
+        until(lambda: root.get_attribute("data-theme") == theme, f"the page is {theme}")
+        body = browser.frame(page).locator("body")
+        color = "element => getComputedStyle(element).backgroundColor"
+        assert body.evaluate(color) == page.locator("html").evaluate(color)
+
+
+def test_in_the_browser_who_has_no_permission_sees_no_wait(strict, chromium, token):
+    with browser.logged_in(chromium, strict.url, token(None)) as page:
+        page.goto(f"{strict.url}/events/page/")
+        page.get_by_role("alert").wait_for()
+        assert page.locator("tbody tr").count() == 0

@@ -1,0 +1,305 @@
+"""What is asked of Airflow's database, against its real tables in SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+import pytest
+import uuid6
+from airflow import models
+from airflow.jobs.job import Job
+from airflow.models.base import Base
+from airflow.models.dagrun import DagRun
+from airflow.models.task_state_store import TaskStateStoreModel
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.trigger import Trigger
+from airflow.models.xcom import XComModel
+from airflow.sdk.serde import serialize
+from airflow_events import waits
+from airflow_events.listeners.commit import Phase, Record
+from airflow_events.waits import Order, Stage
+from sqlalchemy import create_engine, insert, select
+from sqlalchemy.orm import Session
+
+from postgres import Postgres
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=timezone.utc)
+EVENT = {"order": 42, "at": NOW}
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def engine(request, tmp_path_factory):
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('waits')}/airflow.db"
+    else:
+        url = request.getfixturevalue("postgres").url
+    engine = create_engine(url)
+    models.import_all_models()
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def airflow(engine):
+    """An Airflow with nothing in it, in a transaction that is never committed."""
+    with engine.connect() as connection, connection.begin() as transaction, Session(connection) as session:
+        yield Airflow(session)
+        session.close()
+        transaction.rollback()
+
+
+@dataclass
+class Airflow:
+    session: Session
+    runs: int = 0
+
+    def task(self, state, *, task_id="wait", dag_id="shop", operator="WaitForEventOperator", **columns):
+        """A run with one task instance; return the wait's key."""
+        self.runs += 1
+        run_id = f"run_{self.runs}"
+        self.insert(
+            DagRun, id=self.runs, dag_id=dag_id, run_id=run_id, run_type="manual", run_after=NOW, state="running"
+        )
+        self.insert(
+            TaskInstance,
+            id=uuid6.uuid7(),
+            dag_id=dag_id,
+            run_id=run_id,
+            task_id=task_id,
+            map_index=columns.pop("map_index", -1),
+            state=state,
+            operator=operator,
+            pool="default_pool",
+            pool_slots=1,
+            span_status="not_started",
+            **{"start_date": NOW, "try_number": 1, **columns},
+        )
+        return dag_id, run_id, task_id, -1
+
+    def insert(self, table, **columns):
+        self.session.execute(insert(table.__table__).values(**columns))
+
+    def deferred(self, listener="x:DirectoryListener", *, triggerer=None, **columns):
+        trigger = Trigger(
+            "airflow_events.triggers.event.EventTrigger",
+            {"listener": listener, "listener_args": ["drops"], "listener_kwargs": {"password": "hunter2", "n": 1}},
+            created_date=NOW,
+        )
+        trigger.triggerer_id = triggerer
+        self.session.add(trigger)
+        self.session.flush()
+        return self.task("deferred", trigger_id=trigger.id, **columns)
+
+    def triggerer(self, heartbeat):
+        job = Job.__table__
+        values = {"state": "running", "job_type": "TriggererJob", "hostname": "box", "latest_heartbeat": heartbeat}
+        return self.session.execute(insert(job).values(**values)).inserted_primary_key[0]
+
+    def record(self, key, phase=Phase.RECORDED, *, id="1", event=EVENT):
+        record = Record(event, phase, id, recorded_at=NOW.isoformat())
+        self.xcom(key, "event_record", serialize(record.as_dict()))
+
+    def xcom(self, key, name, value):
+        dag_id, run_id, task_id, map_index = key
+        run = self.session.scalars(select(DagRun.id).where(DagRun.dag_id == dag_id, DagRun.run_id == run_id)).one()
+        self.insert(
+            XComModel,
+            dag_run_id=run,
+            dag_id=dag_id,
+            run_id=run_id,
+            task_id=task_id,
+            map_index=map_index,
+            key=name,
+            value=value,
+            timestamp=NOW + timedelta(seconds=3),
+        )
+
+    def stored(self, key, phase):
+        """As a worker does through the API server."""
+        dag_id, run_id, task_id, map_index = key
+        record = {**Record(EVENT, phase, "1", recorded_at=NOW.isoformat()).as_dict(), "generation": 3}
+        run = self.session.scalars(select(DagRun.id).where(DagRun.dag_id == dag_id, DagRun.run_id == run_id)).one()
+        self.insert(
+            TaskStateStoreModel,
+            dag_run_id=run,
+            dag_id=dag_id,
+            run_id=run_id,
+            task_id=task_id,
+            map_index=map_index,
+            key="event_record",
+            value=json.dumps(serialize(record)),
+            updated_at=NOW,
+        )
+
+    def found(self, stage, **kwargs):
+        return [wait.key for wait in waits.find(self.session, stage, **kwargs).waits]
+
+    def names(self, key):
+        dag_id, run_id, task_id, _ = key
+        where = (XComModel.dag_id == dag_id, XComModel.run_id == run_id, XComModel.task_id == task_id)
+        return set(self.session.scalars(select(XComModel.key).where(*where)))
+
+
+def test_each_wait_is_in_one_stage_and_other_tasks_are_in_none(airflow):
+    waiting, ended = airflow.deferred(), airflow.task("success", end_date=NOW)
+    airflow.task("running", operator="BashOperator")
+    airflow.task(None)  # what is before it has not ended
+    stuck_open, stuck_failed, stuck_worker = airflow.deferred(), airflow.task("failed"), airflow.task("failed")
+    airflow.record(stuck_open)
+    airflow.record(stuck_failed)
+    airflow.stored(stuck_worker, Phase.RECORDED)
+    airflow.record(ended, Phase.COMMITTED)
+    assert set(airflow.found(Stage.OPEN)) == {waiting}
+    assert set(airflow.found(Stage.ENDED)) == {ended}
+    assert set(airflow.found(Stage.RECORDED)) == {stuck_open, stuck_failed, stuck_worker}
+    assert waits.find(airflow.session, Stage.RECORDED, limit=1).total == 3
+
+
+def test_a_record_that_is_noted_as_lost_is_none_and_the_wait_is_open(airflow):
+    lost, later = airflow.deferred(), airflow.deferred()
+    for key in (lost, later):
+        airflow.record(key, id="2")
+    airflow.xcom(lost, "event_lost", "2")
+    airflow.xcom(later, "event_lost", "1")
+    assert airflow.found(Stage.OPEN) == [lost]
+    assert airflow.found(Stage.RECORDED) == [later]
+    assert waits.show(airflow.session, lost).record is None
+
+
+def test_what_a_worker_stored_counts_before_the_xcom(airflow):
+    key = airflow.deferred()
+    airflow.record(key, Phase.RECORDED)
+    airflow.stored(key, Phase.COMMITTED)
+    assert airflow.found(Stage.RECORDED) == []
+    assert waits.show(airflow.session, key).record.phase == "committed"
+
+
+def test_an_event_that_speaks_of_phases_is_not_taken_for_a_record(airflow):
+    key = airflow.deferred()
+    airflow.record(key, Phase.COMMITTED, event={"phase": "recorded"})
+    assert airflow.found(Stage.RECORDED) == []
+
+
+def test_it_is_paged_sorted_and_filtered_and_null_is_last(airflow):
+    soon, late, never = (
+        airflow.deferred(trigger_timeout=deadline, custom_operator_name=name, task_id=name)
+        for deadline, name in ((NOW, "A_1"), (NOW + timedelta(hours=1), "AB1"), (None, "c"))
+    )
+    assert airflow.found(Stage.OPEN, order=Order.DEADLINE) == [soon, late, never]
+    assert airflow.found(Stage.OPEN, order=Order.DEADLINE, descending=True) == [late, soon, never]
+    page = waits.find(airflow.session, Stage.OPEN, order=Order.DEADLINE, limit=2, offset=0)
+    assert ([wait.key for wait in page.waits], page.total, page.more) == ([soon, late], 3, True)
+    page = waits.find(airflow.session, Stage.OPEN, order=Order.DEADLINE, limit=2, offset=2)
+    assert ([wait.key for wait in page.waits], page.total, page.more) == ([never], 3, False)
+    assert airflow.found(Stage.OPEN, text="a_1") == [soon]  # not the wildcard that it is in SQL
+    assert airflow.found(Stage.OPEN, listener="AB1") == [late]
+
+
+def test_only_waits_of_the_dags_that_one_may_see(airflow):
+    mine, theirs = airflow.deferred(dag_id="mine"), airflow.deferred(dag_id="theirs")
+    airflow.record(theirs)
+    assert airflow.found(Stage.OPEN, dag_ids={"mine"}) == [mine]
+    assert airflow.found(Stage.RECORDED, dag_ids={"mine"}) == []
+    assert airflow.found(Stage.OPEN, dag_ids=set()) == []
+    assert waits.find(airflow.session, Stage.RECORDED, dag_ids={"mine"}).total == 0
+
+
+def test_a_summary_says_what_it_waits_for_and_where_and_masks_secrets(airflow):
+    fresh = airflow.triggerer(datetime.now(timezone.utc))
+    stale = airflow.triggerer(NOW - timedelta(days=1))
+    airflow.deferred(triggerer=fresh, task_id="a")
+    airflow.deferred(triggerer=stale, task_id="b")
+    key = airflow.deferred(task_id="c")
+    airflow.xcom(key, "event_deadline", serialize({"at": NOW, "try_number": 1, "last_try": 4}))
+    a, b, c = waits.find(airflow.session, Stage.OPEN, order=Order.TASK).waits
+    assert a.call == "DirectoryListener('drops', password='***', n=1)"
+    assert a.triggerer.alive and not b.triggerer.alive and c.triggerer is None
+    assert (a.deadline, c.deadline) == (None, NOW)
+
+
+def test_a_trigger_of_another_fernet_key_hides_nothing_else(airflow):
+    key = airflow.deferred()
+    airflow.session.scalars(select(Trigger)).one().encrypted_kwargs = "not of this key"
+    airflow.session.flush()
+    [wait] = waits.find(airflow.session, Stage.OPEN).waits
+    assert (wait.key, wait.call) == (key, None)
+
+
+def test_one_wait_is_shown_with_its_steps_and_its_event(airflow):
+    key = airflow.task("success", end_date=NOW + timedelta(seconds=5))
+    airflow.record(key, Phase.COMMITTED)
+    detail = waits.show(airflow.session, key)
+    assert [(step.name, step.done, step.at) for step in detail.steps] == [
+        ("Begun", True, NOW),
+        ("Recorded", True, NOW),
+        ("Committed", True, NOW + timedelta(seconds=3)),
+        ("Delivered", True, NOW + timedelta(seconds=5)),
+    ]
+    assert detail.record.event == {"order": 42, "at": NOW.isoformat()}
+    assert detail.summary.seconds_to_delivery == 5
+    assert waits.show(airflow.session, ("shop", "no such run", "wait", -1)) is None
+    other = airflow.task("success", operator="BashOperator")
+    assert waits.show(airflow.session, other) is None
+    airflow.record(other, Phase.COMMITTED)  # the operator is a subclass
+    assert waits.show(airflow.session, other).record.phase == "committed"
+
+
+def test_a_rejected_wait_says_by_whom_and_why(airflow):
+    key = airflow.task("failed", end_date=NOW, custom_operator_name="HttpListener")
+    airflow.record(key, Phase.REJECTED, event={"reason": "not ours", "by": "ada", "generation": 3})
+    detail = waits.show(airflow.session, key)
+    assert (detail.steps[1].name, detail.steps[1].note) == ("Rejected", "by ada: not ours")
+    assert not detail.takes_http_events  # any more
+    assert airflow.found(Stage.RECORDED) == []
+
+
+def test_a_long_event_is_cut(airflow):
+    key = airflow.task("success", end_date=NOW)
+    airflow.record(key, Phase.COMMITTED, event="x" * 60_000)
+    record = waits.show(airflow.session, key).record
+    assert record.event is None
+    assert len(record.preview) == 50_000
+
+
+def test_the_error_of_a_failed_trigger_is_shown(airflow):
+    kwargs = {"error": "Trigger failure", "traceback": ["Traceback\n", "ValueError: no\n"]}
+    key = airflow.task("scheduled", next_method="__fail__", next_kwargs=kwargs)
+    assert waits.show(airflow.session, key).error == "Traceback\nValueError: no\n"
+
+
+@pytest.mark.parametrize("state", ["success", "failed", "up_for_retry", None])
+def test_forgetting_drops_all_of_the_record_and_the_value_that_came_of_it(airflow, state):
+    key, other = airflow.task(state), airflow.task("success")
+    for one in (key, other):
+        airflow.record(one, id="7")
+        airflow.xcom(one, "return_value", 1)
+    airflow.stored(key, Phase.RECORDED)
+    forgotten = waits.forget(airflow.session, key)
+    assert forgotten.record.phase == "recorded"
+    assert airflow.names(key) == {"event_lost"}
+    assert airflow.session.scalars(select(TaskStateStoreModel)).all() == []
+    assert airflow.names(other) == {"event_record", "return_value"}
+    airflow.record(key, id="7")  # by a process that the task has outlived
+    assert waits.show(airflow.session, key).record is None
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "deferred"])
+def test_nothing_is_forgotten_while_the_task_is_at_work(airflow, state):
+    key = airflow.task(state)
+    airflow.record(key)
+    assert state in waits.forget(airflow.session, key).refused
+    assert airflow.names(key) == {"event_record"}
+
+
+def test_forgetting_nothing_says_so(airflow):
+    assert "Nothing is recorded" in waits.forget(airflow.session, airflow.task("failed")).refused
+    assert waits.forget(airflow.session, ("no", "such", "wait", -1)) is None
