@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path as Folder
 from typing import Any
 
 from cells import Cell, Stage
 from faults import FAULTS, Fault, see
 from gaps import GAPS, Gap
-from paths import PATHS, ways
+from paths import PATHS, Path, ways
+from source import Source
 
 from deployment import Deployment, until
 from sources import SOURCES
 
-TESTS = Path(__file__).parents[1]
+TESTS = Folder(__file__).parents[1]
 SETTINGS = {
     "core.parallelism": "64",
     "events.commit_timeout": "20",
@@ -60,16 +61,16 @@ def furnish(airflow: Deployment, *, gaps: bool = True) -> None:
     airflow.add_dags(TESTS / "dags" / "matrix.py")
 
 
-def endure(stage: Stage, fault: Fault, only: Collection[str] = ()) -> list[Cell]:
+def endure(stage: Stage, fault: Fault, part: Callable[[Source, Path], bool] = lambda *_: True) -> list[Cell]:
     """
     Let every wait stand in its gap, let the fault strike all of them at once, and judge each.
 
-    :param only: the names of sources; none means all.
+    :param part: of which sources and paths.
     """
     cells = [
         Cell(source, path, gap, fault.name, stage.folder / fault.id / f"{number}", fault.has_deadline)
         for number, (source, path, gap) in enumerate(ways())
-        if gap.place in fault.places and source.is_there and (not only or source.name in only)
+        if gap.place in fault.places and source.is_there and part(source, path)
     ]
     for number, cell in enumerate(cells):
         cell.begin(stage, f"{fault.id}-{number}")

@@ -237,7 +237,8 @@ class Kafka(Broker):
         from confluent_kafka.admin import AdminClient, NewTopic
 
         broker = self._of(base)
-        [made] = AdminClient(broker.bootstrap).create_topics([NewTopic(broker.queue, self.partitions, 1)]).values()
+        admin = AdminClient(broker.bootstrap)  # which has to outlive what it was asked
+        [made] = admin.create_topics([NewTopic(broker.queue, self.partitions, 1)]).values()
         made.result(60)
 
     def committed(self, base: Path) -> dict[str, str]:
