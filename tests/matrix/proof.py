@@ -72,8 +72,8 @@ def endure(stage: Stage, fault: Fault, part: Callable[[Source, Path], bool] = la
         for number, (source, path, gap) in enumerate(ways())
         if gap.place in fault.places and source.is_there and part(source, path)
     ]
-    for number, cell in enumerate(cells):
-        cell.begin(stage, f"{fault.id}-{number}")
+    for cell in cells:
+        cell.begin(stage, f"{fault.id}-{cell.base.name}")
     until(
         lambda: all([cell.stands_firm(stage) for cell in cells]),  # noqa: C419 (each of them goes on)
         f"all waits of {fault.name!r} stand in their gaps",

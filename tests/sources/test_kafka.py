@@ -22,12 +22,7 @@ from of_kafka import Kafka
 
 from deployment import until
 
-
-@pytest.fixture
-def broker(broker):
-    if not isinstance(broker, Kafka):
-        pytest.skip("not Kafka")
-    return broker
+pytestmark = pytest.mark.parametrize("server", [Kafka], ids=["kafka"], indirect=True)
 
 
 @pytest.fixture
