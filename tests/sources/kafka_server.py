@@ -65,7 +65,7 @@ def server(**settings: Any) -> servers.Server | None:
     def command(server: servers.Server) -> list[str]:
         file = server.folder / "server.properties"
         if not file.exists():
-            controller = free_port()
+            controller = next(port for port in iter(free_port, None) if port != server.port)
             about = {
                 "process.roles": "broker,controller",
                 "node.id": 1,
@@ -90,10 +90,11 @@ def server(**settings: Any) -> servers.Server | None:
             }
             file.write_text("".join(f"{name}={value}\n" for name, value in about.items()))
             cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-            subprocess.run(
+            done = subprocess.run(
                 [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(file)],
-                check=True, capture_output=True, timeout=120,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
             )  # fmt: skip
+            assert done.returncode == 0, done.stdout
         return [*java, "kafka.Kafka", str(file)]
 
     return servers.Server(command, _answers)
