@@ -162,21 +162,23 @@ class Nats(Broker):
     def _notes(self, base: Path) -> dict[str, dict[str, str]]:
         """Return what the bucket says of each event of the stream."""
         from airflow_events.listeners.nats import BUCKET
-        from nats.js.errors import NoKeysError, NotFoundError
+        from nats.js.errors import NotFoundError
 
         broker = self._of(base)
+        prefix = f"$KV.{BUCKET}.{broker.queue}.airflow.message."
 
         async def ask(client: Any) -> dict[str, dict[str, str]]:
             stream = client.jetstream()
             notes = {}
             try:
-                bucket = await stream.key_value(BUCKET)
-                keys = await bucket.keys(filters=[f"{broker.queue}.airflow.message."])
-            except (NoKeysError, NotFoundError):
-                keys = []
-            for key in keys:
-                note = json.loads((await bucket.get(key)).value or b"{}")
-                notes[int(key.rpartition(".")[2].partition("-")[0])] = note
+                about = await stream.stream_info(f"KV_{BUCKET}", subjects_filter=f"{prefix}>")
+            except NotFoundError:  # no bucket yet
+                subjects: Any = None
+            else:
+                subjects = about.state.subjects
+            for subject in subjects or ():
+                note = await stream.get_last_msg(f"KV_{BUCKET}", subject)
+                notes[int(subject.removeprefix(prefix).partition("-")[0])] = json.loads(note.data or b"{}")
             state = (await stream.stream_info(broker.queue)).state
             numbers = range(state.first_seq, state.last_seq + 1)
             events = {n: json.loads((await stream.get_msg(broker.queue, n)).data) for n in numbers}
