@@ -31,6 +31,7 @@ counts as the one with its ``message_id`` that somebody has committed before.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -525,23 +526,35 @@ class _Consumer(Seeker):
         self.looked = False
 
 
-class _QueueHub(Hub[_Consumer]):
-    """Claims messages for the waits on one queue, and puts back what has lapsed."""
+class _OnServer(abc.ABC):
+    """What both hubs do with their connection; it stands before `Hub` among their bases."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = _LOST
-
-    def __init__(self, source: _Source, require_durable: bool) -> None:
-        self._source = source
-        self._require_durable = require_durable
-        self._server: AbstractConnection | None = None
-        self._channel: AbstractChannel | None = None
-        self._next_look = 0.0
-        self._check_at: dict[str, float] = {}
-        super().__init__(str(source))
+    _server: AbstractConnection | None = None
 
     async def connect(self) -> None:
         await self.disconnect()  # what a refusal has left open
         await _within(self._connect())
+
+    async def disconnect(self) -> None:
+        if self._server is not None:
+            await _within(self._server.close())
+
+    @abc.abstractmethod
+    async def _connect(self) -> None:
+        """Open `_server`, and check that the source is as it must be."""
+
+
+class _QueueHub(_OnServer, Hub[_Consumer]):
+    """Claims messages for the waits on one queue, and puts back what has lapsed."""
+
+    def __init__(self, source: _Source, require_durable: bool) -> None:
+        self._source = source
+        self._require_durable = require_durable
+        self._channel: AbstractChannel | None = None
+        self._next_look = 0.0
+        self._check_at: dict[str, float] = {}
+        super().__init__(str(source))
 
     async def _connect(self) -> None:
         with _refusals(self._source):
@@ -556,10 +569,6 @@ class _QueueHub(Hub[_Consumer]):
                 await held.read()
                 await _claims_of(held)
         self._next_look = 0.0
-
-    async def disconnect(self) -> None:
-        if self._server is not None:
-            await _within(self._server.close())
 
     async def serve(self) -> None:
         assert self._server is not None and self._channel is not None
@@ -633,23 +642,16 @@ class _QueueHub(Hub[_Consumer]):
                             await claims.drop(tag)
 
 
-class _StreamHub(LogHub[Any]):
+class _StreamHub(_OnServer, LogHub[Any]):
     """Reads one stream for those who watch it; a position is an offset, or a moment until it is known."""
-
-    lost: ClassVar[tuple[type[BaseException], ...]] = _LOST
 
     def __init__(self, source: _Source, values: Format) -> None:
         self._source = source
         self._values = values
-        self._server: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
         self._at: int | datetime | None = None
         self._arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
         super().__init__(str(source))
-
-    async def connect(self) -> None:
-        await self.disconnect()  # what a refusal has left open
-        await _within(self._connect())
 
     async def _connect(self) -> None:
         with _refusals(self._source):
@@ -658,10 +660,6 @@ class _StreamHub(LogHub[Any]):
             await channel.queue_declare(self._source.queue, passive=True)
             await _close(channel)
         self._at = None
-
-    async def disconnect(self) -> None:
-        if self._server is not None:
-            await _within(self._server.close())
 
     async def position(self, since: datetime) -> int | datetime:
         return since.replace(microsecond=0)

@@ -13,8 +13,6 @@ from airflow.models.log import Log
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XComModel
 from airflow.sdk.execution_time.xcom import XCom
-from airflow.serialization.enums import Encoding
-from airflow.serialization.serialized_objects import BaseSerialization
 from airflow.state import TaskScope, get_state_backend
 from airflow.utils.state import DagRunState, TaskInstanceState
 from airflow_events.api.refusals import NoSuchWait
@@ -24,14 +22,15 @@ from airflow_events.listeners.commit import Phase, Record
 from airflow_events.listeners.http import KEY, HttpListener
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
-from sqlalchemy import select, update
+from airflow_events.waits import tables
+from airflow_events.waits.arguments import decoded
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
 _LISTENER = f"{HttpListener.__module__}:{HttpListener.__qualname__}"
 # Airflow writes the source of the class into the serialized DAG for a mapped task, and nothing better.
 _MAPPED_LISTENER = f"class {HttpListener.__qualname__}("
-_OPERATOR = "WaitForEventOperator"
 _TRIGGER = f"{EventTrigger.__module__}.{EventTrigger.__qualname__}"
 
 # By how much the clocks of scheduler, triggerers and API servers may differ. When a wait begins within this of
@@ -47,15 +46,6 @@ _ENDED = frozenset(
         TaskInstanceState.REMOVED,
     }
 )
-
-
-def _is(wait: Wait) -> list[ColumnElement[bool]]:
-    return [
-        TaskInstance.dag_id == wait.dag_id,
-        TaskInstance.run_id == wait.run_id,
-        TaskInstance.task_id == wait.task_id,
-        TaskInstance.map_index == wait.map_index,
-    ]
 
 
 @dataclass(frozen=True)
@@ -79,16 +69,12 @@ class WaitRow:
         """
         Lock a wait's task instance until the end of the transaction, and read it.
 
-        The lock is a write that changes nothing, which all of Airflow's databases understand: on SQLite a
-        transaction that begins with a SELECT does not keep others from writing.
-
         :raises NoSuchWait: it is not there, or is not for HTTP events.
         """
-        unchanged = {"trigger_id": TaskInstance.trigger_id, "updated_at": TaskInstance.updated_at}
-        session.execute(
-            update(TaskInstance).where(*_is(wait)).values(unchanged).execution_options(synchronize_session=False)
-        )
-        ti = session.scalar(select(TaskInstance).where(*_is(wait)).execution_options(populate_existing=True))
+        key = (wait.dag_id, wait.run_id, wait.task_id, wait.map_index)
+        tables.lock(session, key)
+        where = tables.is_(TaskInstance, key)
+        ti = session.scalar(select(TaskInstance).where(*where).execution_options(populate_existing=True))
         if ti is None:
             raise NoSuchWait(f"there is no task instance {wait.id}")
         return cls._read(session, wait, ti)
@@ -242,16 +228,7 @@ def _trigger(ti: TaskInstance) -> dict[str, Any] | None:
     """Return the arguments of the trigger that a deferred wait has, or None."""
     if ti.state != TaskInstanceState.DEFERRED or ti.trigger is None or ti.trigger.classpath != _TRIGGER:
         return None
-    return dict(_plain(ti.trigger.kwargs))
-
-
-def _plain(value: Any) -> Any:
-    """Undo Airflow's own encoding, which arguments from a serialized DAG still have."""
-    if isinstance(value, dict):
-        if Encoding.VAR in value or Encoding.VAR.value in value:
-            return BaseSerialization.deserialize(value)
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+    return dict(decoded(ti.trigger.kwargs))
 
 
 def _wants(task: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -260,7 +237,7 @@ def _wants(task: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
     if not getattr(task, "is_mapped", False):
         wants = getattr(task, "event_wait", None)
         return None if wants is None else dict(json.loads(wants))
-    if task.task_type != _OPERATOR:
+    if task.task_type != tables.OPERATOR:
         return None
     partial = task.partial_kwargs
     replay = partial.get("replay", True)

@@ -37,7 +37,7 @@ class Arguments:
 def read(encrypted_kwargs: str) -> Arguments | None:
     """Return what a trigger's row holds, or None if this process has another Fernet key or cannot read it."""
     try:
-        told = _decoded(Trigger._decrypt_kwargs(encrypted_kwargs))
+        told = decoded(Trigger._decrypt_kwargs(encrypted_kwargs))
         listener = display_name(told["listener"])
     except Exception:  # one row that cannot be read must not hide the others
         return None
@@ -53,13 +53,13 @@ def read(encrypted_kwargs: str) -> Arguments | None:
     )
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
     """Undo the encoding that arguments of a serialized DAG still have in the trigger's row."""
     if isinstance(value, dict):
         if Encoding.VAR in value or Encoding.VAR.value in value:
             return BaseSerialization.deserialize(value)
-        return {key: _decoded(item) for key, item in value.items()}
-    return [_decoded(item) for item in value] if isinstance(value, list) else value
+        return {key: decoded(item) for key, item in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def deadline(stored: Any) -> datetime | None:

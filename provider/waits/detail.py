@@ -18,7 +18,8 @@ from airflow.sdk.serde import deserialize
 from airflow_events.listeners.commit import Phase
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
 from airflow_events.waits import arguments, listing, tables
-from airflow_events.waits.listing import Key, Summary
+from airflow_events.waits.listing import Summary
+from airflow_events.waits.tables import Key
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -98,7 +99,7 @@ def show(session: Session, key: Key) -> Detail | None:
     summary = listing.one(session, key)
     if summary is None:
         return None
-    ti = session.scalars(select(TaskInstance).where(*listing.is_(TaskInstance, key))).one()
+    ti = session.scalars(select(TaskInstance).where(*tables.is_(TaskInstance, key))).one()
     trigger = session.get(Trigger, ti.trigger_id) if ti.trigger_id else None
     told = arguments.read(trigger.encrypted_kwargs) if trigger else None
     record = read_record(session, key)
@@ -127,7 +128,7 @@ def read_record(session: Session, key: Key) -> Record | None:
     """Return what the operator would take for the wait's record, or None."""
     stored = session.scalars(
         select(TaskStateStoreModel).where(
-            *listing.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
+            *tables.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
         )
     ).one_or_none()
     if stored is not None:
@@ -146,7 +147,7 @@ def read_xcom(session: Session, key: Key, name: str) -> Any:
 
 
 def _xcom(session: Session, key: Key, name: str) -> XComModel | None:
-    statement = select(XComModel).where(*listing.is_(XComModel, key), XComModel.key == name)
+    statement = select(XComModel).where(*tables.is_(XComModel, key), XComModel.key == name)
     return session.scalars(statement).one_or_none()
 
 
@@ -210,7 +211,7 @@ def _tries(session: Session, ti: TaskInstance, key: Key) -> list[Try]:
     rows: list[Any] = list(
         session.scalars(
             select(TaskInstanceHistory)
-            .where(*listing.is_(TaskInstanceHistory, key), TaskInstanceHistory.try_number != ti.try_number)
+            .where(*tables.is_(TaskInstanceHistory, key), TaskInstanceHistory.try_number != ti.try_number)
             .order_by(TaskInstanceHistory.try_number)
         )
     )

@@ -8,10 +8,10 @@ from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XCOM_RETURN_KEY, XComModel
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
-from airflow_events.waits import listing
+from airflow_events.waits import tables
 from airflow_events.waits.detail import Record, read_record, read_xcom, why_it_cannot_be_forgotten
-from airflow_events.waits.listing import Key
-from sqlalchemy import delete, select, update
+from airflow_events.waits.tables import Key
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 
@@ -37,13 +37,8 @@ def forget(session: Session, key: Key) -> Forgotten | None:
 
     The caller commits; a crash before that leaves all as it was.
     """
-    # The lock is a write that changes nothing, since on SQLite a SELECT keeps nobody from writing.
-    unchanged = {"trigger_id": TaskInstance.trigger_id, "updated_at": TaskInstance.updated_at}
-    where = listing.is_(TaskInstance, key)
-    session.execute(
-        update(TaskInstance).where(*where).values(unchanged).execution_options(synchronize_session=False)
-    )
-    state = session.execute(select(TaskInstance.state).where(*where)).one_or_none()
+    tables.lock(session, key)
+    state = session.execute(select(TaskInstance.state).where(*tables.is_(TaskInstance, key))).one_or_none()
     if state is None:
         return None
     record = read_record(session, key)
@@ -52,11 +47,11 @@ def forget(session: Session, key: Key) -> Forgotten | None:
     assert record is not None
     in_xcom = read_xcom(session, key, RECORD_KEY)
     session.execute(
-        delete(XComModel).where(*listing.is_(XComModel, key), XComModel.key.in_((RECORD_KEY, XCOM_RETURN_KEY)))
+        delete(XComModel).where(*tables.is_(XComModel, key), XComModel.key.in_((RECORD_KEY, XCOM_RETURN_KEY)))
     )
     session.execute(
         delete(TaskStateStoreModel).where(
-            *listing.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
+            *tables.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
         )
     )
     if lost := (in_xcom or {}).get("id") or record.id:

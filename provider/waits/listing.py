@@ -15,12 +15,10 @@ from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
 from airflow_events.triggers.record import DEADLINE_KEY, RECORD_KEY
 from airflow_events.waits import arguments, tables
+from airflow_events.waits.tables import Key
 from sqlalchemy import case, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement, Select
-
-Key = tuple[str, str, str, int]
-"""``dag_id``, ``run_id``, ``task_id``, ``map_index``."""
 
 
 class Stage(str, enum.Enum):
@@ -160,7 +158,7 @@ def one(session: Session, key: Key) -> Summary | None:
     """Return one wait, or None if there is no such task instance, or it is no wait."""
     where = or_(tables.of_a_wait(), tables.has_record())
     row = session.execute(
-        _joined(select(*_WANTED, _IS_UNCOMMITTED)).where(where, *is_(TaskInstance, key))
+        _joined(select(*_WANTED, _IS_UNCOMMITTED)).where(where, *tables.is_(TaskInstance, key))
     ).one_or_none()
     if row is None:
         return None
@@ -253,12 +251,6 @@ def _that_match(
             or_(*(column.icontains(text, autoescape=True) for column in (*_UNIQUE[:3], _COLUMNS[Order.LISTENER])))
         )
     return where
-
-
-def is_(table: Any, key: Key) -> list[ColumnElement[bool]]:
-    """Whether a row of a table belongs to the wait."""
-    columns = (table.dag_id, table.run_id, table.task_id, table.map_index)
-    return [column == value for column, value in zip(columns, key, strict=True)]
 
 
 @dataclass(frozen=True)

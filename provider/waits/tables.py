@@ -11,9 +11,12 @@ from airflow.models.xcom import XComModel
 from airflow.utils.state import TaskInstanceState as State
 from airflow_events.listeners.commit import Phase
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
-from sqlalchemy import and_, exists, or_, select, union_all
-from sqlalchemy.orm import aliased
+from sqlalchemy import and_, exists, or_, select, union_all, update
+from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql import ColumnElement, Select
+
+Key = tuple[str, str, str, int]
+"""``dag_id``, ``run_id``, ``task_id``, ``map_index``."""
 
 OPERATOR = "WaitForEventOperator"
 _OUR_TRIGGERS = "airflow_events.triggers."
@@ -38,6 +41,28 @@ ENDED = (State.SUCCESS, State.FAILED, State.SKIPPED, State.REMOVED)
 def of_a_wait() -> ColumnElement[bool]:
     """Whether a task instance, joined with its trigger if it has one, is a wait."""
     return or_(TaskInstance.operator == OPERATOR, Trigger.classpath.startswith(_OUR_TRIGGERS, autoescape=True))
+
+
+def is_(table: Any, key: Key) -> list[ColumnElement[bool]]:
+    """Whether a row of a table belongs to the wait."""
+    columns = (table.dag_id, table.run_id, table.task_id, table.map_index)
+    return [column == value for column, value in zip(columns, key, strict=True)]
+
+
+def lock(session: Session, key: Key) -> None:
+    """
+    Lock a wait's task instance until the end of the transaction, if it is there.
+
+    The lock is a write that changes nothing, which all of Airflow's databases understand: on SQLite a transaction
+    that begins with a SELECT does not keep others from writing.
+    """
+    unchanged = {"trigger_id": TaskInstance.trigger_id, "updated_at": TaskInstance.updated_at}
+    session.execute(
+        update(TaskInstance)
+        .where(*is_(TaskInstance, key))
+        .values(unchanged)
+        .execution_options(synchronize_session=False)
+    )
 
 
 def has_record() -> ColumnElement[bool]:

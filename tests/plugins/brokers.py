@@ -253,21 +253,21 @@ class Kafka(Broker):
         }
 
     def claimed(self, base: Path) -> dict[str, str]:
-        return {event: wait for event, wait in self._open(base).items() if wait}
+        return {event: wait for event, wait in self._uncommitted(base).items() if wait}
 
     def free(self, base: Path) -> set[str]:
-        """Say what the group has not had, by its committed offsets, and what was given back."""
-        state, events = self._of(base).state(), self._events(base)
-        released = {event for event, wait in self._open(base).items() if not wait}
-        return released | {event for (number, offset), event in events.items() if offset >= state[number]["next"]}
+        return {event for event, wait in self._uncommitted(base).items() if not wait}
 
-    def _open(self, base: Path) -> dict[str, str]:
-        events = self._events(base)
-        return {
-            events[number, int(offset)]: claim["wait"]
-            for number, partition in self._of(base).state().items()
-            for offset, claim in partition["open"].items()
-        }
+    def _uncommitted(self, base: Path) -> dict[str, str]:
+        """Return who has each event that is not committed: nobody if nobody has had it, or it was given back."""
+        state, found = self._of(base).state(), {}
+        for (number, offset), event in self._events(base).items():
+            partition = state[number]
+            if offset >= partition["next"]:
+                found[event] = ""
+            elif (claim := partition["open"].get(str(offset))) is not None:
+                found[event] = claim["wait"]
+        return found
 
     def _events(self, base: Path) -> dict[tuple[int, ...], str]:
         """Return the topic's events by partition and offset."""
