@@ -63,6 +63,7 @@ try:
     from aiormq import exceptions
     from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
     from pamqp.commands import Basic
+    from pamqp.exceptions import AMQPInternalError
     from yarl import URL
 except ImportError as error:
     raise ImportError("a RabbitMQ listener needs: pip install airflow-provider-events[rabbitmq]") from error
@@ -1027,7 +1028,7 @@ async def _connect(conn_id: str) -> AbstractConnection:
     context = await asyncio.to_thread(_tls, extra) if secure else None
     try:
         server: AbstractConnection = await aiormq.connect(url, context=context)
-    except exceptions.InvalidFrameError as error:  # the client hides what the server said
+    except (exceptions.InvalidFrameError, AMQPInternalError) as error:  # aiormq hides what the server said; 7, 6
         raise ConnectionError(
             f"the server closes the connection when it is asked for the virtual host {found.schema or '/'!r}: "
             "is it there, and may the user have it?"

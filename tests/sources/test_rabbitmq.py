@@ -504,12 +504,11 @@ async def test_another_virtual_host_and_heartbeat_and_type(broker, waits, monkey
 
     async def make():
         url = f"amqp://guest:guest@127.0.0.1:{broker.server.port}/of%2Fairflow"
-        async with aiormq.connect(url) as client:
-            channel = await client.channel()
-            await channel.queue_declare(broker.queue, durable=True)
-            await channel.basic_publish(
-                b"1", routing_key=broker.queue, properties=Basic.Properties(delivery_mode=2)
-            )
+        client = await aiormq.connect(url)
+        channel = await client.channel()
+        await channel.queue_declare(broker.queue, durable=True)
+        await channel.basic_publish(b"1", routing_key=broker.queue, properties=Basic.Properties(delivery_mode=2))
+        await client.close()
 
     await make()
     event = await soon(waits.poll(rabbitmq_conn_id="other"))
