@@ -208,6 +208,8 @@ class WaitForEventOperator(BaseOperator):
             deadline = self._record(context).noted_deadline()
             if deadline is None or deadline > datetime.now(timezone.utc):
                 raise  # not the wait's timeout, but the task's execution_timeout
+            # What a triggerer claimed that has died, or stands still since.
+            self._release(context, None)
             return self._time_is_up(deadline)
 
     def _recorded(self, context: Context) -> Record | None:
@@ -264,10 +266,12 @@ class WaitForEventOperator(BaseOperator):
             return
         self.log.info("Waiting for another event than the one recorded before the task was cleared (replay=False)")
         if stored.phase is Phase.RECORDED:
-            asyncio.run(
-                release(self.listener, self._wait(context), stored.event, self.listener_args, self.listener_kwargs)
-            )
+            self._release(context, stored.event)
         asyncio.run(record.drop(stored))
+
+    def _release(self, context: Context, event: Any | None) -> None:
+        wait = self._wait(context)
+        asyncio.run(release(self.listener, wait, event, self.listener_args, self.listener_kwargs))
 
     def _defer(self, context: Context) -> None:
         self._check_arguments()

@@ -12,15 +12,16 @@ import psutil
 from airflow_events import Wait
 from gaps import Gap, folder
 from paths import DEADLINE, Path, dag_id
-from source import EVENTS, Source, conf
+from source import EVENTS, UNKNOWN, Source, conf
 
 from deployment import FINISHED, Deployment, Run, until
 from postgres import Postgres
 
 # Seconds.
 STANDS_FIRM = 4
-# Before these the event is not the wait's, so that a deadline may come first.
-BEFORE_THE_CLAIM = ("deferring", "polling", "half claimed")
+# There the event is not recorded, so that a deadline may come first. ("handed over" is before the record where
+# a worker records.)
+BEFORE_THE_RECORD = ("deferring", "polling", "half claimed", "claimed", "recording")
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -151,7 +152,7 @@ class Cell:
             delivered = [(run_id, event) for run_id, event in delivered if run_id == self.run.run_id]
             if self.source.commits and set(earlier) & {event for _, event in delivered}:
                 return [f"delivered by the deleted run too: {earlier}"]
-        if self.has_deadline and state == "failed" and self.gap.name in BEFORE_THE_CLAIM:
+        if self.has_deadline and state == "failed" and self._is_unrecorded:
             return self._problems(
                 ("delivered after the deadline", delivered, []),
                 ("committed after the deadline", committed, {}),
@@ -164,7 +165,8 @@ class Cell:
         [(run_id, event)] = delivered
         mine = {event: self.source.holder(self.wait)} if self.source.commits else {}
         if self.deleted:  # it may have committed an event, which went with the run
-            committed = {event: by for event, by in committed.items() if by != self.deleted or event in mine}
+            went = (self.deleted, UNKNOWN)
+            committed = {event: by for event, by in committed.items() if by not in went or event in mine}
         free = set(EVENTS) - set(self.source.committed(self.base)) if self.source.commits else set(EVENTS)
         if self.deleted:  # or have claimed one, which lapses
             free -= {event for event, by in self.source.claimed(self.base).items() if by == self.deleted}
@@ -174,6 +176,11 @@ class Cell:
             ("free", self._free(free), free),
             ("recorded", self._recorded(), "committed"),
         )
+
+    @property
+    def _is_unrecorded(self) -> bool:
+        gap = self.gap.name
+        return gap in BEFORE_THE_RECORD or (gap == "handed over" and self.path.ends_on_worker)
 
     def _recorded(self) -> Any:
         """Return the phase of the record: a worker's store has it, or the triggerer's XCom."""

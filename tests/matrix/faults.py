@@ -22,6 +22,8 @@ from paths import DEADLINE
 from deployment import FINISHED, until
 
 Course = Iterator[None]
+# Seconds that Airflow waits beyond a deadline.
+GRACE = 300
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,12 @@ def too_late(stage: Stage, cells: list[Cell]) -> Course:
     yield
 
 
+def much_too_late(stage: Stage, cells: list[Cell]) -> Course:
+    time.sleep(DEADLINE + GRACE + 30)
+    yield
+    yield
+
+
 def undisturbed(stage: Stage, cells: list[Cell]) -> Course:
     yield
     yield
@@ -261,6 +269,12 @@ FAULTS = (
         deleted,
     ),
     Fault("too late", "the deadline passes there", too_late, has_deadline=True),
+    Fault(
+        "much too late",
+        "the deadline passes there, and the moment at which Airflow ends the deferral by itself",
+        much_too_late,
+        has_deadline=True,
+    ),
     Fault("clock ahead", "the process's clock jumps ahead by two days", undisturbed, clock="172800"),
     Fault("clock back", "the process's clock jumps back by an hour", undisturbed, clock="-3600"),
 )

@@ -114,7 +114,7 @@ def page(cells: list[dict[str, Any]]) -> str:
         "it goes on, if it can. A cell is ✓ if then the run succeeds, downstream got one event once, the record "
         "is noted as committed, the source (asked by a client of its own) says that this wait and no other "
         "committed that event, and the other event that was sent is free for others. Where the deadline passes "
-        "before the event was the wait's, the run may fail instead, and both events must be free. An empty cell "
+        "before the event was recorded, the run may fail instead, and both events must be free. An empty cell "
         "has not been run, or cannot be.",
         "",
         "| fault | what happens | run |",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 
 import pytest
 from airflow.sdk import DAG, Asset, BaseOperator, task
+from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
+from airflow.sdk.exceptions import AirflowSensorTimeout
 from airflow_events import EventListener, wait_for_event
+from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
@@ -220,3 +225,28 @@ def test_airflow_shows_a_wait_by_the_name_of_its_listener(dag):
     assert operator().operator_name == "TimerListener"
     mapped = WaitForEventOperator.partial(task_id="m", listener=TimerListener).expand(listener_args=[[0]])
     assert mapped.operator_name == "WaitForEventOperator"
+
+
+async def test_what_a_triggerer_claimed_that_stood_still_until_the_time_was_up_is_given_back(dag, tmp_path):
+    async def take():
+        with working_for(Wait("d", "run", "wait")):
+            return await DirectoryListener().poll_for_event(str(tmp_path), settle=0)
+
+    async def time_is_up(noted):
+        ti = SimpleNamespace(dag_id="d", run_id="run", task_id="wait", map_index=-1, max_tries=0)
+        ti.xcom_pull = lambda *, key, **_: noted.get(key)
+        context = {
+            "ti": ti,
+            "dag_run": SimpleNamespace(start_date=None),
+            "task_state_store": SimpleNamespace(get=lambda key: None),
+        }
+        output = wait_for_event.override(task_id="wait", timeout=1)(DirectoryListener, str(tmp_path), settle=0)
+        next_kwargs = {"error": TriggerFailureReason.TRIGGER_TIMEOUT}
+        with pytest.raises(AirflowSensorTimeout):
+            await asyncio.to_thread(output.operator.resume_execution, TRIGGER_FAIL_REPR, next_kwargs, context)
+
+    (tmp_path / "a").write_text("")
+    await take()
+    assert not (tmp_path / "a").exists()
+    await time_is_up({"event_deadline": {"at": datetime(2026, 1, 1, tzinfo=timezone.utc)}})
+    assert (tmp_path / "a").exists()
