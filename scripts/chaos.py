@@ -35,6 +35,8 @@ AHEAD = 5
 # Seconds without a delivery after which kills go on anyhow. LocalExecutor was seen to stand still for good, all
 # its processes waiting to write their results, until its scheduler was killed.
 STUCK = 45
+# For the DAGs: enough retries, and claims that lapse while the command waits, where they can be in nobody's name.
+ENDURING = {"MATRIX_RETRIES": "50", "MATRIX_CLAIM_TIMEOUT": "120"}
 
 
 def arguments() -> argparse.Namespace:
@@ -157,7 +159,7 @@ def main() -> int:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         database = stack.enter_context(Postgres()).url if options.database == "postgres" else None
         settings = {**SETTINGS, "core.parallelism": "8"}
-        variables = {**stack.enter_context(served(source.name)), "MATRIX_RETRIES": "50"}
+        variables = {**stack.enter_context(served(source.name)), **ENDURING}
         airflow = stack.enter_context(Deployment(home, database=database, settings=settings, variables=variables))
         airflow.prepare()
         furnish(airflow, gaps=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from airflow_events import EventListener
-from source import Source, queue_of
+from source import UNKNOWN, Source, queue_of
 
 
 class Broker(Source):
@@ -285,6 +286,29 @@ class Kafka(Broker):
         return found
 
 
+class Sqs(Broker):
+    """A standard queue. SQS knows no waits: who deleted a message, the receipt in what was delivered says."""
+
+    name = "sqs"
+    paths = ("ends on a worker", "starts and ends on workers")
+    listener_is = ("sqs", "SqsListener")
+    broker_is = ("of_sqs", "Sqs")
+    conn_id = "aws_default"
+
+    @property
+    def keywords(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"claim_timeout": float(os.environ.get("MATRIX_CLAIM_TIMEOUT", "900"))}
+
+    def prepare(self, base: Path) -> None:
+        broker = self._of(base)
+        broker.client.create_queue(QueueName=broker.queue)
+
+    def committed(self, base: Path) -> dict[str, str]:
+        delivered = [json.loads(file.read_text()) for file in (base / "delivered").iterdir()]
+        waits = {event["receipt_handle"]: event["claimed_by"] for event in delivered}
+        return {json.loads(body): waits.get(by, UNKNOWN) for body, by in self._of(base).deleted().items()}
+
+
 def _json(message: Any) -> Any:
     return json.loads(message.body)
 
@@ -294,4 +318,4 @@ def _about(message: Any) -> dict[str, Any]:
     return about
 
 
-BROKERS: tuple[Source, ...] = (Redis(), Postgres(), Nats(), RabbitMQ(), Kafka())
+BROKERS: tuple[Source, ...] = (Redis(), Postgres(), Nats(), RabbitMQ(), Kafka(), Sqs())

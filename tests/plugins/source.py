@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from airflow_events import EventListener, Wait
 
 EVENTS = ("a", "b")
+# Who committed an event, where the source cannot say and it was not delivered.
+UNKNOWN = "?"
 
 
 def queue_of(base: Path) -> str:

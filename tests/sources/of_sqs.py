@@ -117,6 +117,12 @@ class Sqs(Broker):
         visible, hidden = (int(answer["Attributes"][name]) for name in names)
         return visible, hidden
 
+    def deleted(self) -> dict[str, str]:
+        """Say by which receipt each message, named by its body, was deleted; see ``sqs_server.py``."""
+        notes = self.server.folder / "deleted.jsonl"
+        lines = map(json.loads, notes.read_text().splitlines() if notes.exists() else ())
+        return {line["body"]: line["receipt"] for line in lines if line["queue"] == self.queue}
+
     def clients(self) -> int:
         # The server cannot say, but the operating system can say of the server.
         return sum(
