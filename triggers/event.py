@@ -14,7 +14,7 @@ from airflow.sdk.execution_time.comms import GetTaskStates
 from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEvent, TriggerEvent
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
-from airflow_events.listeners.base import EventListener, Wait, describe, working_for
+from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
 from airflow_events.listeners.commit import Phase, inherit_portal, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.record import XComRecord
@@ -135,6 +135,7 @@ class EventTrigger(BaseTrigger):
         self._retries = task.retries or 0
         self.mapped_over = next(iter(task.iter_mapped_dependants()), None) is not None
         self._dag_result = bool(getattr(task, "returns_dag_result", False))
+        _let_go_of_the_dag(context)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         assert self.wait is not None, "a trigger is started by the scheduler or by WaitForEventOperator"
@@ -170,7 +171,7 @@ class EventTrigger(BaseTrigger):
                         return
                     except _PollAnew:
                         continue
-                    if await self._has_ended(wait):
+                    if commits(listener) and await self._has_ended(wait):
                         self.log.warning("The task has ended meanwhile; its event goes back to the source")
                         await self._release(listener, wait)
                         return
@@ -357,6 +358,18 @@ class EventTrigger(BaseTrigger):
         name = wait.task_id if wait.map_index < 0 else f"{wait.task_id}_{wait.map_index}"
         state: str | None = states.get(name, "removed")
         return state
+
+
+def _let_go_of_the_dag(context: Context) -> None:
+    """
+    Drop the DAG that Airflow's runner builds for each trigger which starts in the triggerer.
+
+    It keeps it as long as the trigger runs, by the context and by the task instance, and needs it for the
+    rendering alone (`TriggerRunner.create_triggers`, ``run_trigger``). In a DAG of 300 tasks it is 1.7 MB.
+    """
+    ti = context["ti"]
+    context.clear()  # type: ignore[attr-defined]
+    ti.task = None  # type: ignore[assignment]
 
 
 def _now() -> datetime:
