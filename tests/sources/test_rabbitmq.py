@@ -14,6 +14,7 @@ import servers
 from airflow_events.errors import EventLost, SourceUnfit, SourceUnreachable
 from airflow_events.listeners import rabbitmq
 from airflow_events.listeners.base import Wait, working_for
+from airflow_events.listeners.rabbitmq import claims, consume
 from of_rabbitmq import Quorum, RabbitMQ
 from pamqp.commands import Basic
 
@@ -123,7 +124,7 @@ async def test_a_commit_that_ends_after_its_note_has_committed(broker, waits, mo
     broker.publish(b"1")
     event = await soon(waits.poll(claim_timeout=2))
     with monkeypatch.context() as patch:
-        dying(patch, rabbitmq._Held, "drop", 2)  # the first drops what is left of other claims: nothing
+        dying(patch, claims.Held, "drop", 2)  # the first drops what is left of other claims: nothing
         with pytest.raises(Died):
             await waits.commit(event)
     assert broker.unacknowledged() == 1
@@ -142,7 +143,7 @@ async def test_a_release_that_ends_after_the_message_is_back_makes_a_double_that
     broker.publish(b"1")
     event = await soon(waits.poll())
     with monkeypatch.context() as patch:
-        died = dying(patch, rabbitmq, "_return", 1, before=False)
+        died = dying(patch, claims, "_return", 1, before=False)
         with suppress(Died):
             await waits.release(event)
         assert died()
@@ -159,7 +160,7 @@ async def test_the_first_may_commit_before_the_double(broker, waits, monkeypatch
     broker.publish(b"1")
     event = await soon(waits.poll())
     with monkeypatch.context() as patch:
-        dying(patch, rabbitmq, "_return", 1, before=False)
+        dying(patch, claims, "_return", 1, before=False)
         with suppress(Died):
             await waits.release(event)
     other = await soon(waits.poll(1))
@@ -192,7 +193,7 @@ async def test_what_is_sent_twice_is_two_messages(broker, waits):
 
 
 async def test_a_message_that_is_sent_again_after_its_double_is_another(broker, waits, monkeypatch):
-    monkeypatch.setattr(rabbitmq, "_SKEW", 0.0)
+    monkeypatch.setattr(claims, "_SKEW", 0.0)
     broker.publish(b"1", message_id="one")
     give_out_again(broker)
     await waits.commit(await soon(waits.poll()))
@@ -281,8 +282,8 @@ async def test_polls_of_one_wait_in_several_processes_have_one_claim(broker, wai
 
 
 async def test_no_queues_pile_up(broker, waits, monkeypatch):
-    monkeypatch.setattr(rabbitmq, "_LOOK", 0.1)
-    monkeypatch.setattr(rabbitmq, "_FINISHED", 0.1)
+    monkeypatch.setattr(consume, "_LOOK", 0.1)
+    monkeypatch.setattr(consume, "_FINISHED", 0.1)
     broker.send(*range(5))
     for number in range(5):
         event = await soon(waits.poll(number))

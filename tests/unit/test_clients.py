@@ -11,6 +11,7 @@ from airflow_events.listeners.clients import needs
 
 # By the source: the packages without which it cannot be, and how its error calls the listener.
 CLIENTS = {
+    "rabbitmq": (["aiormq"], "a RabbitMQ listener"),
     "redis": (["redis"], "a Redis listener"),
 }
 CHILD = """
