@@ -24,16 +24,13 @@ from yarl import URL
 
 _T = TypeVar("_T")
 
-
 _TYPES = ("amqp", "rabbitmq", "generic")
 _LOST = (OSError, asyncio.TimeoutError)
-
 
 # Seconds that one step may take; a broker that runs out of memory or disk stops answering those who publish.
 STEP = 60.0
 # Over how many queues the notes of commits are spread, since each commit reads one of them.
 _SLOTS = 64
-
 
 NO_STREAM = "{} is no stream; RabbitMQListener takes messages from other queues"
 

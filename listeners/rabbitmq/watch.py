@@ -15,7 +15,6 @@ from airflow_events.listeners.values import Format, decode
 
 _T = TypeVar("_T")
 
-
 _WATCHED_AT_ONCE = 500
 
 

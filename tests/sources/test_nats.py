@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import of_nats
 import pytest
 from airflow_events.errors import EventLost, SourceUnfit, SourceUnreachable
-from airflow_events.listeners import nats as module
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.nats import NatsListener, NatsWatchListener
+from airflow_events.listeners.nats import BUCKET, NatsListener, NatsWatchListener, claims, client
 from test_consume import nothing, soon
 from test_watch import ago
 
@@ -84,7 +83,7 @@ class Death:
         self.met = asyncio.Event()
         self._then = then
         for name in ("request", "publish", "pull"):
-            monkeypatch.setattr(module._Server, name, self._dying(getattr(module._Server, name)))
+            monkeypatch.setattr(client.Server, name, self._dying(getattr(client.Server, name)))
 
     def _dying(self, step):
         async def dying(server, subject, *args, **kwargs):
@@ -140,7 +139,7 @@ async def test_a_triggerer_dies_at_each_step_of_a_poll(broker, waits, consumer, 
 async def test_a_claim_that_was_half_made_is_found_by_the_same_wait_at_once(broker, waits, consumer, monkeypatch):
     consumer(ack_wait=600)
     steps = []
-    put = module._Claims._put
+    put = claims.Claims._put
 
     async def dying(claims, key, *rest):
         steps.append(key)
@@ -148,7 +147,7 @@ async def test_a_claim_that_was_half_made_is_found_by_the_same_wait_at_once(brok
             await asyncio.Event().wait()
         return await put(claims, key, *rest)
 
-    monkeypatch.setattr(module._Claims, "_put", dying)
+    monkeypatch.setattr(claims.Claims, "_put", dying)
     broker.send("a")
     dead = waits.poll()
     await nothing(dead, 1)
@@ -196,7 +195,7 @@ async def test_a_commit_that_was_not_acknowledged_is_when_jetstream_gives_the_me
 
 
 async def test_the_server_is_killed_at_each_step_of_a_poll(broker, waits, consumer, monkeypatch):
-    monkeypatch.setattr(module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(client, "_PATIENCE", 1.0)
 
     def killed():
         broker.server.kill()
@@ -225,7 +224,7 @@ async def test_a_message_that_is_pulled_for_waits_that_end_at_that_moment_goes_t
     ended = [waits.poll(number) for number in range(3)]
     stays = waits.poll(3)
     await nothing(stays, 1)
-    pull = module._Server.pull
+    pull = client.Server.pull
 
     async def meanwhile(server, *args):
         found = await pull(server, *args)
@@ -233,7 +232,7 @@ async def test_a_message_that_is_pulled_for_waits_that_end_at_that_moment_goes_t
             await end(task)
         return found
 
-    monkeypatch.setattr(module._Server, "pull", meanwhile)
+    monkeypatch.setattr(client.Server, "pull", meanwhile)
     await asyncio.sleep(0.7)  # the pull before this has ended
     broker.send("a")
     assert (await soon(stays))["value"] == "a"
@@ -244,7 +243,7 @@ async def test_a_message_that_is_claimed_for_a_wait_that_ends_at_that_moment_goe
 ):
     ended, stays = waits.poll(0), waits.poll(1)
     await nothing(stays, 1)
-    choose = module._Claims.choose
+    choose = claims.Claims.choose
 
     async def meanwhile(claims, chooser, *args):
         found = await choose(claims, chooser, *args)
@@ -252,7 +251,7 @@ async def test_a_message_that_is_claimed_for_a_wait_that_ends_at_that_moment_goe
             await end(ended)
         return found
 
-    monkeypatch.setattr(module._Claims, "choose", meanwhile)
+    monkeypatch.setattr(claims.Claims, "choose", meanwhile)
     broker.send("a")
     assert (await soon(stays))["value"] == "a"
 
@@ -407,7 +406,7 @@ async def test_a_bucket_that_is_deleted_loses_no_message(broker, waits, consumer
 
 async def test_an_administrator_lets_a_claim_lapse_and_deletes_keys(broker, waits, consumer):
     async def clear(client):
-        bucket = await client.jetstream().key_value(module.BUCKET)
+        bucket = await client.jetstream().key_value(BUCKET)
         for key in await bucket.keys():
             if f"{broker.queue}.airflow.wait" in key:
                 await bucket.delete(key)
@@ -575,7 +574,7 @@ async def test_a_credentials_file_that_is_not_there(started, monkeypatch):
 
 
 async def test_a_user_who_lacks_a_permission(started, monkeypatch):
-    monkeypatch.setattr(module, "_PATIENCE", 1.0)
+    monkeypatch.setattr(client, "_PATIENCE", 1.0)
     may = {"publish": {"deny": ["$JS.API.CONSUMER.>"]}}
     users = {"users": [{"user": "me", "password": "x", "permissions": may}, {"user": "admin", "password": "x"}]}
     server = started(monkeypatch, {"login": "me", "password": "x"}, authorization=users)
@@ -628,7 +627,7 @@ async def test_tls_with_a_certificate_of_the_clients_own(started, monkeypatch, t
     tls = {"cert_file": files["cert"], "key_file": files["key"], "ca_file": files["ca"], "verify": True}
     extra = {f"tls_{name}": file for name, file in files.items()}
     server = started(monkeypatch, {"extra": {**extra, "tls_hostname": "nats.test"}}, tls=tls)
-    context = module._tls(extra)
+    context = client._tls(extra)
     make_stream(server, tls=context)
     assert (await soon(asyncio.create_task(own())))["value"] == 1
 
@@ -655,16 +654,16 @@ async def test_a_watch_uses_the_same_connection_settings(started, monkeypatch):
 
 
 async def test_the_connection_ends_though_the_client_swallows_the_first_cancellation(broker, waits, monkeypatch):
-    pull = module._Server.pull
+    pull = client.Server.pull
 
     async def swallowing(server, *args):
         try:
             return await pull(server, *args)
         except asyncio.CancelledError:
-            monkeypatch.setattr(module._Server, "pull", pull)
+            monkeypatch.setattr(client.Server, "pull", pull)
             return []
 
-    monkeypatch.setattr(module._Server, "pull", swallowing)
+    monkeypatch.setattr(client.Server, "pull", swallowing)
     task = waits.poll()
     await nothing(task, 0.7)
     await asyncio.wait_for(end(task), 10)

@@ -11,6 +11,7 @@ from airflow_events.listeners.clients import needs
 
 # By the source: the packages without which it cannot be, and how its error calls the listener.
 CLIENTS = {
+    "nats": (["nats"], "a NATS listener"),
     "rabbitmq": (["aiormq"], "a RabbitMQ listener"),
     "redis": (["redis"], "a Redis listener"),
 }

@@ -1,0 +1,108 @@
+"""How a stream has its messages, and what one becomes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from airflow_events.listeners.values import Format, decode
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of a connection, and the consumer and the bucket; watches have neither."""
+
+    conn_id: str
+    stream: str
+    durable: str = ""
+    bucket: str = ""
+
+    def __post_init__(self) -> None:
+        # These become parts of subjects, where such a character would lead elsewhere.
+        for what, name in (("stream", self.stream), ("durable", self.durable or "-")):
+            if not name or re.search(r"[\s.*>/\\]", name):
+                raise ValueError(f"{what} is a name without spaces, dots, slashes and wildcards, not {name!r}")
+        if self.bucket and not re.fullmatch(r"[A-Za-z0-9_-]+", self.bucket):
+            raise ValueError(f"bucket is a name of letters, digits, '_' and '-', not {self.bucket!r}")
+
+    def __str__(self) -> str:
+        durable = f" (consumer {self.durable!r})" if self.durable else ""
+        return f"the stream {self.stream!r}{durable} of the connection {self.conn_id!r}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A message as its stream has it."""
+
+    sequence: int
+    timestamp: datetime
+    subject: str
+    headers: dict[str, str]
+    data: bytes
+
+    @property
+    def id(self) -> str:
+        return id_of(self.sequence, self.timestamp)
+
+
+def id_of(sequence: int, timestamp: datetime) -> str:
+    """
+    Name a message of a stream: its sequence, and when it was stored, in microseconds since the epoch.
+
+    The sequence alone begins anew in a stream that is deleted and made again, or restored. Claims and commits are
+    kept under it, so its format is frozen.
+    """
+    return f"{sequence}-{(timestamp - _EPOCH) // MICROSECOND}"
+
+
+def event_of(source: Source, message: Stored, values: Format) -> dict[str, Any]:
+    """
+    Return the event that a message becomes.
+
+    :raises EventUndecodable: it is not of that format.
+    """
+    return {
+        "stream": source.stream,
+        "id": message.id,
+        "sequence": message.sequence,
+        "subject": message.subject,
+        "headers": message.headers,
+        "timestamp": message.timestamp,
+        "value": decode(message.data, values, f"the message {message.sequence} of {source}"),
+    }
+
+
+def stored_as(reply: str) -> tuple[int, datetime]:
+    """Return a delivered message's sequence in the stream, and when it was stored."""
+    tokens = _tokens(reply)
+    # Cut, not rounded, to microseconds: as in `_moment`.
+    return int(tokens[1]), _EPOCH + int(tokens[3]) // 1000 * MICROSECOND
+
+
+def delivered_as(reply: str) -> int:
+    """Return a delivered message's sequence in its consumer."""
+    return int(_tokens(reply)[2])
+
+
+def _tokens(reply: str) -> list[str]:
+    """Return what follows the consumer's name in the subject that a message is acknowledged by."""
+    tokens = reply.split(".")  # $JS.ACK.[domain.account.]stream.consumer.deliveries.sequence...
+    return tokens[4:] if len(tokens) == 9 else tokens[6:]
+
+
+def moment(text: str) -> datetime:
+    """Read the server's form of a moment, which has up to nine digits after the point."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}+00:00") + int(fraction[:6].ljust(6, "0")) * MICROSECOND
+
+
+def headers_of(raw: bytes) -> dict[str, str]:
+    """Read a message's headers as the client does: of those that are there twice, the last."""
+    lines = (line.partition(b":") for line in raw.split(b"\r\n")[1:])
+    return {name.strip().decode("utf-8", "replace"): value.strip().decode("utf-8", "replace")
+            for name, colon, value in lines if colon}  # fmt: skip
