@@ -12,6 +12,7 @@ from airflow_events.listeners.clients import needs
 # By the source: the packages without which it cannot be, and how its error calls the listener.
 CLIENTS = {
     "nats": (["nats"], "a NATS listener"),
+    "postgres": (["psycopg"], "a PostgreSQL listener"),
     "rabbitmq": (["aiormq"], "a RabbitMQ listener"),
     "redis": (["redis"], "a Redis listener"),
 }
