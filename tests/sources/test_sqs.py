@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -17,8 +15,9 @@ from threading import Thread
 import pytest
 import time_machine
 from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners import serde, sqs
+from airflow_events.listeners import serde
 from airflow_events.listeners.hub import Seeker
+from airflow_events.listeners.sqs import client
 from botocore.exceptions import ClientError
 from of_sqs import REGION, Sqs, SqsFifo, moto
 
@@ -125,7 +124,7 @@ async def test_a_queue_by_its_url(broker, waits, monkeypatch):
     ],
 )
 def test_a_url_names_its_region(url, region):
-    assert sqs._region_of(url) == region
+    assert client.region_of(url) == region
 
 
 async def test_a_commit_after_the_deletion_is_recognised_while_the_message_would_be_hidden(broker, waits):
@@ -478,7 +477,7 @@ async def test_tls(server, secure, monkeypatch):
 )
 def test_what_goes_away_by_itself_is_told_from_what_does_not(code, status, becomes):
     answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(becomes), sqs._refusals(sqs._Source("source", None, "orders")):
+    with pytest.raises(becomes), client.refusals(client.Source("source", None, "orders")):
         raise ClientError(answer, "ReceiveMessage")
 
 
@@ -501,9 +500,9 @@ async def test_what_sqs_says_of_a_receipt(code, message, there):
 
     if there is None:
         with pytest.raises(ClientError):
-            await sqs._is_there(request())
+            await client.is_there(request())
     else:
-        assert await sqs._is_there(request()) is there
+        assert await client.is_there(request()) is there
 
 
 async def test_secrets_are_in_no_log_and_no_event(broker, waits, caplog, capfd):
@@ -515,10 +514,3 @@ async def test_secrets_are_in_no_log_and_no_event(broker, waits, caplog, capfd):
     written = capfd.readouterr()
     assert "Passed over" in caplog.text
     assert "not-for-logs" not in caplog.text + written.out + written.err + json.dumps(event, default=str)
-
-
-def test_without_the_client_it_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "airflow_events.listeners.sqs")
-    monkeypatch.setitem(sys.modules, "aiobotocore.session", None)
-    with pytest.raises(ImportError, match=r"pip install airflow-provider-events\[sqs\]"):
-        importlib.import_module("airflow_events.listeners.sqs")

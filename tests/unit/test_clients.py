@@ -15,6 +15,7 @@ CLIENTS = {
     "postgres": (["psycopg"], "a PostgreSQL listener"),
     "rabbitmq": (["aiormq"], "a RabbitMQ listener"),
     "redis": (["redis"], "a Redis listener"),
+    "sqs": (["aiobotocore", "airflow.providers.amazon"], "an SQS listener"),
 }
 CHILD = """
 import importlib, json, sys
