@@ -1,1 +1,1 @@
-"""The listener contract, the commit, and one file per source."""
+"""The listener contract, the commit, and one file or folder per source."""
