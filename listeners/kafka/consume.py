@@ -362,6 +362,9 @@ def _claim(
     free = []
     for number, offset, claim in sorted(state.claims(), key=lambda each: each[:2]):
         if claim.wait in wanted and claim.wait not in found:
+            if claim.until < now:  # or others would have it as soon as they look
+                claim = Claim(claim.wait, now + wanted[claim.wait], claim.mark)
+                state.claim(number, offset, claim)
             found[claim.wait] = number, offset, claim
         elif claim.wait == RELEASED or claim.until < now:
             free.append((number, offset))
