@@ -6,7 +6,9 @@ import base64
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from typing import Any, Literal
+from uuid import UUID
 
 import jmespath
 from airflow_events.errors import EventUndecodable
@@ -31,23 +33,36 @@ def decode(raw: bytes | None, values: Format, where: str) -> Any:
     if values == "bytes":
         return base64.b64encode(raw).decode()
     try:
-        return raw.decode() if values == "text" else json.loads(raw, parse_constant=_refuse)
+        return raw.decode() if values == "text" else json_of(raw)
     except ValueError as error:  # of which UnicodeDecodeError and JSONDecodeError are kinds
         raise EventUndecodable(where, values, str(error), raw[:200]) from error
+
+
+def json_of(raw: str | bytes) -> Any:
+    """
+    Read JSON, and nothing that only Python takes for it.
+
+    :raises ValueError: it is none.
+    """
+    return json.loads(raw, parse_constant=_refuse)
 
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"JSON has no {constant}")
 
 
-def check_choices(values: str, on_undecodable: str = "fail") -> None:
+def check_choices(
+    values: str, on_undecodable: str = "fail", *, formats: tuple[str, ...] = FORMATS, name: str = "values"
+) -> None:
     """
     Check what a user chose.
 
+    :param formats: what there is to choose from.
+    :param name: what the user calls it.
     :raises ValueError: it is not to be had.
     """
-    if values not in FORMATS:
-        raise ValueError(f"values is one of {', '.join(map(repr, FORMATS))}, not {values!r}")
+    if values not in formats:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, formats))}, not {values!r}")
     if on_undecodable not in ("fail", "skip"):
         raise ValueError(f"on_undecodable is 'fail' or 'skip', not {on_undecodable!r}")
 
@@ -108,9 +123,13 @@ def key_of(value: Any, fields: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 def _text(value: Any) -> str:
-    """Write a field such that a number and its text are the same, and 1 and 1.0."""
+    """Write a field such that a number and its text are the same, and 1 and 1.0, and a date and its text."""
     if isinstance(value, str):
         return value
+    if isinstance(value, date):  # a datetime is one
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     return json.dumps(value, sort_keys=True, default=str)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from airflow_events.errors import SourceUnfit
 from airflow_events.listeners.connections import connection
-from airflow_events.listeners.values import Format, decode
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import AdminClient
 
@@ -238,11 +237,12 @@ def moment(message: Message) -> datetime:
     return _EPOCH + timedelta(milliseconds=max(message.timestamp()[1], 0))
 
 
-def event_of(source: Source, message: Message, values: Format, keys: Format) -> dict[str, Any]:
+def event_of(source: Source, message: Message, value: Callable[..., Any]) -> dict[str, Any]:
     """
     Return the event that a message becomes.
 
-    :raises EventUndecodable: its value is not of the format ``values``, or its key not of ``keys``.
+    :param value: makes a value or a key of bytes, see `airflow_events.listeners.kafka.schemas.Decoder.value`.
+    :raises EventUndecodable: its value or its key is not of the format that is wanted.
     """
     where = f"the message at offset {message.offset()} in partition {message.partition()} of {source}"
     raw: Any = message
@@ -251,8 +251,8 @@ def event_of(source: Source, message: Message, values: Format, keys: Format) -> 
         "partition": raw.partition(),
         "offset": raw.offset(),
         "timestamp": moment(message),
-        "key": decode(raw.key(), keys, f"the key of {where}"),
-        "headers": {name: None if value is None else value.decode("utf-8", "replace")
-                    for name, value in raw.headers() or ()},
-        "value": decode(raw.value(), values, where),
+        "key": value(raw.key(), raw, f"the key of {where}", key=True),
+        "headers": {name: None if header is None else header.decode("utf-8", "replace")
+                    for name, header in raw.headers() or ()},
+        "value": value(raw.value(), raw, where),
     }  # fmt: skip

@@ -24,9 +24,10 @@ from airflow_events.listeners.kafka.client import (
     moment,
 )
 from airflow_events.listeners.kafka.ledger import Ledger
+from airflow_events.listeners.kafka.schemas import Decoder, Formats, KafkaFormat
 from airflow_events.listeners.kafka.state import RELEASED, Claim, State
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.values import OnUndecodable, check_choices
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 log = logging.getLogger(__name__)
@@ -62,21 +63,22 @@ class KafkaListener(EventListener):
         topic: str,
         *,
         group: str = "airflow",
-        values: Format = "json",
-        keys: Format = "text",
+        values: KafkaFormat = "json",
+        keys: KafkaFormat = "text",
         on_undecodable: OnUndecodable = "fail",
         start: Start = "earliest",
         claim_timeout: float | timedelta = 3600.0,
         ledger: str = "airflow-events",
         kafka_config_id: str = DEFAULT,
+        registry_conn_id: str | None = None,
     ) -> dict[str, Any]:
         """
         Return when there is a message that no other wait of the group has, the oldest first.
 
         :param topic: its name. It is never made here; one that is not there yet is waited for as a broker is.
         :param group: the consumer group. It should have no members besides.
-        :param values: of what format the value is; see `airflow_events.listeners.values.decode`. A message
-            without a value has None.
+        :param values: of what format the value is: ``json``, ``text``, ``bytes`` (as Base64 text), or ``avro`` or
+            ``json_schema`` by a schema registry. A message without a value has None.
         :param keys: of what format the key is.
         :param on_undecodable: what to do with a message that is not: ``fail`` fails the wait and leaves the
             message to others, ``skip`` commits it, with a warning, and waits on.
@@ -88,38 +90,43 @@ class KafkaListener(EventListener):
             by. They are made if they are not there. All waits of a group must say the same.
         :param kafka_config_id: an Airflow connection of type ``kafka``, as the Kafka provider has it:
             librdkafka's settings among the extras.
+        :param registry_conn_id: an Airflow connection of type ``http`` to the schema registry; the settings of
+            ``confluent_kafka.schema_registry.SchemaRegistryClient`` among the extras. While it does not answer,
+            the message stays claimed and is neither skipped nor committed.
         :raises SourceUnfit: the connection is of another type or would lose events; the user may not use the
             topic, the group, the transactional id or the ledger; the ledger's topics would lose what is written.
         :raises SourceUnreachable: the brokers were away, or the topic not there, for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
-        check_choices(values, on_undecodable)
-        check_choices(keys)
+        check_choices("json", on_undecodable)
+        formats = Formats(values, keys, registry_conn_id)
         if start not in ("earliest", "latest"):
             raise ValueError(f"start is 'earliest' or 'latest', not {start!r}")
         source = Source(kafka_config_id, topic, group, ledger)
         wait = current_wait().id
         lapse = claim_timeout.total_seconds() if isinstance(claim_timeout, timedelta) else claim_timeout
-        while True:
-            async with shared(("kafka", source, start), lambda: _QueueHub(source, start)) as hub:
-                message, mark = await hub.take(_Taker(wait, lapse))
-            try:
-                event = event_of(source, message, values, keys)
-            except EventUndecodable as error:
-                async with _ledger(source) as there:
-                    if on_undecodable == "fail":
-                        await there.change(lambda state: state.release(wait))
-                        raise
-                    await there.commit(message.partition(), message.offset(), wait, mark)
-                log.warning("Passed over, and committed: %s", error)
-            else:
-                return {
-                    **event,
-                    "group": group,
-                    "ledger": ledger,
-                    "mark": mark,
-                    "kafka_config_id": kafka_config_id,
-                }
+        async with shared(("kafka schemas", formats), lambda: Decoder(formats)) as decoder:
+            await decoder.open()
+            while True:
+                async with shared(("kafka", source, start), lambda: _QueueHub(source, start)) as hub:
+                    message, mark = await hub.take(_Taker(wait, lapse))
+                try:
+                    event = await decoder.patiently(lambda: event_of(source, message, decoder.value))  # noqa: B023
+                except EventUndecodable as error:
+                    async with _ledger(source) as there:
+                        if on_undecodable == "fail":
+                            await there.change(lambda state: state.release(wait))
+                            raise
+                        await there.commit(message.partition(), message.offset(), wait, mark)
+                    log.warning("Passed over, and committed: %s", error)
+                else:
+                    return {
+                        **event,
+                        "group": group,
+                        "ledger": ledger,
+                        "mark": mark,
+                        "kafka_config_id": kafka_config_id,
+                    }
 
     async def event_checkpointed(self, event: Any) -> None:
         """Commit the message, and note for ``[events] commit_memory`` seconds who did."""

@@ -19,9 +19,10 @@ from airflow_events.listeners.kafka.client import (
     moment,
     partitions_of,
 )
+from airflow_events.listeners.kafka.schemas import Decoder, Formats, KafkaFormat
 from airflow_events.listeners.log import LogHub, Message, Watcher, since_of
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, Match, OnUndecodable, check_choices
+from airflow_events.listeners.values import Match, OnUndecodable, check_choices
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Sent
 
@@ -50,10 +51,11 @@ class KafkaWatchListener(EventListener):
         *,
         match: dict[str, Any] | str | None = None,
         since: datetime | str | timedelta | None = None,
-        values: Format = "json",
-        keys: Format = "text",
+        values: KafkaFormat = "json",
+        keys: KafkaFormat = "text",
         on_undecodable: OnUndecodable = "skip",
         kafka_config_id: str = DEFAULT,
+        registry_conn_id: str | None = None,
     ) -> dict[str, Any]:
         """
         Return the first message that matches, of a timestamp of ``since`` or later.
@@ -64,12 +66,12 @@ class KafkaWatchListener(EventListener):
         The other parameters and errors are as of `KafkaListener.poll_for_event`; here an undecodable message is
         passed over, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
         """
-        check_choices(values, on_undecodable)
-        check_choices(keys)
+        check_choices("json", on_undecodable)
+        formats = Formats(values, keys, registry_conn_id)
         watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
         source = Source(kafka_config_id, topic)
-        key = ("kafka watch", source, values, keys)
-        async with shared(key, lambda: _TopicHub(source, values, keys)) as hub:
+        key = ("kafka watch", source, formats)
+        async with shared(key, lambda: _TopicHub(source, formats)) as hub:
             return dict(await hub.take(watcher))
 
 
@@ -78,10 +80,9 @@ class _TopicHub(LogHub[_Position]):
 
     lost: ClassVar[tuple[type[BaseException], ...]] = (Away,)
 
-    def __init__(self, source: Source, values: Format, keys: Format) -> None:
+    def __init__(self, source: Source, formats: Formats) -> None:
         self._source = source
-        self._values = values
-        self._keys = keys
+        self._decoder = Decoder(formats)
         self._worker = Worker(f"kafka watch {source.topic}")
         self._consumer: Consumer | None = None
         self._clients: Clients | None = None
@@ -91,6 +92,7 @@ class _TopicHub(LogHub[_Position]):
 
     async def connect(self) -> None:
         self._clients = await Clients.of(self._source)
+        await self._decoder.open()
         self._consumer = await self._worker.do(self._open, self._clients)
         self._read_to = None
 
@@ -102,14 +104,16 @@ class _TopicHub(LogHub[_Position]):
     async def close(self) -> None:
         await super().close()
         self._worker.end()
+        await self._decoder.close()
 
     async def position(self, since: datetime) -> _Position:
         return await self._worker.do(self._position_at, since)
 
     async def read(self, position: _Position) -> tuple[_Position, list[Message]]:
         position, sent = await self._worker.do(self._read, position)
+        messages = await self._decoder.do(lambda: [self._message(message) for message in sent])
         self._read_to = position
-        return position, [self._message(message) for message in sent]
+        return position, messages
 
     async def dropped_until(self) -> datetime | None:
         return await self._worker.do(self._oldest)
@@ -198,6 +202,6 @@ class _TopicHub(LogHub[_Position]):
 
     def _message(self, sent: Sent) -> Message:
         try:
-            return Message(moment(sent), event_of(self._source, sent, self._values, self._keys))
+            return Message(moment(sent), event_of(self._source, sent, self._decoder.value))
         except EventUndecodable as error:
             return Message(moment(sent), {}, error)

@@ -115,38 +115,68 @@ def _lists(settings: dict[str, Any]) -> bool:
         return False
 
 
-def guarded() -> servers.Server | None:
-    """Kafka with users, of whom all but ``admin`` need to be allowed what they do; a password is NAME-secret."""
+class Guarded(servers.Server):
+    """
+    Kafka with users, of whom all but ``admin`` need to be allowed what they do; a password is NAME-secret.
+
+    :ivar tls_port: where it speaks TLS, with a certificate that ``ca.pem`` in its folder has signed.
+    """
+
+    tls_port: int
+
+
+def guarded() -> Guarded | None:
+    """Such a Kafka; None if it is not to be had."""
     users = " ".join(f'user_{name}="{name}-secret"' for name in ("admin", "reader", "nobody"))
-    found = server()
-    if found is None:
+    plain = server()
+    if plain is None:
         return None
-    plain = found._command
 
     def command(server: servers.Server) -> list[str]:
+        assert isinstance(server, Guarded)
         new = not (server.folder / "server.properties").exists()
-        line = plain(server)
+        line = plain._command(server)
         if new:
+            _certify(server.folder)
             file = server.folder / "server.properties"
-            text = file.read_text().replace("PLAINTEXT://", "SASL_PLAINTEXT://", 1)
-            text = text.replace("advertised.listeners=PLAINTEXT", "advertised.listeners=SASL_PLAINTEXT")
-            text = text.replace("PLAINTEXT:PLAINTEXT", "SASL_PLAINTEXT:SASL_PLAINTEXT")
-            text = text.replace("CONTROLLER:SASL_PLAINTEXT:SASL_PLAINTEXT", "CONTROLLER:PLAINTEXT")
+            listeners = f"SASL_PLAINTEXT://127.0.0.1:{server.port},SASL_SSL://127.0.0.1:{server.tls_port}"
+            text = file.read_text().replace(f"PLAINTEXT://127.0.0.1:{server.port}", listeners)
+            text = text.replace(",PLAINTEXT:PLAINTEXT", ",SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL")
             text += (
                 "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer\n"
                 "super.users=User:admin;User:ANONYMOUS\n"
                 "inter.broker.listener.name=SASL_PLAINTEXT\n"
                 "sasl.enabled.mechanisms=PLAIN\nsasl.mechanism.inter.broker.protocol=PLAIN\n"
-                "listener.name.sasl_plaintext.plain.sasl.jaas.config="
-                "org.apache.kafka.common.security.plain.PlainLoginModule required "
-                f'username="admin" password="admin-secret" {users};\n'
+                f"ssl.keystore.type=PEM\nssl.keystore.location={server.folder}/broker.pem\n"
             )
+            for listener in ("sasl_plaintext", "sasl_ssl"):
+                text += (
+                    f"listener.name.{listener}.plain.sasl.jaas.config="
+                    "org.apache.kafka.common.security.plain.PlainLoginModule required "
+                    f'username="admin" password="admin-secret" {users};\n'
+                )
             file.write_text(text)
         return line
 
-    found._command = command
-    found._answers = lambda server: _lists(as_admin(server))
+    found = Guarded(command, lambda server: _lists(as_admin(server)))
+    found.tls_port = next(port for port in iter(free_port, None) if port != found.port)
     return found
+
+
+def _certify(folder: Path) -> None:
+    """Make a certificate for the broker, the CA that signed it, and one that did not (``other.pem``)."""
+    import trustme
+    from cryptography.hazmat.primitives import serialization
+
+    ca = trustme.CA()
+    issued = ca.issue_cert("127.0.0.1")
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
+    (folder / "broker.pem").write_bytes(key + chain)
+    (folder / "ca.pem").write_bytes(ca.cert_pem.bytes())
+    (folder / "other.pem").write_bytes(trustme.CA().cert_pem.bytes())
 
 
 def as_admin(server: servers.Server) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import kafka_server
 from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
 from broker import Broker
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 
@@ -89,10 +89,11 @@ class Kafka(Broker):
         consumer.close()
         return ends
 
-    def consumer(self, group: str = "airflow") -> Consumer:
+    def consumer(self, group: str = "airflow", **settings: Any) -> Consumer:
+        more = {name.replace("_", "."): value for name, value in settings.items()}
         return Consumer({
             **self.bootstrap, "group.id": group, "enable.auto.commit": False, "isolation.level": "read_committed",
-            "auto.offset.reset": "earliest",
+            "auto.offset.reset": "earliest", **more,
         })  # fmt: skip
 
     def committed(self, group: str = "airflow") -> dict[int, tuple[int, Any]]:
@@ -103,20 +104,18 @@ class Kafka(Broker):
         consumer.close()
         return {each.partition: (each.offset, each.metadata) for each in found}
 
-    def records(self, topic: str) -> list[tuple[str, Any]]:
-        """Return what a topic of the ledger has, by key."""
-        consumer = self.consumer("nobody")
-        _, end = consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=30)
+    def records(self, topic: str, isolation: str = "read_committed") -> list[tuple[str, Any]]:
+        """Return what a topic of the ledger has, by key; ``read_uncommitted`` is with what is undecided."""
+        consumer = self.consumer("nobody", isolation_level=isolation, enable_partition_eof=True)
         consumer.assign([TopicPartition(topic, 0, 0)])
         found = []
         while True:
-            message = consumer.poll(5)
-            if message is None:
+            message = consumer.poll(30)
+            assert message is not None, f"{topic} is not read"
+            if message.error() is not None:
+                assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
                 break
-            assert message.error() is None, message.error()
             found.append((message.key().decode(), json.loads(message.value())))
-            if consumer.position([TopicPartition(topic, 0)])[0].offset >= end - 1:
-                break
         consumer.close()
         return found
 

@@ -17,7 +17,7 @@ from airflow_events.listeners.kafka import ledger, state, watch
 from broker import nothing, soon
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, NewTopic, ResourceType
-from kafka_process import Process
+from kafka_process import STEPS, Process
 from of_kafka import Kafka
 
 from deployment import until
@@ -332,6 +332,98 @@ async def test_a_claim_that_another_process_gave_back(broker, waits, process):
     assert (await other.answer())["offset"] == 0
 
 
+# SIGKILL within a transaction, and right after it.
+
+
+def what_is_so(broker):
+    """What the ledger and the group's offsets say, asked by a client that is none of ours."""
+
+    def of(topic, isolation):
+        return [(key, value) for key, value in broker.records(topic, isolation) if broker.queue in key]
+
+    admin = AdminClient(broker.bootstrap)
+    [asked] = admin.list_consumer_group_offsets(
+        [ConsumerGroupTopicPartitions("airflow", [TopicPartition(broker.queue, 0)])], require_stable=False
+    ).values()  # fmt: skip
+    states = {iso: of("airflow-events.state", iso) for iso in ("read_committed", "read_uncommitted")}
+    return {
+        "states": len(states["read_committed"]),
+        "undecided states": len(states["read_uncommitted"]) - len(states["read_committed"]),
+        "open": {offset: claim["wait"] for offset, claim in states["read_committed"][-1][1]["partitions"]["0"]
+                 ["open"].items()},
+        "commits": [(key.rpartition("/")[2], value["wait"]) for key, value in of("airflow-events.commits",
+                                                                                 "read_committed")],
+        "offset": asked.result(30).topic_partitions[0].offset,
+    }  # fmt: skip
+
+
+async def killed_at(step, process, do, **asked):
+    """A process that does it, up to that step of its transaction, and is killed there."""
+    dead = process()
+    await dead.ask("stop", at=step)
+    assert await dead.ask(do, **asked) == {"stands at": step}
+    dead.end()
+    assert dead.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("next_wait", ["the same", "another"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_process_that_is_killed_while_it_claims(broker, process, step, next_wait):
+    broker.send("a", "b", "c")
+    kwargs = {"topic": broker.queue, "kafka_config_id": "source"}
+    first = process()
+    event = await first.ask("poll", wait=9, kwargs=kwargs)
+    assert await first.ask("commit", wait=9, event=event) is None
+    first.end()
+    before = what_is_so(broker)
+
+    await killed_at(step, process, "poll", wait=1, kwargs=kwargs)
+    after = what_is_so(broker)
+    if step == "committed":
+        assert after == {**before, "states": before["states"] + 1, "open": {"1": "dag/run1/task/-1"}}
+    else:
+        assert after == {**before, "undecided states": before["undecided states"] + 1}
+
+    follower = process()
+    wait = 1 if next_wait == "the same" else 2
+    claimed = step == "committed" and wait == 2
+    event = await follower.ask("poll", wait=wait, kwargs=kwargs)
+    assert event["value"] == ("c" if claimed else "b")
+    assert await follower.ask("commit", wait=wait, event=event) is None
+    end = what_is_so(broker)
+    assert end["commits"] == [("0", "dag/run9/task/-1"), (str(event["offset"]), f"dag/run{wait}/task/-1")]
+    assert end["open"] == ({"1": "dag/run1/task/-1"} if claimed else {})
+    assert end["offset"] == (1 if claimed else 2)
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_process_that_is_killed_while_it_commits(broker, process, step):
+    broker.send("a", "b")
+    kwargs = {"topic": broker.queue, "kafka_config_id": "source"}
+    first = process()
+    event = await first.ask("poll", wait=1, kwargs=kwargs)
+    first.end()
+    before = what_is_so(broker)
+    assert before["open"] == {"0": "dag/run1/task/-1"}
+    assert (before["offset"], before["commits"]) == (0, [])
+
+    await killed_at(step, process, "commit", wait=1, event=event)
+    after = what_is_so(broker)
+    committed = {"open": {}, "commits": [("0", "dag/run1/task/-1")], "offset": 1}
+    if step == "committed":
+        assert after == {**before, "states": before["states"] + 1, **committed}
+    else:
+        assert after == {**before, "undecided states": before["undecided states"] + 1}
+
+    follower = process()
+    assert await follower.ask("commit", wait=1, event=event) is None  # as whoever has the record does
+    assert await follower.ask("commit", wait=1, event=event) is None
+    assert (await follower.ask("commit", wait=2, event=event))["error"] == "EventLost"
+    end = what_is_so(broker)
+    assert {name: end[name] for name in committed} == committed
+    assert (await follower.ask("poll", wait=2, kwargs=kwargs))["value"] == "b"
+
+
 # What a topic may have lost.
 
 
@@ -536,3 +628,51 @@ async def test_a_user_who_may_not(guarded, waits, monkeypatch, user, password, m
     with pytest.raises(SourceUnfit, match=message) as caught:
         await soon(waits.poll(kafka_config_id="guarded"), 40)
     assert password not in str(caught.value)
+
+
+def over_tls(guarded, ca, password="admin-secret", **more):
+    extra = {
+        "bootstrap.servers": f"127.0.0.1:{guarded.tls_port}", "security.protocol": "SASL_SSL",
+        "sasl.mechanism": "PLAIN", "ssl.ca.location": f"{guarded.folder}/{ca}.pem", **more,
+    }  # fmt: skip
+    return json.dumps({"conn_type": "kafka", "login": "admin", "password": password, "extra": extra})
+
+
+async def test_tls_and_sasl(guarded, broker, waits, monkeypatch):
+    kafka_server.allow(guarded, "reader", broker.queue)
+    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, "ca"))
+    since = datetime.now(timezone.utc) - timedelta(minutes=1)
+    task = waits.poll(kafka_config_id="tls")
+    watched = waits.watch(1, kafka_config_id="tls", match={"id": 7}, since=since)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kafka, "bootstrap", kafka_server.as_admin(guarded))
+        broker.send({"id": 7})
+        event = await soon(task, 60)
+        assert event["value"] == (await soon(watched, 60))["value"] == {"id": 7}
+        await waits.commit(event)
+        assert broker.committed()[0][0] == 1
+        assert broker.unacknowledged() == 0
+
+
+@pytest.mark.parametrize(
+    ("ca", "password", "message"),
+    [
+        ("other", "admin-secret", "certificate verify failed"),
+        ("ca", "s3cret", "Authentication failed"),
+        ("none", "admin-secret", r"ssl\.ca\.location"),
+    ],
+)
+async def test_a_wrong_certificate_or_password(guarded, broker, waits, monkeypatch, caplog, ca, password, message):
+    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, ca, password))
+    for task in (waits.poll(kafka_config_id="tls"), waits.watch(kafka_config_id="tls", since=timedelta())):
+        with pytest.raises(SourceUnfit, match=f"the topic '{broker.queue}'.*'tls'.*{message}") as caught:
+            await soon(task, 60)
+        assert password not in str(caught.value) + caplog.text
+
+
+async def test_a_client_that_speaks_no_tls(guarded, broker, waits, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
+    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, "ca", **{"security.protocol": "SASL_PLAINTEXT"}))
+    with pytest.raises((SourceUnreachable, SourceUnfit), match=f"the topic '{broker.queue}'.*'tls'") as caught:
+        await soon(waits.poll(kafka_config_id="tls"), 60)
+    assert "admin-secret" not in str(caught.value)
