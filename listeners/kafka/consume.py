@@ -196,6 +196,13 @@ class _QueueHub(Hub[_Taker]):
         self._clients = await Clients.of(self._source)
         self._ledger = await self._stack.enter_async_context(_ledger(self._source))
         await self._ledger.open(self._start)
+        if self._ledger.members:
+            self._tell_all(
+                logging.WARNING,
+                "%s: the group has members besides (%s); they get the same messages, and what they commit is "
+                "followed: give the waits a group of their own",
+                self.name, ", ".join(self._ledger.members),
+            )  # fmt: skip
         self._looked = time.monotonic()
         self._consumer = await self._worker.do(self._clients.consumer)
         await self._follow()

@@ -40,6 +40,7 @@ _UNDECIDED = 40
 # Seconds between two looks for partitions that were added.
 _LISTING = 30
 _OURS = "airflow-events"
+_NO_TOPIC = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 
 _R = TypeVar("_R")
 _Work = Callable[[State], Any]
@@ -51,12 +52,14 @@ class Ledger:
 
     :ivar state: as it was when last written or read here; None before. It is never changed in place.
     :ivar partitions: the topic's.
+    :ivar members: consumers that had joined the group when the ledger was opened: none, if all is well.
     :ivar mark: a place in the log of commits; what is not committed yet will be committed at it, or after it.
     """
 
     def __init__(self, source: Source) -> None:
         self.state: State | None = None
         self.partitions: list[int] = []
+        self.members: list[str] = []
         self._source = source
         self._key = f"{source.group}/{source.topic}"
         self._states = f"{source.ledger}.state"
@@ -200,6 +203,7 @@ class Ledger:
         admin = clients.admin()
         with clients.refusals():
             partitions_of(clients, admin)
+            self.members = self._members(admin)
             memory = settings.commit_memory()
             self._topic(
                 admin,
@@ -213,6 +217,15 @@ class Ledger:
                 admin, self._commits, "retention.ms", str(round(memory * 1000)),
                 lambda found: int(found) < 0 or int(found) >= memory * 1000, {"cleanup.policy": "delete"},
             )  # fmt: skip
+
+    def _members(self, admin: AdminClient) -> list[str]:
+        [asked] = admin.describe_consumer_groups([self._source.group], request_timeout=PATIENCE).values()
+        try:
+            members = asked.result(PATIENCE + 5).members
+        except KafkaException as error:  # there is no such group, or we may not ask: it is a courtesy
+            log.debug("%s: the group's members are not known: %s", self._source, error)
+            return []
+        return [f"{member.client_id} at {member.host}" for member in members]
 
     def _topic(
         self,
@@ -302,7 +315,16 @@ class Ledger:
         self._drop_producer()
         name = f"{self._source.ledger}/{self._source.group}/{self._source.topic}"
         producer = self._known_clients().producer(name)
-        producer.init_transactions(PATIENCE)
+        try:
+            producer.init_transactions(PATIENCE)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._TIMED_OUT:
+                raise
+            raise Away(
+                f"no transaction can be begun ({error.args[0].str()}); do the brokers have what transactions need? "
+                "A cluster of fewer than three needs transaction.state.log.replication.factor and "
+                "transaction.state.log.min.isr to be as few"
+            ) from error
         self._producer = producer
         _, self.mark = self._bounds(self._commits)
         self._read(taken=True)
@@ -436,10 +458,7 @@ class Ledger:
 
     def _bounds(self, topic: str, partition: int = 0) -> tuple[int, int]:
         assert self._reader is not None
-        found = self._reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=PATIENCE)
-        if found is None:
-            raise Away(f"the broker does not say how far {topic} goes")
-        return found
+        return _bounds_of(self._reader, topic, partition)
 
     def _state_at(self, place: int) -> State | None:
         assert self._reader is not None
@@ -456,7 +475,9 @@ class Ledger:
         for message in _from(self._stable, self._states, low, high):
             if message.key() == self._key.encode():
                 last = message
-        return (None, None) if last is None else (last.offset(), self._decoded(last))
+        if last is None or last.value() is None:  # a tombstone: somebody had the group forgotten
+            return None, None
+        return last.offset(), self._decoded(last)
 
     def _decoded(self, message: Message) -> State:
         try:
@@ -519,6 +540,23 @@ def _agrees(state: State, committed: dict[int, TopicPartition]) -> bool:
     )
 
 
+def _bounds_of(consumer: Consumer, topic: str, partition: int) -> tuple[int, int]:
+    """
+    Return a partition's first offset, and the one after its last.
+
+    :raises Away: it is not there any more, or the broker does not say.
+    """
+    try:
+        found = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=PATIENCE)
+    except KafkaException as error:
+        if error.args[0].code() not in _NO_TOPIC:
+            raise
+        raise Away(f"there is no topic {topic!r} any more: it was deleted") from error
+    if found is None:
+        raise Away(f"the broker does not say how far {topic} goes")
+    return found
+
+
 def _from(
     consumer: Consumer, topic: str, start: int, end: int, partition: int = 0, *, waits: bool = True
 ) -> Iterable[Message]:
@@ -531,7 +569,7 @@ def _from(
     if start >= end:
         return
     # Asked only so that the client knows the partition's leader: to read at once would take it a second more.
-    consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=PATIENCE)
+    _bounds_of(consumer, topic, partition)
     consumer.assign([TopicPartition(topic, partition, start)])
     try:
         place = start

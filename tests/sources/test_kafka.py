@@ -259,6 +259,40 @@ def set_offset(broker, offset):
     asked.result(30)
 
 
+async def test_a_group_that_an_ordinary_consumer_has_open(broker, waits, caplog):
+    """It holds nobody up, and is told of; what it commits is followed, as what anybody sets is."""
+    broker.send(*range(6))
+    member = broker.consumer(client_id="by-the-way")
+    member.subscribe([broker.queue])
+    until(lambda: member.poll(0.1) and member.assignment(), "the group has a member", 60)
+    first, second = await soon(waits.poll(1), 60), await soon(waits.poll(2))
+    assert (first["value"], second["value"]) == (0, 1)
+    assert "the group has members besides (by-the-way at /127.0.0.1)" in caplog.text
+    await waits.commit(second, 2)
+    assert broker.committed()[0][0] == 0
+    member.commit(offsets=[TopicPartition(broker.queue, 0, 4)], asynchronous=False)
+    with pytest.raises(EventLost, match="the group's offsets were set by others"):
+        await waits.commit(first, 1)
+    third = await soon(waits.poll(3))
+    assert third["value"] == 4
+    await waits.commit(third, 3)
+    assert broker.committed()[0][0] == 5
+    member.close()
+
+
+async def test_a_group_that_somebody_had_forgotten_begins_anew(broker, waits):
+    broker.send(*range(2))
+    for number in range(2):
+        await waits.commit(await soon(waits.poll(number)), number)
+    admin = AdminClient(broker.bootstrap)
+    [asked] = admin.delete_consumer_groups(["airflow"]).values()
+    asked.result(30)
+    forgotten = Producer(broker.bootstrap)
+    forgotten.produce("airflow-events.state", None, f"airflow/{broker.queue}", partition=0)
+    assert forgotten.flush(30) == 0
+    assert (await soon(waits.poll(2)))["value"] == 0
+
+
 async def test_a_group_whose_offsets_expired_is_still_known(broker, waits):
     broker.send(*range(3))
     await waits.commit(await soon(waits.poll()))
@@ -546,6 +580,41 @@ async def test_another_ledger_than_the_groups(broker, waits):
     await soon(waits.poll())
     with pytest.raises(SourceUnfit, match=r"'other-ledger\.state' has none: was it deleted, or do other waits"):
         await soon(waits.poll(1, ledger="other-ledger"), 60)
+
+
+@pytest.mark.parametrize("which", ["state", "commits"])
+async def test_a_ledger_whose_topic_is_deleted(broker, waits, which, caplog):
+    """With the claims gone no wait may guess; the log of commits is made anew."""
+    about = {"ledger": f"deleted-{which}"}
+    broker.send(*range(3))
+    await waits.commit(await soon(waits.poll(**about)))
+    event = await soon(waits.poll(1, **about))
+    admin = AdminClient(broker.bootstrap)
+    name = f"deleted-{which}.{which}"
+    admin.delete_topics([name])[name].result(30)
+    with pytest.raises(ConnectionError, match=f"there is no topic '{name}' any more: it was deleted"):
+        await waits.commit(event, 1)  # tried again by whoever calls it, until the topic is there
+    if which == "state":
+        with pytest.raises(SourceUnfit, match=f"'{name}' has none: was it deleted"):
+            await soon(waits.poll(2, **about), 60)
+    else:
+        assert (await soon(waits.poll(2, **about), 60))["value"] == 2
+        await waits.commit(event, 1)
+        with pytest.raises(EventLost):
+            await waits.commit(event, 3)
+
+
+async def test_brokers_that_have_no_transactions(waits, broker, monkeypatch):
+    """As one broker alone has none, with Kafka's own defaults."""
+    alone = kafka_server.server(transaction_state_log_replication_factor=3)
+    assert alone is not None
+    with alone:
+        monkeypatch.setenv("AIRFLOW_CONN_ALONE", json.dumps(broker.connection(port=alone.port)))
+        monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
+        there = AdminClient({"bootstrap.servers": f"127.0.0.1:{alone.port}"})
+        there.create_topics([NewTopic(broker.queue, 1, 1)])[broker.queue].result(30)
+        with pytest.raises(SourceUnreachable, match=r"no transaction can be begun.*transaction\.state\.log"):
+            await soon(waits.poll(kafka_config_id="alone"), 90)
 
 
 async def test_the_ledgers_topics_are_made_to_keep_what_they_must(broker, waits):
