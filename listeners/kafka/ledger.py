@@ -321,7 +321,7 @@ class Ledger:
             if error.args[0].code() != KafkaError._TIMED_OUT:
                 raise
             raise Away(
-                f"no transaction can be begun ({error.args[0].str()}); do the brokers have what transactions need? "
+                f"no transaction can be begun ({error.args[0].str()}); have the brokers what transactions need? "
                 "A cluster of fewer than three needs transaction.state.log.replication.factor and "
                 "transaction.state.log.min.isr to be as few"
             ) from error

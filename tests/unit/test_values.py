@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import time
+from datetime import date, datetime, timezone
+from uuid import UUID
 
 import pytest
 from airflow_events.errors import EventUndecodable
@@ -59,6 +61,10 @@ def test_what_cannot_be_decoded_says_where(raw, values):
         ("flag", {"flag": False}, False),
         ("missing", {}, False),
         ("starts_with(name, 'x')", {"name": 5}, False),
+        ({"day": "2026-03-01"}, {"day": date(2026, 3, 1)}, True),
+        ({"day": "2026-03-02"}, {"day": date(2026, 3, 1)}, False),
+        ({"at": "2026-03-01T12:00:00+00:00"}, {"at": datetime(2026, 3, 1, 12, tzinfo=timezone.utc)}, True),
+        ({"id": str(UUID(int=7))}, {"id": UUID(int=7)}, True),
     ],
 )
 def test_match(wanted, value, matches):
