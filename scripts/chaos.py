@@ -5,14 +5,17 @@ Waits under random kills: python3 scripts/chaos.py [--source redis] [--events 10
 Starts an Airflow of its own, and no other can be given to it; starts one run for each event, each with a wait,
 sends the events (files that are dropped, unless told otherwise), and kills a random process with SIGKILL every
 few seconds, as the deliveries go on. Most waits need no worker; every seventh ends on one, and every seventh
-begins and ends on one, where the source has such waits. In the end every event must have been delivered by one
-run. The seed decides what is killed, in which order and at which intervals.
+begins and ends on one, where the source has such waits. With ``--brokers`` the source's own servers are killed
+too, and started again on what they left. In the end every event must have been delivered by one run, and the
+source, asked by a client of its own, must say the same. The seed decides what is killed, in which order and at
+which intervals.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import random
 import shutil
 import subprocess
@@ -29,8 +32,9 @@ import bootstrap
 TARGETS = {"triggerer": 4, "trigger runner": 2, "worker": 6, "scheduler": 2, "api-server": 2, "dag-processor": 1}
 # Seconds to look for a worker to kill: there may be none at the moment.
 LOOK_FOR_A_WORKER = 5
-# How many runs are under way at most, and by how many kills these may be ahead of the events, or behind.
-UNDER_WAY = 60
+# Of the kills, with --brokers.
+BROKERS = 3
+# By how many kills these may be ahead of the events, or behind.
 AHEAD = 5
 # Seconds without a delivery after which kills go on anyhow. LocalExecutor was seen to stand still for good, all
 # its processes waiting to write their results, until its scheduler was killed.
@@ -48,6 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="replays the same kills (default: 1)")
     parser.add_argument("--triggerers", type=int, default=1, help="how many triggerers (default: 1)")
     parser.add_argument("--database", choices=("sqlite", "postgres"), default="sqlite")
+    parser.add_argument("--under-way", type=int, default=60, help="how many runs at a time (default: 60)")
+    parser.add_argument("--brokers", type=int, help="of the source, to be killed too (default: one, which is not)")
+    parser.add_argument("--partitions", type=int, help="of the queue (default: as the source has it)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds in all (default: 3600)")
     return parser.parse_args()
 
@@ -57,6 +64,7 @@ class Killer:
     """Kills processes by a seed, and starts again what does not come back by itself."""
 
     airflow: object
+    source: object
     random: random.Random
     kills: int
     every: float
@@ -66,6 +74,10 @@ class Killer:
     due: float = 0
     delivered: float = 0
     delivered_at: float = field(default_factory=time.time)
+
+    @property
+    def targets(self) -> dict[str, int]:
+        return {**TARGETS, **({"broker": BROKERS} if self.source.servers else {})}
 
     @property
     def done(self) -> bool:
@@ -85,6 +97,10 @@ class Killer:
             if not component.alive:
                 self.ended[name.split("@")[0]] += 1
                 self.airflow.restart(name)
+        for server in self.source.servers:
+            if server.process.poll() is not None:
+                self.ended["broker"] += 1
+                server.begin()
 
     def kill_if_due(self, delivered: float) -> None:
         """Kill something if it is time, where ``delivered`` of all events, from 0 to 1, have been."""
@@ -93,7 +109,7 @@ class Killer:
         is_stuck = time.time() > self.delivered_at + STUCK
         if self.done or time.time() < self.due or (self.is_ahead(delivered) and not is_stuck):
             return
-        target = self.random.choices(list(TARGETS), list(TARGETS.values()))[0]
+        target = self.random.choices(list(self.targets), list(self.targets.values()))[0]
         if self.kill(target, self.random.random()):
             self.killed[target] += 1
             self.moments.append(time.time())
@@ -102,6 +118,11 @@ class Killer:
     def kill(self, target: str, choice: float) -> bool:
         if target == "worker":
             return self.kill_worker(choice)
+        if target == "broker":
+            server = self.source.servers[int(choice * len(self.source.servers))]
+            server.kill()
+            server.begin()  # it answers when it does: the waits have to bear that
+            return True
         kind = "triggerer" if target == "trigger runner" else target
         components = [c for name, c in self.airflow.components.items() if name.split("@")[0] == kind]
         component = components[int(choice * len(components))]
@@ -154,6 +175,10 @@ def main() -> int:
     if options.source not in known:
         bootstrap.fail(f"there is no source {options.source!r}; there are {', '.join(known)}")
     source = known[options.source]
+    try:
+        source.scale(options.brokers, options.partitions)
+    except ValueError as error:
+        bootstrap.fail(str(error))
     home = Path(tempfile.mkdtemp(prefix="airflow-events-chaos-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
@@ -184,12 +209,10 @@ def dag_of(source, number: int) -> str:
 
 def endure(options, source, airflow, home: Path):
     """Run it, and return the killer, the runs and when each event was delivered."""
-    killer = Killer(airflow, random.Random(options.seed), options.kills, options.every)
+    killer = Killer(airflow, source, random.Random(options.seed), options.kills, options.every)
     began = time.time()
     # The kills are in this thread, since what it starts ends with it.
-    publishing = threading.Thread(
-        target=publish, args=(killer, options.events, source, airflow, home), daemon=True
-    )
+    publishing = threading.Thread(target=publish, args=(killer, options, source, airflow, home), daemon=True)
     publishing.start()
     states: Counter = Counter()
     cleared = 0
@@ -215,10 +238,10 @@ def endure(options, source, airflow, home: Path):
     return killer, states, cleared, home, time.time() - began
 
 
-def publish(killer: Killer, events: int, source, airflow, home: Path) -> None:
+def publish(killer: Killer, options, source, airflow, home: Path) -> None:
     """Start a run and send an event, again and again, as long as there are not too many for the kills."""
-    for number in range(events):
-        while number - count(home) >= UNDER_WAY or killer.is_behind(number / events):
+    for number in range(options.events):
+        while number - count(home) >= options.under_way or killer.is_behind(number / options.events):
             time.sleep(0.2)
         insist(lambda number=number: start(airflow, dag_of(source, number), f"run{number:05}", home))
         source.send(home, f"event{number:05}")
@@ -263,10 +286,18 @@ def clear_failed(airflow) -> int:
     return len(failed)
 
 
+def contents(home: Path) -> dict[str, object]:
+    """Return each event as it was delivered."""
+    files = (home / "delivered").iterdir()
+    return {file.name.partition(" ")[2]: json.loads(file.read_text()) for file in files}
+
+
 def judge(options, source, killer: Killer, states: Counter, cleared: int, home: Path, seconds: float) -> int:
     """Ask the source and the downstream tasks what became of each event, and print the table."""
     from airflow_events.listeners.base import Wait
 
+    for server in source.servers:
+        server.wait()
     delivered: dict[str, set[str]] = {}
     moments = []
     for file in (home / "delivered").iterdir():
@@ -279,6 +310,7 @@ def judge(options, source, killer: Killer, states: Counter, cleared: int, home: 
         for event, runs in delivered.items()
         for run in runs
     }
+    books = source.books(home, contents(home)) if states["success"] == options.events else None
     twice = sum(len(runs) > 1 for runs in delivered.values())
     lost = options.events - len(delivered)
     recovery = max((min((m for m in moments if m > k), default=k) - k for k in killer.moments), default=0)
@@ -288,17 +320,24 @@ def judge(options, source, killer: Killer, states: Counter, cleared: int, home: 
         "events lost": lost,
         "events delivered twice": twice,
         "committed at the source by the run that delivered": len(committed & by_delivery),
+        **(books.found if books else {}),
         "runs that Airflow failed, and that were cleared": cleared,
         "components that ended by themselves, and were started again": sum(killer.ended.values()),
-        **{f"kills: {target}": killer.killed[target] for target in TARGETS},
+        **{f"kills: {target}": killer.killed[target] for target in killer.targets},
         "kills": sum(killer.killed.values()),
         "longest time from a kill to the next delivery (s)": round(recovery, 1),
         "seconds in all": round(seconds),
     }
-    print(f"\n{source.name}, seed {options.seed}, {options.database}, {options.triggerers} triggerer(s)")
+    many = f", {options.brokers} brokers" if options.brokers else ""
+    print(f"\n{source.name}{many}, seed {options.seed}, {options.database}, {options.triggerers} triggerer(s)")
     for name, value in rows.items():
         print(f"| {name} | {value} |")
-    good = not lost and not twice and committed == by_delivery and states["success"] == options.events
+    for problem in books.problems if books else ():
+        print(f"the source's books: {problem}")
+    good = (
+        not lost and not twice and committed == by_delivery and states["success"] == options.events
+        and books is not None and not books.problems
+    )  # fmt: skip
     if good:
         print("every event was delivered once")
     elif not twice and committed == by_delivery and seconds > options.timeout:

@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from airflow_events import EventListener
-from source import UNKNOWN, Source, queue_of
+from source import UNKNOWN, Books, Source, queue_of
 
 
 class Broker(Source):
@@ -48,9 +49,13 @@ class Broker(Source):
         module, name = self.broker_is
         return getattr(import_module(module), name)
 
+    def _make(self) -> Any:
+        """Start the server; None if it is not there."""
+        return self._broker_class.make()
+
     @contextlib.contextmanager
     def serve(self) -> Iterator[dict[str, str]]:
-        self._broker = self._broker_class.make()
+        self._broker = self._make()
         if self._broker is None:
             yield {}
             return
@@ -228,21 +233,41 @@ class RabbitMQ(Broker):
 
 
 class Kafka(Broker):
-    """A topic of six partitions; which message is where, its producer's client decides."""
+    """A topic of several partitions; which message is where, its producer's client decides."""
 
     name = "kafka"
     listener_is = ("kafka", "KafkaListener")
     broker_is = ("of_kafka", "Kafka")
     conn_id = "kafka_default"
-    partitions: ClassVar[int] = 6
+
+    _size: int | None = None
+    _partitions: int = 6
+
+    def scale(self, servers: int | None, partitions: int | None) -> None:
+        self._size = servers
+        self._partitions = partitions or self._partitions
+
+    @property
+    def servers(self) -> Sequence[Any]:
+        return self._broker.servers if self._size else ()  # type: ignore[no-any-return]
+
+    def _make(self) -> Any:
+        if self._size is None:
+            return super()._make()
+        return import_module("of_kafka").KafkaCluster.make(self._size)
 
     def prepare(self, base: Path) -> None:
         from confluent_kafka.admin import AdminClient, NewTopic
 
         broker = self._of(base)
         admin = AdminClient(broker.bootstrap)  # which has to outlive what it was asked
-        [made] = admin.create_topics([NewTopic(broker.queue, self.partitions, 1)]).values()
+        [made] = admin.create_topics([NewTopic(broker.queue, self._partitions)]).values()
         made.result(60)
+
+    def send(self, base: Path, *events: str) -> None:
+        # Whatever dies meanwhile, each is to be there once.
+        once = {"enable.idempotence": True, "message.timeout.ms": 0}
+        self._of(base).produce(*({"value": json.dumps(event).encode()} for event in events), **once)
 
     def committed(self, base: Path) -> dict[str, str]:
         prefix, events = f"airflow/{queue_of(base)}/", self._events(base)
@@ -258,6 +283,44 @@ class Kafka(Broker):
 
     def free(self, base: Path) -> set[str]:
         return {event for event, wait in self._uncommitted(base).items() if not wait}
+
+    def books(self, base: Path, delivered: dict[str, Any]) -> Books:
+        """Read the committed offsets, their metadata, the state that it leads to, and the log of commits."""
+        broker, problems = self._of(base), []
+        key = f"airflow/{broker.queue}"
+        sent = self._events(base)
+        got = {(event["partition"], event["offset"]): name for name, event in delivered.items()}
+        if got != sent:
+            wrong = sorted(got.items() ^ sent.items())
+            problems.append(f"delivered, or in the topic, and not both: {wrong[:10]}")
+        offsets = broker.committed()
+        ends = broker.ends()
+        for number, end in ends.items():
+            if offsets[number][0] != end:
+                problems.append(
+                    f"partition {number} ends at {end}, and the committed offset is {offsets[number][0]}"
+                )
+        states = {place: state for place, found, state in broker.placed("airflow-events.state") if found == key}
+        place = json.loads(offsets[0][1])["airflow-events"]
+        if place != max(states):
+            problems.append(f"the metadata leads to offset {place}, and the last state is at {max(states)}")
+        state = states.get(place, {"partitions": {}})["partitions"]
+        said = {int(number): (partition["next"], partition["open"]) for number, partition in state.items()}
+        if said != {number: (end, {}) for number, end in ends.items()}:
+            problems.append(f"the state says {said}, and the partitions end at {ends}")
+        notes = Counter(
+            found for found, _ in broker.records("airflow-events.commits") if found.startswith(f"{key}/")
+        )
+        if notes != Counter(f"{key}/{number}/{offset}" for number, offset in got):
+            often = {found: times for found, times in notes.items() if times > 1}
+            problems.append(f"{len(got)} were delivered, and {len(notes)} are noted, more than once {often}")
+        found = {
+            "committed offsets, by partition": " ".join(str(offset) for offset, _ in offsets.values()),
+            "ends of the partitions": " ".join(map(str, ends.values())),
+            "claims that are open, in the state that the metadata leads to": sum(len(o) for _, o in said.values()),
+            "commits noted in the ledger": notes.total(),
+        }
+        return Books(found, problems)
 
     def _uncommitted(self, base: Path) -> dict[str, str]:
         """Return who has each event that is not committed: nobody if nobody has had it, or it was given back."""

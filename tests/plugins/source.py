@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from airflow_events import EventListener, Wait
 
@@ -23,6 +23,18 @@ def queue_of(base: Path) -> str:
 def conf(base: Path) -> dict[str, str]:
     """Return what a run is started with."""
     return {"base": str(base), "queue": queue_of(base)}
+
+
+class Books(NamedTuple):
+    """
+    What a source has written down of a queue, besides who committed what.
+
+    :param found: by what it is called.
+    :param problems: in which of it, in words, it is not as what was delivered says.
+    """
+
+    found: dict[str, Any]
+    problems: list[str]
 
 
 class Source:
@@ -55,6 +67,20 @@ class Source:
         """Say how to get the server."""
         return ""
 
+    def scale(self, servers: int | None, partitions: int | None) -> None:
+        """
+        Be served by so many servers, and have queues of so many partitions; None is as it comes.
+
+        :raises ValueError: it cannot.
+        """
+        if servers is not None or partitions is not None:
+            raise ValueError(f"{self.name} is not a source of several servers and partitions")
+
+    @property
+    def servers(self) -> Sequence[Any]:
+        """The processes that serve it, which can be killed, and begun again on what they left."""
+        return ()
+
     def prepare(self, base: Path) -> None: ...
 
     def send(self, base: Path, *events: str) -> None: ...
@@ -79,3 +105,11 @@ class Source:
     def free(self, base: Path) -> set[str]:
         """Say which events another wait could take."""
         return set(EVENTS) - self.committed(base).keys()
+
+    def books(self, base: Path, delivered: dict[str, Any]) -> Books:
+        """
+        Read what else it has written down, and compare it with what was delivered, when that is all.
+
+        :param delivered: each event as it was delivered, by its identity.
+        """
+        return Books({}, [])

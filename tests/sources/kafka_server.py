@@ -52,8 +52,13 @@ def jars() -> Path | None:
     return folder
 
 
-def server(**settings: Any) -> servers.Server | None:
-    """Kafka; None if it is not to be had. ``settings`` go into its file, with dots for underscores."""
+def server(cluster: str | None = None, **settings: Any) -> servers.Server | None:
+    """
+    Kafka; None if it is not to be had.
+
+    :param cluster: the id of the cluster that it is a part of; None is one of its own.
+    :param settings: go into its file, with dots for underscores.
+    """
     folder = jars()
     if folder is None:
         return None
@@ -89,15 +94,19 @@ def server(**settings: Any) -> servers.Server | None:
                 **{name.replace("_", "."): value for name, value in settings.items()},
             }
             file.write_text("".join(f"{name}={value}\n" for name, value in about.items()))
-            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
             done = subprocess.run(
-                [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(file)],
+                [*java, "kafka.tools.StorageTool", "format", "-t", cluster or new_id(), "-c", str(file)],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout
         return [*java, "kafka.Kafka", str(file)]
 
     return servers.Server(command, _answers)
+
+
+def new_id() -> str:
+    """Make an id for a cluster."""
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
 
 
 def _answers(server: servers.Server) -> bool:

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import kafka_cluster
 import kafka_server
+import servers
 from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
 from broker import Broker
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
@@ -37,6 +39,11 @@ class Kafka(Broker):
     def bootstrap(self) -> dict[str, Any]:
         return {"bootstrap.servers": f"127.0.0.1:{self.server.port}", "log_level": 0}
 
+    @property
+    def servers(self) -> list[servers.Server]:
+        """Every process of it, for whoever kills them."""
+        return [self.server]
+
     def fresh(self) -> None:
         super().fresh()
         if self.server.process is not None and self.server.process.poll() is not None:
@@ -47,14 +54,15 @@ class Kafka(Broker):
         """Make the queue of this test, in the place of what is there under its name."""
         settings = {name.replace("_", "."): str(value) for name, value in config.items()}
         self.queue = self.queue if not config and partitions == 1 else f"{self.queue}-of-its-own"
-        topic = NewTopic(self.queue, partitions, 1, config=settings)
+        topic = NewTopic(self.queue, partitions, config=settings)
         admin = AdminClient(self.bootstrap)
         [made] = admin.create_topics([topic]).values()
         made.result(30)
 
     def connection(self, **changes: Any) -> dict[str, Any]:
-        port = changes.pop("port", self.server.port)
-        extra = {"bootstrap.servers": f"127.0.0.1:{port}", **changes.pop("extra", {})}
+        port = changes.pop("port", None)
+        where = f"127.0.0.1:{port}" if port else self.bootstrap["bootstrap.servers"]
+        extra = {"bootstrap.servers": where, **changes.pop("extra", {})}
         return {"conn_type": "kafka", "extra": extra, **changes}
 
     def arguments(self, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -106,16 +114,21 @@ class Kafka(Broker):
 
     def records(self, topic: str, isolation: str = "read_committed") -> list[tuple[str, Any]]:
         """Return what a topic of the ledger has, by key; ``read_uncommitted`` is with what is undecided."""
+        return [(key, value) for _, key, value in self.placed(topic, isolation)]
+
+    def placed(self, topic: str, isolation: str = "read_committed") -> list[tuple[int, str, Any]]:
+        """Return offset, key and value of what a topic of the ledger has."""
         consumer = self.consumer("nobody", isolation_level=isolation, enable_partition_eof=True)
         consumer.assign([TopicPartition(topic, 0, 0)])
         found = []
         while True:
             message = consumer.poll(30)
-            assert message is not None, f"{topic} is not read"
-            if message.error() is not None:
-                assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
+            assert message is not None, f"{topic} is not read to its end, after {len(found)} messages"
+            error = message.error()
+            if error is not None and error.code() == KafkaError._PARTITION_EOF:
                 break
-            found.append((message.key().decode(), json.loads(message.value())))
+            assert error is None, error
+            found.append((message.offset(), message.key().decode(), json.loads(message.value())))
         consumer.close()
         return found
 
@@ -129,3 +142,31 @@ class Kafka(Broker):
         gc.collect()
         names = (thread / "comm" for thread in Path("/proc/self/task").iterdir())
         return sum(name.exists() and name.read_text().strip() == "rdk:main" for name in names)
+
+
+class KafkaCluster(Kafka):
+    """Several brokers, where each message is on three of them."""
+
+    name = "kafka cluster"
+    cluster: kafka_cluster.Cluster
+
+    @classmethod
+    def make(cls, size: int = 3) -> KafkaCluster | None:
+        if kafka_server.jars() is None:
+            return None
+        broker = cls()
+        broker.cluster = kafka_cluster.Cluster(size)
+        broker.server = broker.cluster.servers[0]
+        broker.cluster.start()
+        return broker
+
+    @property
+    def servers(self) -> list[servers.Server]:
+        return self.cluster.servers
+
+    @property
+    def bootstrap(self) -> dict[str, Any]:
+        return {"bootstrap.servers": self.cluster.bootstrap, "log_level": 0}
+
+    def stop(self) -> None:
+        self.cluster.stop()

@@ -29,10 +29,18 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        self.begin()
+        self.wait()
+
+    def begin(self) -> None:
+        """Start it, without waiting until it answers."""
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 self._command(self), stdout=log, stderr=log, cwd=self.folder, **self._popen
             )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
         until(self._ready, f"{self._command(self)[0]} answers", timeout=60, pause=0.02)
 
     def _ready(self) -> bool:
