@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +37,11 @@ LOOK_FOR_A_WORKER = 5
 BROKERS = 3
 # By how many kills these may be ahead of the events, or behind.
 AHEAD = 5
-# Seconds without a delivery after which kills go on anyhow. LocalExecutor was seen to stand still for good, all
-# its processes waiting to write their results, until its scheduler was killed.
+# Seconds without a delivery after which kills go on anyhow, and seconds between these: what was killed has to come
+# up. LocalExecutor was seen to stand still for good, all its processes waiting to write their results, until its
+# scheduler was killed.
 STUCK = 45
+STUCK_PAUSE = 15
 # For the DAGs: enough retries, and claims that lapse while the command waits, where they can be in nobody's name.
 ENDURING = {"MATRIX_RETRIES": "50", "MATRIX_CLAIM_TIMEOUT": "120"}
 
@@ -64,20 +67,17 @@ class Killer:
     """Kills processes by a seed, and starts again what does not come back by itself."""
 
     airflow: object
-    source: object
     random: random.Random
     kills: int
     every: float
+    targets: dict[str, int] = field(default_factory=TARGETS.copy)
+    servers: Sequence[object] = ()
     killed: Counter = field(default_factory=Counter)
     ended: Counter = field(default_factory=Counter)
     moments: list[float] = field(default_factory=list)
     due: float = 0
     delivered: float = 0
     delivered_at: float = field(default_factory=time.time)
-
-    @property
-    def targets(self) -> dict[str, int]:
-        return {**TARGETS, **({"broker": BROKERS} if self.source.servers else {})}
 
     @property
     def done(self) -> bool:
@@ -97,7 +97,7 @@ class Killer:
             if not component.alive:
                 self.ended[name.split("@")[0]] += 1
                 self.airflow.restart(name)
-        for server in self.source.servers:
+        for server in self.servers:
             if server.process.poll() is not None:
                 self.ended["broker"] += 1
                 server.begin()
@@ -113,13 +113,14 @@ class Killer:
         if self.kill(target, self.random.random()):
             self.killed[target] += 1
             self.moments.append(time.time())
-        self.due = time.time() + self.random.uniform(0.2, 1.8) * self.every
+        pause = self.random.uniform(0.2, 1.8) * self.every
+        self.due = time.time() + (max(pause, STUCK_PAUSE) if is_stuck else pause)
 
     def kill(self, target: str, choice: float) -> bool:
         if target == "worker":
             return self.kill_worker(choice)
         if target == "broker":
-            server = self.source.servers[int(choice * len(self.source.servers))]
+            server = self.servers[int(choice * len(self.servers))]
             server.kill()
             server.begin()  # it answers when it does: the waits have to bear that
             return True
@@ -209,7 +210,9 @@ def dag_of(source, number: int) -> str:
 
 def endure(options, source, airflow, home: Path):
     """Run it, and return the killer, the runs and when each event was delivered."""
-    killer = Killer(airflow, source, random.Random(options.seed), options.kills, options.every)
+    targets = {**TARGETS, **({"broker": BROKERS} if source.servers else {})}
+    drawn = random.Random(options.seed)
+    killer = Killer(airflow, drawn, options.kills, options.every, targets, source.servers)
     began = time.time()
     # The kills are in this thread, since what it starts ends with it.
     publishing = threading.Thread(target=publish, args=(killer, options, source, airflow, home), daemon=True)
@@ -297,7 +300,7 @@ def judge(options, source, killer: Killer, states: Counter, cleared: int, home: 
     from airflow_events.listeners.base import Wait
 
     for server in source.servers:
-        server.wait()
+        server.wait(300)
     delivered: dict[str, set[str]] = {}
     moments = []
     for file in (home / "delivered").iterdir():

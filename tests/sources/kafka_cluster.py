@@ -11,6 +11,8 @@ from deployment import free_port
 
 # How many brokers have a copy of everything; one of them may be away.
 COPIES = 3
+# Seconds that all of them have to start together, on a machine that does other things as well.
+_PATIENCE = 300
 
 
 class Cluster:
@@ -50,10 +52,18 @@ class Cluster:
         return ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
 
     def start(self) -> None:
+        try:
+            for server in self.servers:
+                server.begin()
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """Wait until all of them answer."""
         for server in self.servers:
-            server.begin()
-        for server in self.servers:
-            server.wait()
+            server.wait(_PATIENCE)
 
     def stop(self) -> None:
         for server in self.servers:  # together: the last of them would wait for the others

@@ -113,7 +113,12 @@ async def take(number: int, kwargs: Any, taken: list[Any]) -> None:
         wait = Wait("dag", f"run{number}", "task")
         with working_for(wait):
             event = await KafkaListener().poll_for_event(**kwargs)
-            await KafkaListener().event_checkpointed(event)
+            while True:
+                try:
+                    await KafkaListener().event_checkpointed(event)
+                    break
+                except ConnectionError:  # tried again, as a commit is
+                    await asyncio.sleep(0.2)
         taken.append([event["value"], wait.id])
 
 

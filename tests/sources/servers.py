@@ -39,9 +39,9 @@ class Server:
                 self._command(self), stdout=log, stderr=log, cwd=self.folder, **self._popen
             )
 
-    def wait(self) -> None:
-        """Wait until it answers."""
-        until(self._ready, f"{self._command(self)[0]} answers", timeout=60, pause=0.02)
+    def wait(self, patience: float = 60) -> None:
+        """Wait until it answers, for so many seconds."""
+        until(self._ready, f"{self._command(self)[0]} answers", timeout=patience, pause=0.02)
 
     def _ready(self) -> bool:
         assert self.process is not None
