@@ -131,6 +131,7 @@ class Course:
         self.name = name
         self.killer = Killer(airflow, random.Random(options.seed), options.kills, options.every, TARGETS)
         self.sent: dict[str, tuple[int, int]] = {}  # partition and offset of each message
+        self.asking = broker.consumer(GROUPS[name])  # no member of the group
 
     def run(self) -> dict[str, object]:
         began = told = moved = time.time()
@@ -138,7 +139,7 @@ class Course:
         before, cleared, states = 0, 0, Counter()
         while time.time() - began < self.options.timeout:
             self.killer.revive()
-            taken, delivered = len(self.taken()), len(self.delivered())
+            taken, delivered = len(insist(self.taken)), len(self.delivered())
             self.killer.kill_if_due(taken / self.options.events)
             if delivered > before or not self.killer.done or taken < self.options.events:
                 before, moved = delivered, time.time()
@@ -163,7 +164,7 @@ class Course:
     def send(self) -> None:
         """Start a run and send a message, again and again, as long as not too many are under way."""
         for number in range(self.options.events):
-            while self.is_early(number):
+            while insist(lambda number=number: self.is_early(number)):
                 time.sleep(0.3)
             insist(lambda number=number: self.start(f"run{number:05}"))
             self.produce(f"message{number:05}")
@@ -200,13 +201,16 @@ class Course:
 
     def taken(self) -> set[str]:
         """Return the messages that the group has committed."""
-        offsets = self.broker.committed(GROUPS[self.name])
-        return {value for value, (number, offset) in self.sent.copy().items() if offset < offsets[number][0]}
+        from confluent_kafka import TopicPartition
+
+        partitions = [TopicPartition(self.name, number) for number in range(PARTITIONS)]
+        offsets = {each.partition: each.offset for each in self.asking.committed(partitions, timeout=30)}
+        return {value for value, (number, offset) in self.sent.copy().items() if offset < offsets[number]}
 
     def judge(self, cleared: int, seconds: float) -> dict[str, object]:
         from deployment import Run
 
-        delivered, taken = self.delivered(), self.taken()
+        delivered, taken = self.delivered(), insist(self.taken)
         runs = [Run(self.airflow, self.name, f"run{number:05}") for number in range(len(self.sent))]
         workers = [run.worker_starts("wait") for run in runs]
         return {
