@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "sources")]
 import bootstrap  # noqa: E402
 
 PARTITIONS = 6
-# Seconds that a new wait has to be open before its message is sent.
+# Seconds that new waits have to be open before their messages are sent, and of these for each of many.
 SETTLE = 1.0
+SETTLE_EACH = 0.001
 
 
 def arguments() -> argparse.Namespace:
@@ -96,7 +97,7 @@ def measure(broker, home: str, watches: int, samples: int) -> dict[str, float]:
         floor = pss(process.pid) - one
         ask("end idle")
         ask("wait", first=1, watches=watches - 1)
-        time.sleep(SETTLE)
+        time.sleep(SETTLE + watches * SETTLE_EACH)
         found = {
             "watches": watches,
             "connections": connections(broker, process.pid),

@@ -20,9 +20,10 @@ about = {
 
 
 @task
-def deliver(value, params=None, run_id=None):
-    if value is None:
+def deliver(event, params=None, run_id=None):
+    if event is None:
         raise ValueError("no message")
+    value = event["value"] if isinstance(event, dict) else event
     Path(params["base"], f"{value} {run_id}").touch()
 
 
@@ -37,4 +38,4 @@ with DAG("await_message_sensor", **about):
 
 with DAG("kafka_listener", **about):
     event = wait_for_event.override(task_id="wait")(KafkaListener, "kafka_listener", group="etl")
-    deliver(event["value"])
+    deliver(event)
