@@ -18,7 +18,6 @@ from confluent_kafka.admin import AdminClient
 
 log = logging.getLogger(__name__)
 
-DEFAULT = "kafka_default"
 # Seconds that a broker has for an answer.
 PATIENCE = 10.0
 

@@ -7,27 +7,20 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, ClassVar, Literal, cast
 
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.errors import SourceUnfit
 from airflow_events.listeners.hub import Hub, Seeker
 from airflow_events.listeners.kafka.client import (
-    DEFAULT,
     PATIENCE,
     Away,
     Clients,
     Source,
     Worker,
-    event_of,
     moment,
 )
-from airflow_events.listeners.kafka.ledger import Ledger
-from airflow_events.listeners.kafka.schemas import Decoder, Formats, KafkaFormat
+from airflow_events.listeners.kafka.ledger import ledger_of
 from airflow_events.listeners.kafka.state import RELEASED, Claim, State
-from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import OnUndecodable, check_choices
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 log = logging.getLogger(__name__)
@@ -45,117 +38,9 @@ _MOST_BYTES = 2**25
 Start = Literal["earliest", "latest"]
 
 
-class KafkaListener(EventListener):
-    """
-    Take a message of a topic for a group: each message goes to one wait, exactly once, in any order of commits.
+class Taker(Seeker):
+    """A wait for a message, and after how many seconds its claim lapses."""
 
-    Claims and commits are kept in a ledger on the broker, by transactions; see ``docs/sources/kafka.md``. The
-    group's committed offset is the lowest one that is not committed, as other consumers expect it. The event is
-
-    ``{"topic", "partition", "offset", "timestamp", "key", "headers", "value", "group", "ledger", "mark",
-    "kafka_config_id"}``, ``timestamp`` a datetime in UTC, ``headers`` a dict of texts.
-    """
-
-    repeatable_poll: ClassVar[bool] = True
-
-    async def poll_for_event(
-        self,
-        topic: str,
-        *,
-        group: str = "airflow",
-        values: KafkaFormat = "json",
-        keys: KafkaFormat = "text",
-        on_undecodable: OnUndecodable = "fail",
-        start: Start = "earliest",
-        claim_timeout: float | timedelta = 3600.0,
-        ledger: str = "airflow-events",
-        kafka_config_id: str = DEFAULT,
-        registry_conn_id: str | None = None,
-    ) -> dict[str, Any]:
-        """
-        Return when there is a message that no other wait of the group has, the oldest first.
-
-        :param topic: its name. It is never made here; one that is not there yet is waited for as a broker is.
-        :param group: the consumer group. It should have no members besides.
-        :param values: of what format the value is: ``json``, ``text``, ``bytes`` (as Base64 text), or ``avro`` or
-            ``json_schema`` by a schema registry. A message without a value has None.
-        :param keys: of what format the key is.
-        :param on_undecodable: what to do with a message that is not: ``fail`` fails the wait and leaves the
-            message to others, ``skip`` commits it, with a warning, and waits on.
-        :param start: where a group that is not there yet begins: ``earliest`` at the first message, ``latest`` at
-            the next one.
-        :param claim_timeout: after how many seconds a message that a wait has claimed and not committed goes to
-            another. A wait that still lives loses nothing by it: its commit is refused, and it waits on.
-        :param ledger: what the topics of claims (``<ledger>.state``) and commits (``<ledger>.commits``) are named
-            by. They are made if they are not there. All waits of a group must say the same.
-        :param kafka_config_id: an Airflow connection of type ``kafka``, as the Kafka provider has it:
-            librdkafka's settings among the extras.
-        :param registry_conn_id: an Airflow connection of type ``http`` to the schema registry; the settings of
-            ``confluent_kafka.schema_registry.SchemaRegistryClient`` among the extras. While it does not answer,
-            the message stays claimed and is neither skipped nor committed.
-        :raises SourceUnfit: the connection is of another type or would lose events; the user may not use the
-            topic, the group, the transactional id or the ledger; the ledger's topics would lose what is written.
-        :raises SourceUnreachable: the brokers were away, or the topic not there, for too long.
-        :raises EventUndecodable: see ``on_undecodable``.
-        """
-        check_choices("json", on_undecodable)
-        formats = Formats(values, keys, registry_conn_id)
-        if start not in ("earliest", "latest"):
-            raise ValueError(f"start is 'earliest' or 'latest', not {start!r}")
-        source = Source(kafka_config_id, topic, group, ledger)
-        wait = current_wait().id
-        lapse = claim_timeout.total_seconds() if isinstance(claim_timeout, timedelta) else claim_timeout
-        async with shared(("kafka schemas", formats), lambda: Decoder(formats)) as decoder:
-            await decoder.open()
-            while True:
-                async with shared(("kafka", source, start), lambda: _QueueHub(source, start)) as hub:
-                    message, mark = await hub.take(_Taker(wait, lapse))
-                try:
-                    event = await decoder.patiently(lambda: event_of(source, message, decoder.value))  # noqa: B023
-                except EventUndecodable as error:
-                    async with _ledger(source) as there:
-                        if on_undecodable == "fail":
-                            await there.change(lambda state: state.release(wait))
-                            raise
-                        await there.commit(message.partition(), message.offset(), wait, mark)
-                    log.warning("Passed over, and committed: %s", error)
-                else:
-                    return {
-                        **event,
-                        "group": group,
-                        "ledger": ledger,
-                        "mark": mark,
-                        "kafka_config_id": kafka_config_id,
-                    }
-
-    async def event_checkpointed(self, event: Any) -> None:
-        """Commit the message, and note for ``[events] commit_memory`` seconds who did."""
-        source = Source(event["kafka_config_id"], event["topic"], event["group"], event["ledger"])
-        async with _ledger(source) as ledger:
-            await ledger.commit(event["partition"], event["offset"], current_wait().id, event["mark"])
-
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Let another wait have the message at once."""
-        source = Source(
-            kwargs.get("kafka_config_id", DEFAULT),
-            args[0] if args else kwargs["topic"],
-            kwargs.get("group", "airflow"),
-            kwargs.get("ledger", "airflow-events"),
-        )
-        wait = current_wait().id
-        async with _ledger(source) as ledger:
-            await ledger.refresh()
-            # To write would overtake others, and most that is released holds nothing.
-            if ledger.state is not None and any(claim.wait == wait for _, _, claim in ledger.state.claims()):
-                await ledger.change(lambda state: state.release(wait))
-
-
-def _ledger(source: Source) -> contextlib.AbstractAsyncContextManager[Ledger]:
-    """Use the ledger that all of this process use."""
-    return shared(("kafka ledger", source), lambda: Ledger(source))
-
-
-class _Taker(Seeker):
     def __init__(self, wait: str, lapse: float) -> None:
         super().__init__()
         self.wait = wait
@@ -175,7 +60,7 @@ class _Window:
     messages: deque[Message] = field(default_factory=deque)
 
 
-class _QueueHub(Hub[_Taker]):
+class QueueHub(Hub[Taker]):
     """Claims messages for the waits of one group."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = (Away,)
@@ -194,7 +79,7 @@ class _QueueHub(Hub[_Taker]):
 
     async def connect(self) -> None:
         self._clients = await Clients.of(self._source)
-        self._ledger = await self._stack.enter_async_context(_ledger(self._source))
+        self._ledger = await self._stack.enter_async_context(ledger_of(self._source))
         await self._ledger.open(self._start)
         if self._ledger.members:
             self._tell_all(
@@ -304,7 +189,7 @@ class _QueueHub(Hub[_Taker]):
             return  # read before the position was changed
         window.messages.append(message)
 
-    async def _hand_out(self, takers: list[_Taker]) -> None:
+    async def _hand_out(self, takers: list[Taker]) -> None:
         """Give to each of the waits what it has, or what is free."""
         state = self._ledger.state
         assert state is not None

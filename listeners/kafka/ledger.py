@@ -25,7 +25,7 @@ from airflow_events import settings
 from airflow_events.errors import EventLost, SourceUnfit
 from airflow_events.listeners.kafka.client import PATIENCE, Away, Clients, Fenced, Source, Worker, partitions_of
 from airflow_events.listeners.kafka.state import State
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.shared import background, shared
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
@@ -588,3 +588,8 @@ def _from(
                 return
     finally:
         consumer.unassign()
+
+
+def ledger_of(source: Source) -> contextlib.AbstractAsyncContextManager[Ledger]:
+    """Use the ledger that all of this process use."""
+    return shared(("kafka ledger", source), lambda: Ledger(source))

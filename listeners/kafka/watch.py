@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta, timezone
-from typing import Any, ClassVar, cast
+from datetime import datetime, timezone
+from typing import ClassVar, cast
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.kafka.client import (
-    DEFAULT,
     PATIENCE,
     Away,
     Clients,
@@ -19,10 +17,8 @@ from airflow_events.listeners.kafka.client import (
     moment,
     partitions_of,
 )
-from airflow_events.listeners.kafka.schemas import Decoder, Formats, KafkaFormat
-from airflow_events.listeners.log import LogHub, Message, Watcher, since_of
-from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Match, OnUndecodable, check_choices
+from airflow_events.listeners.kafka.schemas import Decoder, Formats
+from airflow_events.listeners.log import LogHub, Message
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Sent
 
@@ -36,46 +32,7 @@ _LISTING = 30
 _Position = dict[int, int]
 
 
-class KafkaWatchListener(EventListener):
-    """
-    Wait for the first message of a topic that matches, and take nothing.
-
-    The event is as of `KafkaListener`, without what it needs for a commit.
-    """
-
-    repeatable_poll: ClassVar[bool] = True
-
-    async def poll_for_event(
-        self,
-        topic: str,
-        *,
-        match: dict[str, Any] | str | None = None,
-        since: datetime | str | timedelta | None = None,
-        values: KafkaFormat = "json",
-        keys: KafkaFormat = "text",
-        on_undecodable: OnUndecodable = "skip",
-        kafka_config_id: str = DEFAULT,
-        registry_conn_id: str | None = None,
-    ) -> dict[str, Any]:
-        """
-        Return the first message that matches, of a timestamp of ``since`` or later.
-
-        :param match: see `airflow_events.listeners.values.Match`.
-        :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
-
-        The other parameters and errors are as of `KafkaListener.poll_for_event`; here an undecodable message is
-        passed over, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
-        """
-        check_choices("json", on_undecodable)
-        formats = Formats(values, keys, registry_conn_id)
-        watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
-        source = Source(kafka_config_id, topic)
-        key = ("kafka watch", source, formats)
-        async with shared(key, lambda: _TopicHub(source, formats)) as hub:
-            return dict(await hub.take(watcher))
-
-
-class _TopicHub(LogHub[_Position]):
+class TopicHub(LogHub[_Position]):
     """Reads one topic, without a group, for those who watch it."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = (Away,)

@@ -11,6 +11,7 @@ from airflow_events.listeners.clients import needs
 
 # By the source: the packages without which it cannot be, and how its error calls the listener.
 CLIENTS = {
+    "kafka": (["confluent_kafka"], "a Kafka listener"),
     "nats": (["nats"], "a NATS listener"),
     "postgres": (["psycopg"], "a PostgreSQL listener"),
     "rabbitmq": (["aiormq"], "a RabbitMQ listener"),
