@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from typing import Any, Protocol
 
 import greenback
-from airflow_events import settings
+from airflow_events import metrics, settings
 from airflow_events.errors import CommitFailed, EventLost, EventRejected
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
 from airflow_events.listeners.serde import check
@@ -127,6 +127,7 @@ async def settle(
     *,
     args: Any = (),
     kwargs: Any = None,
+    arrived: float | None = None,
 ) -> Any:
     """
     Record and commit ``event`` for ``wait``, and return the event to deliver.
@@ -134,6 +135,7 @@ async def settle(
     That is another than ``event`` if the wait already has one; ``event`` is then released.
 
     :param args: what ``event`` was polled with, for `EventListener.event_released`; ``kwargs`` likewise.
+    :param arrived: when it was polled, in seconds since the epoch, for the metrics; None if nobody knows.
     :raises EventLost: another wait has the event; the record is dropped, and the wait should go on.
     :raises EventRejected: the wait was rejected meanwhile.
     :raises EventNotSerializable: before anything was recorded.
@@ -148,6 +150,8 @@ async def settle(
         phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
         record = Record(event, phase, uuid.uuid4().hex)
         await store.write(record)
+        metrics.count(metrics.RECORDED, **_tags(listener, wait))
+        metrics.since(metrics.TO_RECORD, arrived, **_tags(listener, wait))
     elif record.until is not None:
         record = record.taken()
         await store.write(record)
@@ -156,9 +160,11 @@ async def settle(
             await commit(listener, wait, record.event)
         except EventLost:
             await store.drop(record)
+            metrics.count(metrics.LOST, **_tags(listener, wait))
             if superfluous:
                 await release(listener, wait, event, args, kwargs or {})
             raise
+        metrics.count(metrics.COMMITTED, **_tags(listener, wait))
         record = record.committed()
         await store.write(record)
     if superfluous:
@@ -184,8 +190,14 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
         await listener().event_checkpointed(event)
 
     async def once() -> None:
-        # The timeout is for a source that never answers.
-        await asyncio.wait_for(checkpoint(), timeout)
+        try:
+            # The timeout is for a source that never answers.
+            await asyncio.wait_for(checkpoint(), timeout)
+        except EventLost:
+            raise
+        except Exception:
+            metrics.count(metrics.COMMIT_FAILED, **_tags(listener, wait))
+            raise
 
     def failed(state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
@@ -211,6 +223,15 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
     )
     with working_for(wait):
         await attempts(once)
+
+
+def delivered(listener: type[EventListener], wait: Wait, arrived: float | None) -> None:
+    """Tell the metrics that the event which arrived then (seconds since the epoch) is the wait's result now."""
+    metrics.since(metrics.TO_DELIVERY, arrived, **_tags(listener, wait))
+
+
+def _tags(listener: type[EventListener], wait: Wait) -> dict[str, str]:
+    return {"dag_id": wait.dag_id, "listener": listener.__qualname__}
 
 
 async def inherit_portal(has_portal: bool) -> None:

@@ -23,7 +23,7 @@ from airflow_events import settings
 from airflow_events.errors import EventLost, EventNotSerializable, EventRejected
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, describe
-from airflow_events.listeners.commit import Phase, Record, release, settle
+from airflow_events.listeners.commit import Phase, Record, delivered, release, settle
 from airflow_events.operators.record import WorkerRecord
 from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
 from airflow_events.triggers import outcome, reference
@@ -186,8 +186,8 @@ class WaitForEventOperator(BaseOperator):
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
         """Go on with what the trigger found."""
         match outcome.decode(event):
-            case outcome.Arrived(arrived):
-                return self._finish(context, arrived)
+            case outcome.Arrived(arrived, at):
+                return self._finish(context, arrived, at)
             case outcome.Rejected():
                 if (stored := self._recorded(context)) is not None:
                     return self._finish(context, stored.event)
@@ -228,17 +228,18 @@ class WaitForEventOperator(BaseOperator):
         asyncio.run(record.drop(stored))
         return None
 
-    def _finish(self, context: Context, event: Any) -> Any:
-        record = self._record(context)
+    def _finish(self, context: Context, event: Any, arrived: float | None = None) -> Any:
+        record, wait = self._record(context), self._wait(context)
         try:
             event = asyncio.run(
                 settle(
                     self.listener,
-                    self._wait(context),
+                    wait,
                     record,
                     event,
                     args=self.listener_args,
                     kwargs=self.listener_kwargs,
+                    arrived=arrived,
                 )
             )
         except EventLost as lost:
@@ -246,6 +247,7 @@ class WaitForEventOperator(BaseOperator):
             self._defer(context)
             return None
         self.log.info("The event is recorded and committed")
+        delivered(self.listener, wait, arrived)
         return event
 
     def _time_is_up(self, deadline: datetime) -> Any:

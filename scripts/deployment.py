@@ -181,11 +181,12 @@ class Deployment:
             **{f"AIRFLOW__{k.replace('.', '__').upper()}": v for k, v in options.items()},
         }
 
-    def airflow(self, *arguments: str) -> str:
-        """Run an ``airflow`` command to its end and return its output."""
+    def airflow(self, *arguments: str, typed: str = "") -> str:
+        """Run an ``airflow`` command to its end and return its output; ``typed`` is its standard input."""
         done = subprocess.run(
             [str(Path(sys.executable).parent / "airflow"), *arguments],
             env=self.environment,
+            input=typed,
             capture_output=True,
             text=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEven
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
-from airflow_events.listeners.commit import Phase, inherit_portal, release, settle
+from airflow_events.listeners.commit import Phase, delivered, inherit_portal, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.record import XComRecord
 from airflow_events.triggers.watchdog import timed
@@ -94,6 +95,7 @@ class EventTrigger(BaseTrigger):
         self._dag_result = False
         self._retries = 0
         self._polled: list[Any] = []  # the event, while it is not recorded
+        self._arrived: float | None = None  # when it was polled, in seconds since the epoch
         self._recording = False
         self._again = False
         self._poll_task: asyncio.Task[Any] | None = None
@@ -149,6 +151,7 @@ class EventTrigger(BaseTrigger):
         record = XComRecord(wait)
         with stalls.told_to(self._poll_anew):
             while True:
+                self._arrived = None
                 if (stored := await record.read()) is not None:
                     self.log.info(
                         "The event of %s is %s already; the wait is %s",
@@ -176,14 +179,17 @@ class EventTrigger(BaseTrigger):
                         await self._release(listener, wait)
                         return
                 if self.finish_on_worker or airflow_has_listeners():
-                    yield TriggerEvent(outcome.encode(outcome.Arrived(event)))
+                    yield TriggerEvent(outcome.encode(outcome.Arrived(event, self._arrived)))
                     return
                 try:
                     event = await self._settle(listener, wait, record, event)
                 except EventLost as lost:
                     self.log.warning("The event went to another wait, and this one waits on: %s", lost)
                     continue
-                yield await self._deliver(record, event)
+                result = await self._deliver(record, event)
+                if isinstance(result, TaskSuccessEvent):
+                    delivered(listener, wait, self._arrived)
+                yield result
                 return
 
     async def _wait_for(self, listener: type[EventListener], wait: Wait, record: XComRecord) -> Any:
@@ -293,6 +299,7 @@ class EventTrigger(BaseTrigger):
 
         poll = listener().poll_for_event(*self.listener_args, **self.listener_kwargs)
         event = await timed(poll, threshold, blocked)
+        self._arrived = time.time()
         self._polled = [event]
         serde.check(event)
         # As it will be read from the record, so that a replay delivers what the first delivery did.
@@ -305,7 +312,13 @@ class EventTrigger(BaseTrigger):
         self._recording = True  # from here on the claim may stand in a record, which the next try needs
         try:
             event = await settle(
-                listener, wait, record, event, args=self.listener_args, kwargs=self.listener_kwargs
+                listener,
+                wait,
+                record,
+                event,
+                args=self.listener_args,
+                kwargs=self.listener_kwargs,
+                arrived=self._arrived,
             )
         except EventLost:
             self._recording = False  # and so a user who ends the wait later releases what it claims then

@@ -12,9 +12,14 @@ from airflow_events.listeners import serde
 
 @dataclass(frozen=True)
 class Arrived:
-    """The event, for the worker to record and commit unless a record says that this was done."""
+    """
+    The event, for the worker to record and commit unless a record says that this was done.
+
+    :param at: when it was polled, in seconds since the epoch; None if it was recorded before.
+    """
 
     event: Any
+    at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,21 +37,23 @@ class Rejected:
 Outcome = Arrived | TimedOut | Rejected
 
 
-def encode(outcome: Outcome) -> dict[str, str]:
+def encode(outcome: Outcome) -> dict[str, Any]:
     """
     Write an outcome as the payload of a ``TriggerEvent``.
 
     The value is JSON text: on its way through the triggerer's pipe and ``next_kwargs`` Airflow would turn
     tuples into lists.
     """
+    more: dict[str, Any] = {}
     match outcome:
-        case Arrived(event):
+        case Arrived(event, at):
             value = event
+            more = {} if at is None else {"at": at}
         case TimedOut(deadline):
             value = deadline
         case Rejected():
             value = None
-    return {"outcome": type(outcome).__name__, "value": serde.encode(value)}
+    return {"outcome": type(outcome).__name__, "value": serde.encode(value), **more}
 
 
 def decode(payload: Any) -> Outcome:
@@ -57,7 +64,7 @@ def decode(payload: Any) -> Outcome:
     """
     match payload:
         case {"outcome": "Arrived", "value": str(value)}:
-            return Arrived(serde.decode(value))
+            return Arrived(serde.decode(value), payload.get("at"))
         case {"outcome": "TimedOut", "value": str(value)}:
             return TimedOut(serde.decode(value))
         case {"outcome": "Rejected"}:

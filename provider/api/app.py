@@ -40,8 +40,9 @@ def create_app() -> FastAPI:
     app.add_exception_handler(DBAPIError, _database_busy)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(get_user)])
-    def openapi() -> dict[str, Any]:
-        return app.openapi()
+    def openapi(request: Request) -> dict[str, Any]:
+        # Where Airflow has mounted it, which may be below a path of its own.
+        return {**app.openapi(), "servers": [{"url": request.scope["root_path"]}]}
 
     return app
 

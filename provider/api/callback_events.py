@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from datetime import datetime, timezone
 from typing import Annotated
@@ -49,14 +50,16 @@ def send_by_callback(
     token: TheToken, payload: Payload, response: Response, idempotency_key: IdempotencyKey = None
 ) -> Answer:
     """Do what the address by wait does, with the signature of the address in the place of a login."""
-    event_id = uuid.uuid4().hex
+    event_id, arrived = uuid.uuid4().hex, time.time()
 
     def work(session: Session) -> inbox.Receipt:
         row = WaitRow.lock(session, token.wait)
         cleared = _last_clear(session, row)
         if cleared is not None and token.issued < cleared:
             raise Over(f"{token.wait.id} was cleared since the address was made")
-        return inbox.give(row, payload, by="callback", event_id=event_id, idempotency_key=idempotency_key)
+        return inbox.give(
+            row, payload, by="callback", event_id=event_id, idempotency_key=idempotency_key, arrived=arrived
+        )
 
     return answer(in_transaction(work), response)
 

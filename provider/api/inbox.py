@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,12 +24,14 @@ from typing import Any, Literal
 from airflow.models.trigger import handle_event_submit
 from airflow.triggers.base import TaskSuccessEvent, TriggerEvent
 from airflow.utils.state import TaskInstanceState
+from airflow_events import metrics
 from airflow_events.api.refusals import HasEvent, Moving, Over, Refusal, TooEarly, Unfit
 from airflow_events.api.wait_rows import WaitRow, now
 from airflow_events.errors import EventNotSerializable
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait
-from airflow_events.listeners.commit import Phase, Record
+from airflow_events.listeners.commit import Phase, Record, delivered
+from airflow_events.listeners.http import HttpListener
 from airflow_events.triggers import outcome
 from airflow_events.triggers.event import airflow_has_listeners
 from jsonschema import SchemaError
@@ -77,9 +80,9 @@ def send(
     :param ttl: for how long the event is kept for a wait that has not begun; None: as long as the run.
     :raises Refusal: nothing was changed; `airflow_events.api.refusals` has the reasons.
     """
-    return give(
-        WaitRow.lock(session, wait), payload, by=by, event_id=event_id, idempotency_key=idempotency_key, ttl=ttl
-    )
+    arrived = time.time()
+    row = WaitRow.lock(session, wait)
+    return give(row, payload, by=by, event_id=event_id, idempotency_key=idempotency_key, ttl=ttl, arrived=arrived)
 
 
 def give(
@@ -90,8 +93,13 @@ def give(
     event_id: str | None = None,
     idempotency_key: str | None = None,
     ttl: timedelta | None = None,
+    arrived: float | None = None,
 ) -> Receipt:
-    """Do what `send` does, for a wait that is locked already."""
+    """
+    Do what `send` does, for a wait that is locked already.
+
+    :param arrived: when the event came, in seconds since the epoch; None if it was kept until now.
+    """
     event_id = event_id or uuid.uuid4().hex
     digest = digest_of(payload)
     if (stored := row.record()) is not None:
@@ -110,8 +118,17 @@ def give(
     row.write(record)
     row.note("event sent", by, event_id=event_id, status=receipt.status)
     if row.waiting:
-        end(row, payload)
+        end(row, payload, arrived)
+    metrics.once_committed(row.session, lambda: _tell(row.wait, receipt, arrived))
     return receipt
+
+
+def _tell(wait: Wait, receipt: Receipt, arrived: float | None) -> None:
+    tags = {"dag_id": wait.dag_id, "listener": HttpListener.__qualname__}
+    metrics.count(metrics.RECORDED, **tags)
+    metrics.since(metrics.TO_RECORD, arrived, **tags)
+    if receipt.status == "kept":
+        metrics.count(metrics.KEPT, **tags)
 
 
 def reject(session: Session, wait: Wait, reason: str, *, by: str) -> Status:
@@ -140,17 +157,22 @@ def reject(session: Session, wait: Wait, reason: str, *, by: str) -> Status:
     return "delivered"
 
 
-def end(row: WaitRow, event: Any) -> None:
-    """End the task of a deferred wait whose event is recorded, or send it to the worker that does."""
+def end(row: WaitRow, event: Any, arrived: float | None = None) -> None:
+    """
+    End the task of a deferred wait whose event is recorded, or send it to the worker that does.
+
+    :param arrived: as `give` has it.
+    """
     assert row.trigger is not None
     if row.trigger.get("finish_on_worker") or airflow_has_listeners() or row.mapped_over:
-        payload = outcome.encode(outcome.Arrived(event))
+        payload = outcome.encode(outcome.Arrived(event, arrived))
         handle_event_submit(TriggerEvent(payload), task_instance=row.ti, session=row.session)
         return
     if row.trigger.get("push", True) and event is not None:
         returns = bool(getattr(row.task, "returns_dag_result", False))
         row.set_xcom("return_value", event, dag_result=returns)
     handle_event_submit(TaskSuccessEvent(), task_instance=row.ti, session=row.session)
+    metrics.once_committed(row.session, lambda: delivered(HttpListener, row.wait, arrived))
 
 
 def end_lapsed(row: WaitRow, stored: Record) -> None:

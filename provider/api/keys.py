@@ -15,7 +15,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -25,13 +25,13 @@ from airflow.models.variable import Variable
 from airflow.models.xcom import XComModel
 from airflow.utils.sqlalchemy import with_row_locks
 from airflow.utils.state import TaskInstanceState
-from airflow_events import settings
+from airflow_events import metrics, settings
 from airflow_events.api import inbox
 from airflow_events.api.refusals import NoSuchWait, Refusal, Unfit
 from airflow_events.api.wait_rows import WaitRow, now
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait
-from airflow_events.listeners.http import check_key, key_entry
+from airflow_events.listeners.http import HttpListener, check_key, key_entry
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
@@ -110,6 +110,7 @@ def send(
             raise Unfit(f"the idempotency key {idempotency_key!r} was used with another payload before")
         return KeyReceipt(**before["receipt"])
 
+    arrived = time.time()
     event_id = event_id or uuid.uuid4().hex
     keep = ttl or timedelta(seconds=settings.http_keep())
     kept = _Kept(
@@ -122,7 +123,8 @@ def send(
         None if dags is None else sorted(dags),
     )
     _keep(session, kept)
-    reached, refused = _match(session, key, only_now=None if to == "one" or ttl else event_id)
+    only_now = None if to == "one" or ttl else event_id
+    reached, refused = _match(session, key, only_now=only_now, arrived={event_id: arrived})
     waits = reached.get(event_id, [])
     if not waits and (reason := refused.get(event_id)) is not None:
         raise reason
@@ -132,6 +134,8 @@ def send(
     if sent is not None:
         about = {"digest": inbox.digest_of(payload), "receipt": asdict(receipt)}
         _put(session, sent, about, until=_text(now() + keep))
+    if receipt.status == "kept":
+        metrics.once_committed(session, lambda: metrics.count(metrics.KEPT, listener=HttpListener.__qualname__))
     return receipt
 
 
@@ -157,12 +161,17 @@ def tidy(session: Session) -> None:
 
 
 def _match(
-    session: Session, key: str, *, only_now: str | None = None
+    session: Session,
+    key: str,
+    *,
+    only_now: str | None = None,
+    arrived: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, list[str]], dict[str, Refusal]]:
     """
     Give the kept events of a key to its waits, the oldest first.
 
     :param only_now: the event that is not kept any longer than this.
+    :param arrived: when the event came that is sent just now, in seconds since the epoch.
     :return: by event: the waits that it reached, and why the last that did not want it did not.
     """
     reached: dict[str, list[str]] = {}
@@ -186,7 +195,8 @@ def _match(
                 continue
             try:
                 with session.begin_nested():  # so that a wait that refuses is left as it was
-                    inbox.give(waiting, event, by=kept.by, event_id=kept.event_id)
+                    came = (arrived or {}).get(kept.event_id)
+                    inbox.give(waiting, event, by=kept.by, event_id=kept.event_id, arrived=came)
             except Refusal as refusal:
                 refused[kept.event_id] = refusal
                 continue

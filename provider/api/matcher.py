@@ -1,4 +1,4 @@
-"""Gives events that were kept for a key to the waits that begin with it, as long as the API server lives."""
+"""What goes on as long as the API server lives: kept events are given to waits that begin, and waits counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import logging
 
 from airflow_events import settings
-from airflow_events.api import keys
+from airflow_events.api import gauges, keys
 from airflow_events.api.requests import in_transaction
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,21 +32,21 @@ class Matcher:
         if scope["type"] != "lifespan":
             await self.app(scope, receive, send)
             return
-        task: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
 
         async def watched() -> Message:
-            nonlocal task
             message = await receive()
             if message["type"] == "lifespan.startup":
-                task = asyncio.create_task(self._run())
-            elif task is not None:
-                task.cancel()
+                tasks.extend(asyncio.create_task(work) for work in (self._run(), gauges.keep_telling()))
+            else:
+                for task in tasks:
+                    task.cancel()
             return message
 
         try:
             await self.app(scope, watched, send)
         finally:
-            if task is not None:
+            for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task

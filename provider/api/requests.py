@@ -10,16 +10,15 @@ from typing import Annotated, Any, TypeVar
 from airflow.api_fastapi.core_api.security import GetUserDep
 from airflow.utils.retries import MAX_DB_RETRIES, run_with_db_retries
 from airflow.utils.session import create_session
-from airflow_events import settings
+from airflow_events import metrics, settings
 from airflow_events.listeners.base import Wait
-from fastapi import Depends, Header, HTTPException, Path, Query, Request, status
+from airflow_events.waits.tables import Name
+from fastapi import Depends, Header, HTTPException, Query, Request, status
 from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
 _T = TypeVar("_T")
 
-# Airflow's columns for names are of this length, and PostgreSQL refuses a NUL in a text.
-_Name = Annotated[str, Path(max_length=250, pattern=r"^[^\x00]+$")]
 _MapIndex = Annotated[
     int, Query(ge=-1, lt=2**31, description="Which one of a mapped task; -1 for a task that is not mapped.")
 ]
@@ -48,10 +47,11 @@ def in_transaction(work: Callable[[Session], _T], *, again: bool = True) -> _T:
     for attempt in run_with_db_retries(MAX_DB_RETRIES if again else 1):
         with attempt, create_session(scoped=False) as session:
             result = work(session)
+    metrics.were_committed(session)
     return result
 
 
-def wait_of(dag_id: _Name, run_id: _Name, task_id: _Name, map_index: _MapIndex = -1) -> Wait:
+def wait_of(dag_id: Name, run_id: Name, task_id: Name, map_index: _MapIndex = -1) -> Wait:
     """Return the wait that the address names."""
     return Wait(dag_id, run_id, task_id, map_index)
 

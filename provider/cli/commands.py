@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import uuid
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, TypeVar
@@ -91,9 +92,15 @@ def send_event(args: argparse.Namespace) -> None:
         payload = json.loads(text)
     except ValueError as error:
         raise SystemExit(f"The payload is no JSON: {error}") from None
+    event_id = uuid.uuid4().hex
     receipt = _in_inbox(
         lambda session: inbox.send(
-            session, Wait(*_key(args)), payload, by=getuser(), idempotency_key=args.idempotency_key
+            session,
+            Wait(*_key(args)),
+            payload,
+            by=getuser(),
+            event_id=event_id,
+            idempotency_key=args.idempotency_key,
         )
     )
     print("The wait has it" if receipt.status == "delivered" else "It is kept until the wait begins")
@@ -112,10 +119,10 @@ def reject_wait(args: argparse.Namespace) -> None:
 
 def _in_inbox(work: Callable[[Session], _T]) -> _T:
     from airflow_events.api.refusals import Refusal
+    from airflow_events.api.requests import in_transaction
 
     try:
-        with create_session() as session:
-            return work(session)
+        return in_transaction(work)
     except Refusal as refusal:
         raise SystemExit(str(refusal)) from None
 

@@ -20,6 +20,7 @@ from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires
 from airflow.api_fastapi.logging.decorators import action_logging
 from airflow.models.dag import DagModel
 from airflow_events import waits
+from airflow_events.waits.tables import Name
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
 
 router = APIRouter(tags=["Waits"])
@@ -29,8 +30,6 @@ _NOT_LOGGED_IN: dict[int | str, dict[str, Any]] = {
     403: {"description": "Not permitted"},
 }
 _WAIT = "/api/waits/{dag_id}/{run_id}/{task_id}/{map_index}"
-# Airflow's columns for names are of this length, and PostgreSQL refuses a NUL in a text.
-Name = Annotated[str, Path(max_length=250, pattern=r"^[^\x00]+$")]
 Filter = Annotated[str | None, Query(max_length=250, pattern=r"^[^\x00]*$")]
 MapIndex = Annotated[int, Path(ge=-1, lt=2**31, description="-1 for a task that is not mapped")]
 

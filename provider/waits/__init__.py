@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from airflow_events.waits.detail import Detail, Step, Try, show
 from airflow_events.waits.forgetting import Forgotten, forget
-from airflow_events.waits.listing import Order, Page, Stage, Summary, find
+from airflow_events.waits.listing import Counted, Order, Page, Stage, Summary, count, find
 
 __all__ = [
+    "Counted",
     "Detail",
     "Forgotten",
     "Order",
@@ -20,6 +21,7 @@ __all__ = [
     "Step",
     "Summary",
     "Try",
+    "count",
     "find",
     "forget",
     "show",

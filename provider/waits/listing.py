@@ -118,6 +118,19 @@ class Page:
     more: bool
 
 
+@dataclass(frozen=True)
+class Counted:
+    """
+    How many waits there are.
+
+    :param open: by the name of their listener; of mapped waits that is ``WaitForEventOperator``.
+    :param uncommitted: whose event is recorded and not committed.
+    """
+
+    open: dict[str, int]
+    uncommitted: int
+
+
 def find(
     session: Session,
     stage: Stage,
@@ -152,6 +165,15 @@ def find(
     ).all()
     total = None if stage is Stage.ENDED else _count(session, where)
     return Page(_summaries(session, stage, rows[:limit]), total, len(rows) > limit)
+
+
+def count(session: Session) -> Counted:
+    """Count the waits."""
+    listener = func.coalesce(TaskInstance.custom_operator_name, tables.OPERATOR)
+    waiting = session.execute(
+        _joined(select(listener, func.count())).where(*_in_stage(Stage.OPEN)).group_by(listener)
+    )
+    return Counted(dict(waiting.tuples().all()), _count(session, _in_stage(Stage.RECORDED)))
 
 
 def one(session: Session, key: Key) -> Summary | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
@@ -11,12 +11,16 @@ from airflow.models.xcom import XComModel
 from airflow.utils.state import TaskInstanceState as State
 from airflow_events.listeners.commit import Phase
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
+from pydantic import StringConstraints
 from sqlalchemy import and_, exists, or_, select, union_all, update
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql import ColumnElement, Select
 
 Key = tuple[str, str, str, int]
 """``dag_id``, ``run_id``, ``task_id``, ``map_index``."""
+
+Name = Annotated[str, StringConstraints(max_length=250, pattern=r"^[^\x00]+$")]
+"""One of the first three in a request: Airflow's columns are that long, and PostgreSQL takes no NUL."""
 
 OPERATOR = "WaitForEventOperator"
 _OUR_TRIGGERS = "airflow_events.triggers."

@@ -55,6 +55,9 @@ with DAG("http", schedule=None, catchup=False, params={"key": "nobody"}):
 with DAG("http_one", schedule=None, catchup=False, params={"key": "nobody"}):
     gather(wait("wait", "{{ params.key }}"))
 
+with DAG("http_with_outlet", schedule=None, catchup=False):
+    gather(wait("wait", of_task={"outlets": [Asset("http_events_test")]}))
+
 with DAG("http_anew", schedule=None, catchup=False):
     gather(wait("wait", of_task={"replay": False}))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ import psutil
 import pytest
 from cells import Stage
 from proof import SETTINGS, furnish, served
+from statsd_receiver import Receiver
 
-from deployment import Deployment, until
+from deployment import Deployment, free_port, until
 from postgres import Postgres
 
 TESTS = Path(__file__).parents[1]
@@ -30,14 +33,21 @@ def postgres(request):
 
 
 @pytest.fixture(scope="session")
-def airflow(request, postgres):
+def receiver():
+    """Whom Airflow sends its metrics."""
+    with Receiver() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def airflow(request, postgres, receiver):
     home = Path(tempfile.mkdtemp(prefix="airflow-events-"))
     keep = request.config.getoption("--keep")
     with contextlib.ExitStack() as stack:
         if not keep:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
         database = postgres.url if postgres else None
-        settings = {**SETTINGS, "events.commit_timeout": "4"}
+        settings = {**SETTINGS, "events.commit_timeout": "4", **receiver.settings}
         variables = stack.enter_context(served())
         deployment = stack.enter_context(
             Deployment(home, database=database, settings=settings, variables=variables)
@@ -50,6 +60,26 @@ def airflow(request, postgres):
         yield deployment
         if keep:
             print(f"\nkept: {home}")
+
+
+@pytest.fixture(scope="session")
+def strict(airflow):
+    """
+    A second API server of the same Airflow. The first one lets everybody in as an admin, this one nobody.
+
+    A user and a viewer can log in with their names as passwords.
+    """
+    passwords = airflow.home / "passwords.json"
+    passwords.write_text(json.dumps({name: name for name in ("ursula", "vera")}))
+    settings = {
+        **airflow.settings,
+        "core.simple_auth_manager_all_admins": "False",
+        "core.simple_auth_manager_users": "ursula:user,vera:viewer",
+        "core.simple_auth_manager_passwords_file": str(passwords),
+    }
+    with dataclasses.replace(airflow, port=free_port(), settings=settings, components={}, _token="") as server:
+        server.start("api-server")
+        yield server
 
 
 @pytest.fixture(autouse=True)

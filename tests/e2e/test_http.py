@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import hashlib
 import hmac
 import json
@@ -13,11 +12,13 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import httpx
+import psutil
 import pytest
 from airflow_events.api.app import create_app
 from airflow_events.page import routes as page
+from gaps import folder
 
-from deployment import Run, free_port, until
+from deployment import Run, until
 
 TIMEOUT = 60
 
@@ -51,22 +52,6 @@ def address(run: Run, task: str) -> str:
 def sender(airflow):
     airflow.api("GET", "/dags?limit=1")
     return Sender(airflow.url, {"Authorization": f"Bearer {airflow._token}"})
-
-
-@pytest.fixture(scope="module")
-def second(airflow):
-    """Another API server on the same database, with users that log in."""
-    passwords = airflow.home / "passwords.json"
-    passwords.write_text(json.dumps({name: name for name in ("ursula", "vera")}))
-    settings = {
-        **airflow.settings,
-        "core.simple_auth_manager_all_admins": "False",
-        "core.simple_auth_manager_users": "ursula:user,vera:viewer",
-        "core.simple_auth_manager_passwords_file": str(passwords),
-    }
-    with dataclasses.replace(airflow, port=free_port(), settings=settings, components={}, _token="") as server:
-        server.start("api-server")
-        yield server
 
 
 def logged_in(server, name):
@@ -262,7 +247,7 @@ def test_keys(airflow, sender):
     assert strict.finished() == brief.finished() == "success"
 
 
-def test_without_a_login_or_the_permission_every_route_refuses(airflow, second, sender):
+def test_without_a_login_or_the_permission_every_route_refuses(airflow, strict, sender):
     run = airflow.run("http_one", {"key": f"who-may-{uuid.uuid4().hex}"})
     run.until_task("wait", "deferred")
     names = {"dag_id": run.dag_id, "run_id": quote(run.run_id), "task_id": "wait", "key": "k", "conn_id": "c"}
@@ -272,7 +257,7 @@ def test_without_a_login_or_the_permission_every_route_refuses(airflow, second, 
         "X-Hub-Signature-256": "sha256=00",
         "Stripe-Signature": "t=1,v1=00",
     }
-    viewer = logged_in(second, "vera").headers
+    viewer = logged_in(strict, "vera").headers
     others = {route.path for route in page.router.routes}  # tests/e2e/test_page.py
     routes = [(m, route.path) for route in create_app().routes for m in route.methods if route.path not in others]
     assert len(routes) >= 6
@@ -283,7 +268,7 @@ def test_without_a_login_or_the_permission_every_route_refuses(airflow, second, 
                 continue  # which is for everybody who is logged in
             answer = httpx.request(
                 method,
-                f"{second.url}/events{path}",
+                f"{strict.url}/events{path}",
                 headers=headers,
                 json={"reason": "none"},
                 params={"token": "forged"} if headers else {},
@@ -292,18 +277,18 @@ def test_without_a_login_or_the_permission_every_route_refuses(airflow, second, 
             assert answer.status_code in (401, 403), f"{method} {path} {headers}: {answer.text}"
     assert run.task_state("wait") == "deferred"
     # Who may edit the task instances of the DAG may send.
-    said(logged_in(second, "ursula").send(run, "wait", 1), 200)
+    said(logged_in(strict, "ursula").send(run, "wait", 1), 200)
     assert run.finished() == "success"
     audit = airflow.api("GET", f"/eventLogs?run_id={quote(run.run_id)}&event=event%20sent")["event_logs"]
     assert [entry["owner"] for entry in audit] == ["ursula"]
 
 
-def test_a_sender_without_an_answer_sends_again(airflow, second, sender):
-    """Whether it hung up itself, or the API server was killed between the commit and the reply."""
-    runs = [airflow.run("http_one") for _ in range(2)]
+def test_a_sender_without_an_answer_sends_again(airflow, strict, sender):
+    """Whether it hung up itself, or the API server was killed before the commit, or between that and the reply."""
+    runs = [airflow.run("http_one") for _ in range(3)]
     for run in runs:
         run.until_task("wait", "deferred")
-    ursula = logged_in(second, "ursula")
+    ursula = logged_in(strict, "ursula")
     with pytest.raises(httpx.TimeoutException):
         httpx.post(
             f"{ursula.url}/events{address(runs[0], 'wait')}",
@@ -313,11 +298,22 @@ def test_a_sender_without_an_answer_sends_again(airflow, second, sender):
         )
     said(ursula.send(runs[0], "wait", "once", key="k"), 200)
 
+    (airflow.home / "kill-before-the-commit").touch()
+    with pytest.raises(httpx.TransportError):
+        ursula.send(runs[2], "wait", "once", key="k")
+    assert not (airflow.home / "kill-before-the-commit").exists()
+    strict.components["api-server"].kill()
+    assert runs[2].task_state("wait") == "deferred"
+    assert runs[2].xcom("wait", "event_record") is None
+    strict.restart("api-server")
+    until(strict.answers, "the second API server answers again")
+    said(ursula.send(runs[2], "wait", "once", key="k"), 200)
+
     (airflow.home / "kill-before-the-reply").touch()
     with pytest.raises(httpx.TransportError):
         ursula.send(runs[1], "wait", "once", key="k")
     assert not (airflow.home / "kill-before-the-reply").exists()
-    second.components["api-server"].kill()
+    strict.components["api-server"].kill()
     try:
         # Another API server, for which the transaction has decided as well.
         first = said(sender.send(runs[1], "wait", "once", key="k"), 200)
@@ -327,8 +323,83 @@ def test_a_sender_without_an_answer_sends_again(airflow, second, sender):
             assert run.finished() == "success"
             assert run.xcom("gather") == ["once"]
     finally:
-        second.restart("api-server")
-        until(second.answers, "the second API server answers again")
+        strict.restart("api-server")
+        until(strict.answers, "the second API server answers again")
+
+
+@pytest.mark.parametrize("gap", ["worker-resumed", "worker-succeeded"])
+def test_a_worker_that_dies_between_record_and_delivery(airflow, sender, gap):
+    """The next try delivers the event that the API server recorded, and the wait takes no other."""
+    run = airflow.run("http_with_outlet")
+    run.until_task("wait", "deferred")
+    armed = folder(airflow.home, run.run_id)
+    armed.mkdir()
+    (armed / gap).touch()
+    said(sender.send(run, "wait", "once", key="k"), 200)
+    [reached] = until(lambda: list(armed.glob(f"{gap}.reached.*")), f"a worker stands at {gap}")
+    psutil.Process(int(reached.name.rpartition(".")[2])).kill()
+    said(sender.send(run, "wait", "another"), 409)
+    assert run.finished() == "success"
+    assert run.xcom("gather") == ["once"]
+    assert run.tasks()["wait"]["try_number"] == 2
+    said(sender.send(run, "wait", "once", key="k"), 200)
+
+
+def test_events_that_are_kept_outlive_every_api_server(airflow, strict, sender):
+    key = uuid.uuid4().hex
+    run = airflow.run("http")
+    run.until_task("plain", "deferred")
+    by_address = said(sender.send(run, "later", {"order": 1}, key="k"), 202)
+    by_key = said(sender.post(f"/keys/{key}", "once", headers={"Idempotency-Key": "k"}), 202)
+    for server in (airflow, strict):
+        server.components["api-server"].kill()
+    for server in (airflow, strict):
+        server.restart("api-server")
+    for server in (airflow, strict):
+        until(server.answers, "the API server answers again")
+    assert said(sender.send(run, "later", {"order": 1}, key="k"), 202) == by_address
+    assert said(sender.post(f"/keys/{key}", "once", headers={"Idempotency-Key": "k"}), 202) == by_key
+
+    said(sender.send(run, "plain", 0), 200)
+    first, second = (airflow.run("http_one", {"key": key}) for _ in range(2))
+    run.until_task("later", "success")
+    assert run.xcom("later") == {"order": 1}
+
+    def delivered():
+        return [found for found in (first, second) if found.state == "success"]
+
+    [winner] = until(delivered, "one of the waits gets the event")
+    assert winner.xcom("gather") == ["once"]
+    loser = second if winner == first else first
+    time.sleep(5)  # some passes of the matchers
+    assert loser.task_state("wait") == "deferred"
+    said(sender.send(loser, "wait", "its own"), 200)
+    assert loser.finished() == "success"
+
+
+def test_cancelled_and_the_same_key_again(airflow, sender):
+    """A run that was ended has no hold on its key, and takes nothing from the run that has it next."""
+    key = uuid.uuid4().hex
+    cancelled = airflow.run("http_one", {"key": key})
+    cancelled.until_task("wait", "deferred")
+    until(lambda: cancelled.xcom("wait", "event_key"), "the wait has told its key")
+    airflow.api("PATCH", cancelled.path, {"state": "failed"})
+    cancelled.until_task("wait", "failed", "skipped")
+    said(sender.send(cancelled, "wait", 0), 410)
+    early = said(sender.post(f"/keys/{key}", 1), 202)
+    assert early["waits"] == []
+
+    again = airflow.run("http_one", {"key": key})
+    assert again.finished() == "success"
+    assert again.xcom("gather") == [1]
+    assert cancelled.task_state("wait") in ("failed", "skipped")
+    assert cancelled.xcom("wait", "event_record") is None
+    # Once it is cleared it waits under its key as before.
+    cancelled.clear("wait", "gather")
+    cancelled.until_task("wait", "deferred")
+    assert sender.post(f"/keys/{key}", 2).status_code in (200, 202)
+    assert cancelled.finished() == "success"
+    assert cancelled.xcom("gather") == [2]
 
 
 def test_callback_addresses(airflow, sender):

@@ -13,17 +13,7 @@ import pytest
 from airflow_events.page.routes import router
 
 import browser
-from deployment import Deployment, until
-
-
-@pytest.fixture(scope="module")
-def strict(airflow):
-    """A second API server of the same Airflow. The first one lets everybody in as an admin, this one nobody."""
-    settings = {**airflow.settings, "core.simple_auth_manager_all_admins": "False"}
-    server = Deployment(airflow.home, database=airflow.database, settings=settings, variables=airflow.variables)
-    with server:
-        server.start("api-server")
-        yield server
+from deployment import until
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +116,83 @@ def test_the_terminal_does_what_the_page_does(airflow, base):
     assert run.state_store("wait", "event_record") is None
     with pytest.raises(RuntimeError, match="no task instance that waits"):
         airflow.airflow("events", "show", "one_worker", "nobody", "wait")
+
+
+def test_the_terminal_asks_before_it_forgets(airflow, base):
+    base.send("a")
+    run = airflow.run("one_worker", base.conf)
+    run.finished()
+    forget = ("events", "forget", "one_worker", run.run_id, "wait")
+    with pytest.raises(RuntimeError, match="Nothing was forgotten"):
+        airflow.airflow(*forget, typed="maybe\nn\n")
+    assert run.state_store("wait", "event_record")["phase"] == "committed"
+    assert "Forgotten" in airflow.airflow(*forget, typed="y\n")
+    assert run.state_store("wait", "event_record") is None
+
+
+def test_the_terminal_sends_and_rejects(airflow):
+    run = airflow.run("http")
+    run.until_task("plain", "deferred")
+
+    def send(task, payload, *options, typed=""):
+        return airflow.airflow(
+            "events", "send", "http", run.run_id, *task.split(), "--payload", payload, *options, typed=typed
+        )
+
+    with pytest.raises(RuntimeError, match="The payload is no JSON"):
+        send("plain", "{")
+    with pytest.raises(RuntimeError, match="is not of type 'integer'"):
+        send("later", '{"order": "x"}')
+    with pytest.raises(RuntimeError, match="there is no task instance"):
+        send("nobody", "1")
+    assert "It is kept until the wait begins" in send("later", '{"order": 1}')
+    assert "The wait has it" in send("plain", "-", "--idempotency-key", "k", typed='{"n": 1}')
+    assert "The wait has it" in send("plain", '{"n": 1}', "--idempotency-key", "k")
+    with pytest.raises(RuntimeError, match="has another event"):
+        send("plain", '{"n": 2}')
+    run.until_task("mapped[1]", "deferred")
+    assert "The wait has it" in send("mapped 1", '{"order": 2}')
+    for task in ("plain", "later", "mapped[1]"):
+        run.until_task(task, "success")
+    assert run.xcom("later") == {"order": 1}
+
+    run.until_task("starts_on_worker", "deferred")
+    reject = ("events", "reject", "http", run.run_id, "starts_on_worker", "--reason", "no budget")
+    assert "The task fails now" in airflow.airflow(*reject)
+    assert run.until_task("starts_on_worker", "failed", "up_for_retry", "success") == "failed"
+    assert "no budget" in run.logs("starts_on_worker")
+    with pytest.raises(RuntimeError, match="was rejected"):
+        send("starts_on_worker", "1")
+    audit = airflow.api("GET", f"/eventLogs?dag_id=http&run_id={quote(run.run_id)}&limit=100")["event_logs"]
+    done = [entry["event"] for entry in audit if entry["event"] in ("event sent", "event rejected")]
+    assert sorted(done) == ["event rejected"] + ["event sent"] * 3
+
+
+def test_in_the_browser_a_wait_is_rejected(airflow, strict, chromium, token):
+    run = airflow.run("http_one")
+    run.until_task("wait", "deferred")
+    with browser.logged_in(chromium, strict.url, token("admin")) as page:
+        page.goto(f"{strict.url}/plugin/event-waits")
+        inside = browser.frame(page)
+        inside.locator("#search").fill(run.run_id)
+        inside.get_by_text("of 1", exact=False).wait_for()
+        inside.locator("tbody a").click()
+        inside.locator("#reject").click()
+        inside.locator("#reject-yes").click()  # without a reason
+        assert inside.locator("#reject-dialog").is_visible()
+        inside.locator("#reason").fill("nobody")
+        inside.locator("#cancel").click()
+        inside.locator("#reject-dialog").wait_for(state="detached")
+        assert run.task_state("wait") == "deferred"
+        assert run.xcom("wait", "event_record") is None
+        inside.locator("#reject").click()
+        inside.locator("#reason").fill("the order was withdrawn")
+        inside.locator("#reject-yes").click()
+        inside.get_by_text("by a admin: the order was withdrawn").first.wait_for()
+        assert run.finished() == "failed"
+        assert run.tasks()["wait"]["try_number"] == 1  # though it has retries
+        inside.get_by_text("Ended: failed").wait_for()
+        assert page.problems == []
 
 
 def test_in_the_browser_a_wait_is_found_opened_sent_an_event_and_forgotten(airflow, strict, chromium, token):

@@ -1,0 +1,100 @@
+"""Metrics with Airflow's own StatsD client and a real socket; each process reads Airflow's settings once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from statsd_receiver import Receiver
+
+from deployment import until
+
+SETTLE = """
+import asyncio, sys, time
+from airflow_events import metrics
+from airflow_events.errors import EventLost
+from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.commit import delivered, settle
+
+class Store:
+    record = None
+    async def read(self): return self.record
+    async def write(self, record): self.record = record
+    async def drop(self, record): self.record = None
+
+class Source(EventListener):
+    raises = []
+    async def poll_for_event(self): ...
+    async def event_checkpointed(self, event):
+        if self.raises:
+            raise self.raises.pop(0)
+
+async def once(*raises):
+    Source.raises = list(raises)
+    wait, arrived = Wait("orders", "run", "wait"), time.time() - 2
+    try:
+        await settle(Source, wait, store := Store(), "event", arrived=arrived)
+    except EventLost:
+        return
+    delivered(Source, wait, arrived)
+    await settle(Source, wait, store, "event")  # a replay is nothing new
+
+for raises in ([], [ConnectionError("away"), ConnectionError("away")], [EventLost("gone")]):
+    asyncio.run(once(*raises))
+"""
+
+
+def run(code: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    variables = {f"AIRFLOW__{key.replace('.', '__').upper()}": value for key, value in settings.items()}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@pytest.fixture
+def receiver():
+    with Receiver() as receiver:
+        yield receiver
+
+
+def test_what_becomes_of_an_event_is_told(receiver):
+    run(SETTLE, **receiver.settings)
+    tags = {"dag_id": "orders", "listener": "Source"}
+    expected = {
+        "events.recorded": 3,
+        "events.committed": 2,
+        "events.commit_failed": 2,
+        "events.lost": 1,
+        "events.time_to_record": 3,
+        "events.time_to_delivery": 2,
+    }
+    until(lambda: len(receiver.of("events.time_to_delivery")) == 2, "all has come", 10)
+    assert {name: len(receiver.of(name, **tags)) for name in expected} == expected
+    assert {metric.kind for metric in receiver.of("events.recorded")} == {"c"}
+    assert {metric.kind for metric in receiver.of("events.time_to_record")} == {"ms"}
+    assert all(metric.value >= 2000 for metric in receiver.of("events.time_to_record"))
+
+
+def test_where_metrics_are_off_nothing_of_them_is_loaded():
+    done = run(
+        f"{SETTLE}\nassert not metrics.are_on(); assert metrics._stats.cache_info().misses == 0\n"
+        "from airflow.sdk._shared.observability.metrics import stats\n"
+        "print(type(stats._backend).__name__, stats._registry)",
+    )
+    # What Airflow itself makes of it, and its register of names, which it reads with the first metric.
+    assert done.stdout.split() in (["NoStatsLogger", "None"], ["NoneType", "None"]), done.stdout
+
+
+def test_a_metric_that_cannot_be_sent_harms_nothing():
+    done = run(
+        "from airflow_events import metrics\nmetrics.count(metrics.LOST, dag_id='a')\nprint('went on')",
+        **{"metrics.statsd_on": "True", "metrics.statsd_custom_client_path": "nobody.Nothing"},
+    )
+    assert done.stdout.strip().endswith("went on")
+    assert "A metric could not be sent" in done.stdout + done.stderr
