@@ -15,6 +15,7 @@ from airflow_events.api.refusals import Refusal
 from airflow_events.page import routes as page
 from airflow_events.provider_info import VERSION
 from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 
@@ -38,6 +39,7 @@ def create_app() -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(DBAPIError, _database_busy)
+    app.add_exception_handler(RequestValidationError, _invalid)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(get_user)])
     def openapi(request: Request) -> dict[str, Any]:
@@ -51,6 +53,13 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refusal)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse({"detail": str(error)}, error.status, headers)
+
+
+def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong as FastAPI does, without what was sent: it may be long, or no text that can be sent back."""
+    assert isinstance(error, RequestValidationError)
+    shown = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()]
+    return JSONResponse({"detail": shown}, 422)
 
 
 def _database_busy(request: Request, error: Exception) -> JSONResponse:

@@ -131,6 +131,8 @@ def test_reject(airflow, sender):
     run = airflow.run("http_one")
     run.until_task("wait", "deferred")
     said(sender.reject(run, "wait", ""), 422)
+    half = {"content": b'{"reason": "\\ud800"}', "headers": {"Content-Type": "application/json"}}
+    said(sender.post(f"{address(run, 'wait')}/reject", **half), 422)
     said(sender.reject(run, "wait", "no budget"), 200)
     said(sender.reject(run, "wait", "no budget"), 200)
     said(sender.send(run, "wait", 1), 410)

@@ -102,12 +102,18 @@ def test_the_open_waits_are_counted(airflow, base, receiver):
     listener = {"listener": "GatedDirectory"}
     until(lambda: last("events.open_waits_by_listener", **listener) == 1, "the wait is counted", 40)
     assert last("events.open_waits") >= 1
-    stood = last("events.uncommitted_waits")
-    base.arm("recorded")
     base.drop("a")
-    base.reached("recorded")
-    until(lambda: last("events.uncommitted_waits") == stood + 1, "its event is recorded and not committed", 40)
-    base.open("recorded")
     assert run.finished() == "success"
     until(lambda: last("events.open_waits_by_listener", **listener) == 0, "it waits no more", 40)
+
+    # One whose source takes no commit until its tries are used up.
+    stood = last("events.uncommitted_waits")
+    (base.path / "failures").write_text("1000")
+    base.send("a")
+    run = airflow.run("failing_commit", base.conf)
+    assert run.finished() == "failed"
+    until(lambda: last("events.uncommitted_waits") == stood + 1, "its event is recorded and not committed", 40)
+    (base.path / "failures").write_text("0")
+    run.clear("wait", "deliver")
+    assert run.finished() == "success"
     until(lambda: last("events.uncommitted_waits") == stood, "it is committed", 40)

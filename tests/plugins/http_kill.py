@@ -2,7 +2,7 @@
 An API server that dies just before it commits an event, or between the commit and its reply.
 
 This is a plugin for the Airflow of the tests. Where that has a file ``kill-before-the-commit`` or
-``kill-before-the-reply``, the API server that comes there next with an event for a wait removes the file and is gone.
+``kill-before-the-reply``, the API server that comes there next with an event for a wait removes it and is gone.
 """
 
 from __future__ import annotations
