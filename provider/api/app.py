@@ -56,7 +56,7 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
 
 
 def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Say what is wrong as FastAPI does, without what was sent: it may be long, or no text that can be sent back."""
+    """Say what is wrong as FastAPI does, without what was sent: that may be long, or no text to be sent back."""
     assert isinstance(error, RequestValidationError)
     shown = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()]
     return JSONResponse({"detail": shown}, 422)
