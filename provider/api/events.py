@@ -17,9 +17,11 @@ from airflow_events.api.requests import (
     UserName,
     answers,
     in_transaction,
+    json_of,
 )
 from fastapi import APIRouter, Depends, Response, status
-from pydantic import BaseModel, Field, StringConstraints
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 may_edit_tasks = Depends(requires_access_dag("PUT", DagAccessEntity.TASK_INSTANCE))
 
@@ -42,6 +44,17 @@ class Rejection(BaseModel):
     """Why there will be no event."""
 
     reason: Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=r"^[^\x00]+$")]
+
+
+def rejection_of(payload: Payload) -> Rejection:
+    """Return what the body says; read by hand, so that it has the limits of an event's."""
+    try:
+        return Rejection.model_validate(payload)
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+
+
+TheRejection = Annotated[Rejection, Depends(rejection_of)]
 
 
 class Rejected(BaseModel):
@@ -89,10 +102,11 @@ def send(
     response_description="The task fails.",
     responses={
         202: {"model": Rejected, "description": "The task fails when it begins."},
-        **answers(401, 403, 404, 409, 410, 422, 503),
+        **answers(400, 401, 403, 404, 409, 410, 413, 415, 422, 503),
     },
+    openapi_extra=json_of(Rejection.model_json_schema(), "Why."),
 )
-def reject(wait: TheWait, by: UserName, rejection: Rejection, response: Response) -> Rejected:
+def reject(wait: TheWait, by: UserName, rejection: TheRejection, response: Response) -> Rejected:
     """Fail the wait with a reason, without another try. A clear makes it wait anew."""
     outcome = in_transaction(lambda session: inbox.reject(session, wait, rejection.reason, by=by))
     response.status_code = _code(outcome)

@@ -120,14 +120,14 @@ async def json_body(request: Request) -> Any:
 
 Payload = Annotated[Any, Depends(json_body)]
 
-# FastAPI cannot know it: the body is read by hand, because it has a limit and may be any JSON.
-ANY_JSON: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": "The event: any JSON.",
-        "content": {"application/json": {"schema": {}}},
-    }
-}
+
+def json_of(schema: dict[str, Any], description: str) -> dict[str, Any]:
+    """Describe a body for OpenAPI. FastAPI cannot know it: bodies are read by hand, because they have a limit."""
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+ANY_JSON = json_of({}, "The event: any JSON.")
 
 
 def _refuse(constant: str) -> float:

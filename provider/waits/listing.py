@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -169,11 +170,13 @@ def find(
 
 def count(session: Session) -> Counted:
     """Count the waits."""
-    listener = func.coalesce(TaskInstance.custom_operator_name, tables.OPERATOR)
-    waiting = session.execute(
+    listener, waiting = TaskInstance.custom_operator_name, Counter[str]()
+    rows = session.execute(
         _joined(select(listener, func.count())).where(*_in_stage(Stage.OPEN)).group_by(listener)
     )
-    return Counted(dict(waiting.tuples().all()), _count(session, _in_stage(Stage.RECORDED)))
+    for name, number in rows:
+        waiting[name or tables.OPERATOR] += number
+    return Counted(dict(waiting), _count(session, _in_stage(Stage.RECORDED)))
 
 
 def one(session: Session, key: Key) -> Summary | None:

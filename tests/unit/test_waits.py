@@ -204,6 +204,16 @@ def test_it_is_paged_sorted_and_filtered_and_null_is_last(airflow):
     assert airflow.found(Stage.OPEN, listener="AB1") == [late]
 
 
+def test_open_waits_are_counted_by_listener_and_those_that_are_not_committed(airflow):
+    for name in ("Queue", "Queue", "Timer", "WaitForEventOperator", None):
+        airflow.deferred(custom_operator_name=name)
+    airflow.task("success", custom_operator_name="Queue", end_date=NOW)
+    airflow.task("running", operator="BashOperator", custom_operator_name="BashOperator")
+    airflow.record(airflow.deferred(custom_operator_name="Queue"))
+    counted = waits.count(airflow.session)
+    assert counted == waits.Counted({"Queue": 2, "Timer": 1, "WaitForEventOperator": 2}, uncommitted=1)
+
+
 def test_only_waits_of_the_dags_that_one_may_see(airflow):
     mine, theirs = airflow.deferred(dag_id="mine"), airflow.deferred(dag_id="theirs")
     airflow.record(theirs)
