@@ -74,7 +74,7 @@ def test_of_events_over_http(airflow, told):
 
     listener = {"listener": "HttpListener"}
     post(task("later"), {"order": "misfit"}, 422)
-    assert told() == {}
+    assert told(dag_id="http") == {}
     post(task("later"), {"order": 1}, 202)
     expected = {"recorded": 1, "kept": 1, "time_to_record": 1}
     until(lambda: told(**listener, dag_id="http") == expected, "the early event is told", 20)

@@ -191,7 +191,7 @@ def test_in_the_browser_a_wait_is_rejected(airflow, strict, chromium, token):
         inside.get_by_text("by a admin: the order was withdrawn").first.wait_for()
         assert run.finished() == "failed"
         assert run.tasks()["wait"]["try_number"] == 1  # though it has retries
-        inside.get_by_text("Ended: failed").wait_for()
+        inside.get_by_text("Ended: failed").first.wait_for()
         assert page.problems == []
 
 
