@@ -17,7 +17,7 @@ import pendulum
 @dataclass(frozen=True)
 class Wait:
     """
-    One task instance that waits for one event.
+    One task instance that waits for one event, or one place in the list of a task that waits for many.
 
     It is the same wait over all tries and clears of the task instance.
 
@@ -25,6 +25,7 @@ class Wait:
     :param run_start: when the run started, in UTC; None where Airflow does not know (a run that was
         marked as finished before it started).
     :param timezone: the DAG's time zone, as pendulum names it: ``UTC``, ``Europe/Berlin``, ``+02:00``.
+    :param index: which of the events of its task it waits for; None if that is the only one.
     """
 
     dag_id: str
@@ -33,16 +34,18 @@ class Wait:
     map_index: int = -1
     run_start: datetime | None = None
     timezone: str = "UTC"
+    index: int | None = None
 
     @property
     def id(self) -> str:
         """
-        The wait's name at a source: ``dag_id/run_id/task_id/map_index``.
+        The wait's name at a source: ``dag_id/run_id/task_id/map_index``, and ``#index`` if its task has many.
 
         Claims are held under it, so its format is frozen: a wait that an upgrade would rename loses
         the claims that it holds.
         """
-        return f"{self.dag_id}/{self.run_id}/{self.task_id}/{self.map_index}"
+        task = f"{self.dag_id}/{self.run_id}/{self.task_id}/{self.map_index}"
+        return task if self.index is None else f"{task}#{self.index}"
 
     @property
     def tz(self) -> tzinfo:

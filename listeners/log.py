@@ -89,9 +89,9 @@ class LogHub(Hub[Watcher], Generic[_P]):
         self._index.remove(seeker, seeker.match)
 
     async def serve(self) -> None:
-        if new := [watcher for watcher in self._new if not watcher.done]:
-            await self._begin(new)
-        self._new = [watcher for watcher in self._new if not watcher.done and watcher not in set(new)]
+        if new := {watcher: None for watcher in self._new if not watcher.done}:
+            await self._begin(list(new))
+        self._new = [watcher for watcher in self._new if not watcher.done and watcher not in new]
         if self._position is None:
             return
         self._position, messages = await self.read(self._position)

@@ -19,7 +19,7 @@ class Resource(Protocol):
 
 _R = TypeVar("_R", bound=Resource)
 _C = TypeVar("_C")
-_open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, tuple[Any, list[object]]]] = WeakKeyDictionary()
+_open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, tuple[Any, set[object]]]] = WeakKeyDictionary()
 
 
 @contextlib.asynccontextmanager
@@ -31,10 +31,10 @@ async def shared(key: Hashable, make: Callable[[], _R]) -> AsyncIterator[_R]:
     """
     resources = _open.setdefault(asyncio.get_running_loop(), {})
     if key not in resources:
-        resources[key] = (make(), [])
+        resources[key] = (make(), set())
     resource, users = resources[key]
     user = object()
-    users.append(user)
+    users.add(user)
     try:
         yield resource
     finally:

@@ -28,12 +28,13 @@ def needs_worker_to_start(task: WaitForEventOperator) -> str | None:
 
     Mapped tasks start on workers in Airflow 3.3, whatever this says.
     """
-    arguments = [task.listener_args, task.listener_kwargs]
+    arguments = [getattr(task, field) for field in task.template_fields]
+    literals = [task.default if task.has_default else None, *([] if task.arguments_as_text else arguments)]
     if not is_importable(task.listener):
         return f"the triggerer cannot import {task.listener.__qualname__}, which is defined beside the DAG"
     if any(XComArg.iter_xcom_references(arguments)):
         return "its arguments hold the output of another task"
-    if not _kept_by_the_serialized_dag([*arguments, task.default if task.has_default else None]):
+    if not _kept_by_the_serialized_dag(literals):
         return "its arguments or its default hold a value that a serialized DAG does not keep"
     if _has_template(arguments) and _renders_only_on_workers(task):
         return "its templates may use the DAG's own macros, filters or environment, which only workers have"
@@ -53,6 +54,19 @@ def needs_worker_to_finish(task: WaitForEventOperator, *, started_on_worker: boo
     Where a plugin listens to task states, which it would miss, the trigger adds to this that every wait
     finishes on a worker.
     """
+    if why := needs_worker_to_record(task, started_on_worker=started_on_worker):
+        return why
+    if task.outlets:
+        return "it has outlets, which only workers register"
+    if _runs_after(task):
+        return "it has a post_execute, which only workers run"
+    if task.multiple_outputs:
+        return "it has multiple_outputs, which only workers push"
+    return None
+
+
+def needs_worker_to_record(task: WaitForEventOperator, *, started_on_worker: bool) -> str | None:
+    """Say why what was polled can be recorded only by a worker, or return None if the trigger can."""
     listener = task.listener
     if commits(listener) and not listener.repeatable_poll:
         return f"a second triggerer might poll another event of {listener.__qualname__}, and one is committed"
@@ -60,12 +74,6 @@ def needs_worker_to_finish(task: WaitForEventOperator, *, started_on_worker: boo
         return "it started on a worker, and what a trigger records is lost when such a task is cleared"
     if not task.replay:
         return "replay=False needs to know of clears, which a trigger does not"
-    if task.outlets:
-        return "it has outlets, which only workers register"
-    if _runs_after(task):
-        return "it has a post_execute, which only workers run"
-    if task.multiple_outputs:
-        return "it has multiple_outputs, which only workers push"
     return None
 
 

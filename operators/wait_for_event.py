@@ -20,7 +20,7 @@ from airflow.sdk.exceptions import (
 )
 from airflow.triggers.base import StartTriggerArgs
 from airflow_events import settings
-from airflow_events.errors import EventLost, EventNotSerializable, EventRejected
+from airflow_events.errors import EventLost, EventNotSerializable, EventRejected, UnknownOutcome
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, describe
 from airflow_events.listeners.commit import Phase, Record, delivered, release, settle
@@ -105,6 +105,9 @@ class WaitForEventOperator(BaseOperator):
     ui_color = "#d9ead3"
     ui_fgcolor = "#1f3d1f"
     custom_operator_name = _ListenerName()
+    trigger_class: ClassVar[type[EventTrigger]] = EventTrigger
+    arguments_as_text: ClassVar[bool] = False
+    """Whether the trigger gets the arguments as text, which a serialized DAG keeps whatever they are."""
     start_from_trigger = _StartFromTrigger()
     start_trigger_args = _StartFromTrigger()
 
@@ -194,23 +197,30 @@ class WaitForEventOperator(BaseOperator):
                 self._defer(context)  # cleared, or forgotten, since
                 return None
             case outcome.TimedOut(deadline):
-                if (stored := self._recorded(context)) is not None:  # by a second triggerer, just in time
-                    return self._finish(context, stored.event)
-                return self._time_is_up(deadline)
+                if found := self._in_time(context):  # by a second triggerer
+                    return found[0]
+                return self._time_is_up(deadline, context)
+            case other:
+                raise UnknownOutcome(f"{type(other).__name__} is for a task that waits for many events")
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Go on after a deferral, also if Airflow ended it because no triggerer was there in time."""
         try:
             return super().resume_execution(next_method, next_kwargs, context)
         except TaskDeferralTimeout:
-            if (stored := self._recorded(context)) is not None:
-                return self._finish(context, stored.event)
+            if found := self._in_time(context):
+                return found[0]
             deadline = self._record(context).noted_deadline()
             if deadline is None or deadline > datetime.now(timezone.utc):
                 raise  # not the wait's timeout, but the task's execution_timeout
             # What a triggerer claimed that has died, or stands still since.
             self._release(context, None)
-            return self._time_is_up(deadline)
+            return self._time_is_up(deadline, context)
+
+    def _in_time(self, context: Context) -> list[Any]:
+        """Return what is delivered in a list, if it was recorded just before the time was up, or an empty one."""
+        stored = self._recorded(context)
+        return [] if stored is None else [self._finish(context, stored.event)]
 
     def _recorded(self, context: Context) -> Record | None:
         """
@@ -250,7 +260,7 @@ class WaitForEventOperator(BaseOperator):
         delivered(self.listener, wait, arrived)
         return event
 
-    def _time_is_up(self, deadline: datetime) -> Any:
+    def _time_is_up(self, deadline: datetime, context: Context) -> Any:
         message = f"No event of {self.listener.__qualname__} came until {deadline.isoformat(timespec='seconds')}"
         if self.has_default:
             self.log.info("%s; delivering the default", message)
@@ -292,7 +302,7 @@ class WaitForEventOperator(BaseOperator):
             now = datetime.now(timezone.utc)
             deadline = self._record(context).deadline(self.timeout, now)
             left = max(deadline - now, timedelta()) + _GRACE
-        trigger = EventTrigger(
+        trigger = self.trigger_class(
             listener=reference.name(self.listener)
             if reference.is_importable(self.listener)
             else reference.by_value(self.listener),
@@ -314,11 +324,11 @@ class WaitForEventOperator(BaseOperator):
             task_id=ti.task_id,
             map_index=ti.map_index if ti.map_index is not None else -1,
             run_start=context["dag_run"].start_date,
-            timezone=_timezone_name(self),
+            timezone=timezone_name(self),
         )
 
     def _trigger_arguments(self, *, started_on_worker: bool) -> dict[str, Any]:
-        zone = Wait("", "", "", timezone=_timezone_name(self)).tz
+        zone = Wait("", "", "", timezone=timezone_name(self)).tz
         return {
             "listener_args": serde.localized(self.listener_args, zone),
             "listener_kwargs": serde.localized(self.listener_kwargs, zone),
@@ -335,7 +345,7 @@ class WaitForEventOperator(BaseOperator):
         if not self._starts_in_triggerer():
             return None
         return StartTriggerArgs(
-            trigger_cls=f"{EventTrigger.__module__}.{EventTrigger.__name__}",
+            trigger_cls=f"{self.trigger_class.__module__}.{self.trigger_class.__name__}",
             trigger_kwargs={
                 "listener": reference.name(self.listener),
                 "timeout": self.timeout.total_seconds() if self.timeout else None,
@@ -410,7 +420,8 @@ def _refuse_pickle(listener: type[EventListener]) -> None:
         )
 
 
-def _timezone_name(task: BaseOperator) -> str:
+def timezone_name(task: BaseOperator) -> str:
+    """Return the name of the task's DAG's time zone."""
     return str(getattr(task.dag.timezone, "name", "UTC")) if task.has_dag() else "UTC"
 
 

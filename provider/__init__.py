@@ -10,8 +10,17 @@ if TYPE_CHECKING:
     from airflow_events.api.callback import callback_url
     from airflow_events.listeners.base import EventListener, Wait, current_wait
     from airflow_events.operators.wait_for_event import wait_for_event
+    from airflow_events.operators.wait_for_events import wait_for_events
 
-__all__ = ["__version__", "EventListener", "Wait", "callback_url", "current_wait", "wait_for_event"]
+__all__ = [
+    "__version__",
+    "EventListener",
+    "Wait",
+    "callback_url",
+    "current_wait",
+    "wait_for_event",
+    "wait_for_events",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from airflow_events.operators import wait_for_event as module
 
         return module.wait_for_event
+    if name == "wait_for_events":
+        from airflow_events.operators import wait_for_events as many
+
+        return many.wait_for_events
     if name == "callback_url":
         from airflow_events.api.callback import callback_url
 

@@ -60,6 +60,24 @@ class CommitFailed(EventsError):
         self.attempts = attempts
 
 
+class ArgumentsChanged(EventsError):
+    """
+    A task that waits for many events has recorded one for other arguments than are at its place now.
+
+    Its source may have forgotten that event, so it is not dropped for this.
+
+    :ivar index: of the event.
+    """
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__(
+            f"event {index} was recorded for other arguments than the list of {count} has there now. An event "
+            "that was taken belongs to its place in the list: let the list be as it was (the same order, no "
+            "template of the current time), or forget what is recorded, and clear the task"
+        )
+        self.index = index
+
+
 class ListenerUnavailable(EventsError):
     """The listener cannot be had in this process: not importable, or pickled by another Python."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
@@ -24,6 +25,8 @@ from airflow_events.triggers.watchdog import timed
 if TYPE_CHECKING:
     import jinja2
     from airflow.sdk.definitions.context import Context
+
+log = logging.getLogger(__name__)
 
 # In which states the task instance is nobody's to wait for any more.
 _ENDED = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
@@ -287,23 +290,10 @@ class EventTrigger(BaseTrigger):
 
     async def _poll_and_check(self, listener: type[EventListener], has_portal: bool) -> Any:
         await inherit_portal(has_portal)
-        threshold = conf.getfloat("triggerer", "blocked_main_thread_warning_threshold", fallback=0.2)
-
-        def blocked(seconds: float) -> None:
-            self.log.warning(
-                "%s.poll_for_event has blocked the triggerer for %.2f seconds, and with it every other "
-                "trigger; use the source's async client, or asyncio.to_thread",
-                listener.__qualname__,
-                seconds,
-            )
-
-        poll = listener().poll_for_event(*self.listener_args, **self.listener_kwargs)
-        event = await timed(poll, threshold, blocked)
+        event = await poll_once(listener, self.listener_args, self.listener_kwargs, blocking_threshold())
         self._arrived = time.time()
         self._polled = [event]
-        serde.check(event)
-        # As it will be read from the record, so that a replay delivers what the first delivery did.
-        return serde.decode(serde.encode(event))
+        return as_recorded(event)
 
     def _remaining(self) -> float:
         return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
@@ -387,6 +377,35 @@ def _let_go_of_the_dag(context: Context) -> None:
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+def blocking_threshold() -> float:
+    """Return for how many seconds a step of a poll may take before that is logged."""
+    return float(conf.getfloat("triggerer", "blocked_main_thread_warning_threshold", fallback=0.2))
+
+
+async def poll_once(listener: type[EventListener], args: Any, kwargs: Any, threshold: float) -> Any:
+    """Return what a fresh listener polls; that it blocks the loop for longer than ``threshold`` is logged."""
+
+    def blocked(seconds: float) -> None:
+        log.warning(
+            "%s.poll_for_event has blocked the triggerer for %.2f seconds, and with it every other "
+            "trigger; use the source's async client, or asyncio.to_thread",
+            listener.__qualname__,
+            seconds,
+        )
+
+    return await timed(listener().poll_for_event(*args, **kwargs), threshold, blocked)
+
+
+def as_recorded(event: Any) -> Any:
+    """
+    Return an event as it will be read from the record, so that a replay delivers what the first delivery did.
+
+    :raises EventNotSerializable: it cannot be recorded.
+    """
+    serde.check(event)
+    return serde.decode(serde.encode(event))
 
 
 def airflow_has_listeners() -> bool:

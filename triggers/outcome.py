@@ -23,6 +23,18 @@ class Arrived:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Some of the events that a task waits for, by their indexes, for the worker to record and commit."""
+
+    events: dict[int, Any]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All events are recorded and committed; the worker finds them among the task's XComs."""
+
+
+@dataclass(frozen=True)
 class TimedOut:
     """The wait's time was up before an event came."""
 
@@ -34,7 +46,7 @@ class Rejected:
     """Somebody has rejected the wait; the record says who, and why."""
 
 
-Outcome = Arrived | TimedOut | Rejected
+Outcome = Arrived | Batch | Gathered | TimedOut | Rejected
 
 
 def encode(outcome: Outcome) -> dict[str, Any]:
@@ -51,7 +63,9 @@ def encode(outcome: Outcome) -> dict[str, Any]:
             more = {} if at is None else {"at": at}
         case TimedOut(deadline):
             value = deadline
-        case Rejected():
+        case Batch(events):
+            value = list(events.items())
+        case Gathered() | Rejected():
             value = None
     return {"outcome": type(outcome).__name__, "value": serde.encode(value), **more}
 
@@ -67,9 +81,13 @@ def decode(payload: Any) -> Outcome:
             return Arrived(serde.decode(value), payload.get("at"))
         case {"outcome": "TimedOut", "value": str(value)}:
             return TimedOut(serde.decode(value))
+        case {"outcome": "Batch", "value": str(value)}:
+            return Batch(dict(serde.decode(value)))
+        case {"outcome": "Gathered"}:
+            return Gathered()
         case {"outcome": "Rejected"}:
             return Rejected()
     raise UnknownOutcome(
-        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived, TimedOut and Rejected; "
-        "run one version of airflow-provider-events in triggerers and workers"
+        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived, Batch, Gathered, "
+        "TimedOut and Rejected; run one version of airflow-provider-events in triggerers and workers"
     )

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -57,9 +57,9 @@ class Wanted:
             raise ValueError(f"pattern is for names in the directory itself, not {pattern!r}")
         return cls(pattern, seconds, done_marker)
 
-    def matching(self, names: Iterable[str]) -> set[str]:
+    def matching(self, names: Set[str]) -> set[str]:
         if not any(special in self.pattern for special in "*?["):
-            return {self.pattern} & set(names)
+            return {self.pattern} if self.pattern in names else set()
         matches = re.compile(fnmatch.translate(self.pattern)).match
         hidden = self.pattern.startswith(".")
         return {name for name in names if matches(name) and (hidden or not name.startswith("."))}
@@ -192,7 +192,7 @@ class Hub:
             if seen is None or seen.identity != identity_of(stat):
                 seen = _Seen(stat, identity_of(stat), now)
             self._seen[name] = seen
-        fresh = [name for name in files if name not in before]
+        fresh = files.keys() - before.keys()
         candidates = await asyncio.to_thread(self._match, list(self._seekers), fresh)
         next_look = settings.directory_rescan_interval()
         for wanted, names in candidates.items():
@@ -213,11 +213,11 @@ class Hub:
             self._candidates.pop(wanted, None)
         return next_look
 
-    def _match(self, patterns: list[Wanted], fresh: list[str]) -> dict[Wanted, set[str]]:
+    def _match(self, patterns: list[Wanted], fresh: set[str]) -> dict[Wanted, set[str]]:
         self._candidates = {
             wanted: (self._candidates[wanted] & self._seen.keys()) | wanted.matching(fresh)
             if wanted in self._candidates
-            else wanted.matching(self._seen)
+            else wanted.matching(self._seen.keys())
             for wanted in patterns
         }
         return self._candidates

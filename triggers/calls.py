@@ -1,0 +1,96 @@
+"""What a task that waits for many events waits for, and what it delivers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from airflow_events.listeners import serde
+from airflow_events.listeners.base import describe
+
+
+@dataclass(frozen=True)
+class Calls:
+    """
+    The calls of ``poll_for_event``, one for each event.
+
+    They travel as text, since Airflow would keep each of thousands of arguments as several objects, several times.
+
+    :param arguments: of each: a mapping is its keyword arguments, a list or tuple its positional ones, and
+        anything else its only one.
+    :param common: keyword arguments of all of them.
+    """
+
+    arguments: Sequence[Any]
+    common: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def of(self, index: int) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return the positional and the keyword arguments of one."""
+        argument = self.arguments[index]
+        if isinstance(argument, Mapping):
+            return (), {**self.common, **argument}
+        positional = argument if isinstance(argument, (list, tuple)) else (argument,)
+        return positional, dict(self.common)
+
+    def digest(self, index: int) -> str:
+        """
+        Name the arguments of one, so that a change of them is seen.
+
+        Frozen, since records bear it.
+        """
+        return self._digests[index]
+
+    def describe(self, listener: str) -> str:
+        """Write them in a line."""
+        if not self.arguments:
+            return f"{listener}, of no arguments"
+        args, kwargs = self.of(0)
+        more = f" and {len(self) - 1:,} more" if len(self) > 1 else ""
+        return f"{describe(listener, args, kwargs)}{more}"
+
+    def encode(self) -> str:
+        """Write them as text that `decode` reads."""
+        return serde.encode({"arguments": list(self.arguments), "common": dict(self.common)})
+
+    @classmethod
+    def decode(cls, text: str) -> Calls:
+        """Read what `encode` wrote."""
+        return cls(**serde.decode(text))
+
+    @classmethod
+    def prepared(cls, text: str) -> Calls:
+        """Read what `encode` wrote, and do what takes a while with thousands of them; to be called in a thread."""
+        calls = cls.decode(text)
+        _ = calls._digests
+        return calls
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        common = _digest(dict(self.common), "")
+        return [_digest(argument, common) for argument in self.arguments]
+
+
+def _digest(value: Any, more: str) -> str:
+    text = json.dumps(json.loads(serde.encode(value)), sort_keys=True)
+    return hashlib.blake2b(f"{text} {more}".encode(), digest_size=9).hexdigest()
+
+
+def result(events: Mapping[int, Any], count: int, first: int | None, default: Sequence[Any] = ()) -> list[Any]:
+    """
+    Return what the task delivers.
+
+    :param events: by their indexes.
+    :param count: how many were waited for.
+    :param first: as of ``WaitForEventsOperator``.
+    :param default: what stands in the place of an event that is missing: a list of one item.
+    """
+    if first is not None:
+        return [(index, events[index]) for index in sorted(events)]
+    return [events[index] if index in events else default[0] for index in range(count)]

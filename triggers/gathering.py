@@ -1,0 +1,224 @@
+"""Polling for many events at once, and recording and committing each as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+import greenback
+from airflow_events.errors import EventLost
+from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
+from airflow_events.listeners.commit import inherit_portal, release, settle
+from airflow_events.triggers.calls import Calls
+from airflow_events.triggers.event import as_recorded, blocking_threshold, poll_once
+from airflow_events.triggers.journal import EventRecord, Journal
+
+log = logging.getLogger(__name__)
+
+# How many polls begin, and how many are cancelled, in one turn of the event loop.
+_AT_ONCE = 50
+# How many events are recorded and committed at the same time.
+_SETTLING = 256
+# How many claims are given back at the same time, and for how many seconds.
+_RELEASING = 16
+_LONGEST_RELEASE = 20.0
+# Seconds that cancelled polls, and events that are being committed, have to end.
+_LONGEST_GOODBYE = 10.0
+
+
+class Gathering:
+    """
+    Waits for some of the events of a task, each in the name of a wait of its own.
+
+    Each event has an asyncio task, which polls, and records and commits what it polled; nothing else is kept for
+    it, and what waits for a shared source waits in that source's hub.
+
+    :param wanted: how many are wanted in all; when so many are there, no more are recorded.
+    :param journal: where they are recorded; None leaves that to a worker, and keeps what has been polled in
+        ``arrived``.
+    :param have: the indexes of those that need not be waited for, since they were recorded and committed.
+    """
+
+    def __init__(
+        self,
+        listener: type[EventListener],
+        wait: Wait,
+        calls: Calls,
+        *,
+        wanted: int,
+        journal: Journal | None,
+        have: Iterable[int] = (),
+    ) -> None:
+        self.listener, self.wait, self.calls, self.wanted, self.journal = listener, wait, calls, wanted, journal
+        self.have = set(have)
+        self.arrived: dict[int, Any] = {}  # by index: what was polled, and is not recorded
+        self.first_arrived: float | None = None  # by the monotonic clock: the first of these
+        self.error: Exception | None = None
+        # Those that have their event, or are about to: with `wanted` of them, others have to wait.
+        self._recorded = set(journal.records) if journal is not None else set()
+        self._admitted = self.have | self._recorded
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._room = asyncio.Semaphore(_SETTLING)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._settling: set[int] = set()
+        self._threshold = blocking_threshold()
+        # A portal takes more memory than all else of a wait, and few listeners need it: those that make
+        # synchronous calls to Airflow.
+        self._has_portal = greenback.has_portal()
+        self._needs_portal = False
+        self._changed = asyncio.Event()
+
+    @property
+    def complete(self) -> bool:
+        """Whether as many events as are wanted are there, and none is recorded that is not committed."""
+        if self.journal is None:
+            return len(self.have) + len(self.arrived) >= self.wanted
+        return len(self.have) >= self.wanted and self._recorded <= self.have
+
+    @property
+    def missing(self) -> list[int]:
+        """The indexes of the events that are not recorded, in order."""
+        return [index for index in range(len(self.calls)) if index not in self.have]
+
+    async def begin(self) -> None:
+        """Begin to wait for what is missing; first for what was recorded and not committed."""
+        recorded = sorted(self._recorded - self.have)
+        others = [index for index in self.missing if index not in self._recorded]
+        for number, index in enumerate(recorded + others if len(self.have) < self.wanted else recorded):
+            self._tasks[index] = asyncio.create_task(self._one(index))
+            if number % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
+
+    async def changed(self, seconds: float) -> None:
+        """Wait until something has come, or failed, but not for longer than that."""
+        # Not asyncio.wait_for, which before Python 3.12 may swallow the cancellation.
+        alarm = asyncio.get_running_loop().call_later(seconds, self._changed.set)
+        try:
+            await self._changed.wait()
+        finally:
+            alarm.cancel()
+        self._changed.clear()
+
+    def wake(self) -> None:
+        """Let `changed` return."""
+        self._changed.set()
+
+    async def end(self, *, at_once: bool = False) -> None:
+        """
+        End all polls.
+
+        :param at_once: also what is being recorded or committed, which otherwise has a while to end.
+        """
+        polls = [index for index in self._tasks if at_once or index not in self._settling]
+        for number, index in enumerate(polls):
+            if (task := self._tasks.get(index)) is not None:
+                task.cancel()
+            if number % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=_LONGEST_GOODBYE)
+        if left := [task for task in self._tasks.values() if not task.done()]:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=1)
+
+    async def release(self) -> None:
+        """Give back what is claimed for events that are not recorded."""
+        if not releases(self.listener):
+            return
+        recorded = set(self.journal.records) if self.journal is not None else set()
+        left = iter([index for index in self.missing if index not in recorded])
+
+        async def some() -> None:
+            await inherit_portal(self._has_portal)
+            for index in left:
+                args, kwargs = self.calls.of(index)
+                await release(self.listener, self._wait_of(index), self.arrived.get(index), args, kwargs)
+
+        tasks = [asyncio.create_task(some()) for _ in range(_RELEASING)]
+        _, late = await asyncio.wait(tasks, timeout=_LONGEST_RELEASE)
+        for task in late:
+            task.cancel()
+        if late:
+            log.warning("Not all claims could be given back in %.0f s; the others will lapse", _LONGEST_RELEASE)
+
+    def _wait_of(self, index: int) -> Wait:
+        return dataclasses.replace(self.wait, index=index)
+
+    async def _one(self, index: int) -> None:
+        try:
+            with working_for(self._wait_of(index)):
+                if self.journal is None:
+                    self._keep(index, await self._poll(index))
+                else:
+                    await self._poll_and_settle(index, EventRecord(self.journal, index, self.calls.digest(index)))
+        except Exception as error:
+            self.error = self.error or error
+        finally:
+            del self._tasks[index]
+            self._changed.set()
+
+    async def _poll_and_settle(self, index: int, store: EventRecord) -> None:
+        while True:
+            record = store.journal.records.of(index, store.call)
+            event = await self._poll(index) if record is None else record.event
+            self._keep(index, event)
+            await self._admit(index)
+            async with self._room:
+                self._settling.add(index)
+                await inherit_portal(self._has_portal and commits(self.listener))
+                args, kwargs = self.calls.of(index)
+                try:
+                    await settle(self.listener, self._wait_of(index), store, event, args=args, kwargs=kwargs)
+                except EventLost as lost:
+                    log.warning("Event %d went to another wait, and is waited for anew: %s", index, lost)
+                    del self.arrived[index]
+                    self._leave(index)
+                    continue
+                finally:
+                    self._settling.discard(index)
+            del self.arrived[index]
+            self.have.add(index)
+            return
+
+    async def _admit(self, index: int) -> None:
+        while index not in self._admitted and len(self._admitted) >= self.wanted:
+            turn = asyncio.get_running_loop().create_future()
+            self._queue.append(turn)
+            await turn
+        self._admitted.add(index)
+
+    def _leave(self, index: int) -> None:
+        self._admitted.discard(index)
+        self._recorded.discard(index)
+        while self._queue:
+            if not (turn := self._queue.popleft()).done():
+                turn.set_result(None)
+                return
+
+    def _keep(self, index: int, event: Any) -> None:
+        self.arrived[index] = event
+        self.first_arrived = self.first_arrived or time.monotonic()
+
+    async def _poll(self, index: int) -> Any:
+        args, kwargs = self.calls.of(index)
+
+        def poll() -> Coroutine[Any, Any, Any]:
+            return poll_once(self.listener, args, kwargs, self._threshold)
+
+        if not self._needs_portal:
+            try:
+                return as_recorded(await poll())
+            except RuntimeError:
+                if not self._has_portal:
+                    raise
+        # What Airflow raises for a synchronous call without a portal; should it have been something else, it
+        # comes again.
+        self._needs_portal = True
+        await inherit_portal(self._has_portal)
+        return as_recorded(await poll())
