@@ -22,8 +22,9 @@ from airflow_events.operators.wait_for_event import MISSING, WaitForEventOperato
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls, result
 from airflow_events.triggers.event import EventTrigger
-from airflow_events.triggers.events import PROGRESS_KEY, EventsTrigger, progress, recorded
+from airflow_events.triggers.events import EventsTrigger, progress, recorded
 from airflow_events.triggers.journal import EventRecord, Journal
+from airflow_events.triggers.record import PROGRESS_KEY
 
 if TYPE_CHECKING:
     from airflow.sdk.definitions.context import Context

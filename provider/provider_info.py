@@ -114,10 +114,18 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [
             {
                 "integration-name": _INTEGRATION,
-                "python-modules": ["airflow_events.operators.wait_for_event"],
+                "python-modules": [
+                    "airflow_events.operators.wait_for_event",
+                    "airflow_events.operators.wait_for_events",
+                ],
             }
         ],
-        "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_events.triggers.event"]}],
+        "triggers": [
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": ["airflow_events.triggers.event", "airflow_events.triggers.events"],
+            }
+        ],
         # The plugin is an entry point of the package instead: Airflow loads plugins that stand here only with
         # [core] lazy_discover_providers = False.
         "cli": ["airflow_events.cli.definition.get_events_cli_commands"],

@@ -47,12 +47,12 @@ class Calls:
         """
         return self._digests[index]
 
-    def describe(self, listener: str) -> str:
-        """Write them in a line."""
+    def describe(self, listener: str, *, others: bool = True) -> str:
+        """Write the first of them in a line, and how many others there are."""
         if not self.arguments:
             return f"{listener}, of no arguments"
         args, kwargs = self.of(0)
-        more = f" and {len(self) - 1:,} more" if len(self) > 1 else ""
+        more = f" and {len(self) - 1:,} more" if others and len(self) > 1 else ""
         return f"{describe(listener, args, kwargs)}{more}"
 
     def encode(self) -> str:

@@ -19,19 +19,19 @@ from airflow_events.triggers.calls import Calls, result
 from airflow_events.triggers.event import EventTrigger, _now, _PollAnew, _TimeIsUp, airflow_has_listeners
 from airflow_events.triggers.gathering import Gathering
 from airflow_events.triggers.journal import Journal
-from airflow_events.triggers.record import XComRecord
+from airflow_events.triggers.record import PROGRESS_KEY, XComRecord
 
 if TYPE_CHECKING:
     import jinja2
     from airflow.sdk.definitions.context import Context
 
-# What the page shows of the wait while it waits.
-PROGRESS_KEY = "event_progress"
 # Seconds between two notes of how many events have come.
 _SHOW_EVERY = 2.0
 # Seconds for which events that a worker must record are held as claims, so that many go to one worker.
 HOLD = 600.0
 _LONGEST_PAUSE = 600.0
+# Characters of arguments from which on reading them would hold up other triggers.
+_LONG = 20_000
 
 
 class _TaskHasEnded(Exception):
@@ -161,7 +161,10 @@ class EventsTrigger(EventTrigger):
         assert self.wait is not None, "a trigger is started by the scheduler or by WaitForEventsOperator"
         wait = Wait(**self.wait)
         listener = reference.load(self.listener)
-        calls = await asyncio.to_thread(Calls.prepared, self.calls)
+        if len(self.calls) < _LONG:
+            calls = Calls.prepared(self.calls)
+        else:
+            calls = await asyncio.to_thread(Calls.prepared, self.calls)
         wanted = len(calls) if self.first is None else self.first
         if self.task_instance is None:  # dag.test(), which gives a trigger no way to Airflow's database
             gathering = self._gathering = Gathering(listener, wait, calls, wanted=wanted, journal=None)
@@ -248,6 +251,7 @@ class EventsTrigger(EventTrigger):
         at_once = True
         try:
             await gathering.begin()
+            self.log.info("%s events are waited for", f"{len(gathering.missing):,}")
             while not gathering.complete:
                 if gathering.error is not None:
                     break

@@ -13,6 +13,7 @@ from airflow_events.listeners.commit import Record
 RECORD_KEY = "event_record"
 LOST_KEY = "event_lost"
 DEADLINE_KEY = "event_deadline"
+PROGRESS_KEY = "event_progress"
 
 
 @dataclass(frozen=True)

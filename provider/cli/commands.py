@@ -144,6 +144,7 @@ def _row(wait: Summary) -> dict[str, Any]:
         "state": wait.state,
         "phase": wait.phase,
         "waits_for": wait.call or wait.listener,
+        "arrived": None if wait.wanted is None else f"{wait.arrived} of {wait.wanted}",
         "since": _moment(wait.since),
         "deadline": _moment(wait.deadline),
         "triggerer": wait.triggerer and wait.triggerer.hostname,

@@ -13,7 +13,11 @@ from airflow.sdk.serde import deserialize
 from airflow.serialization.enums import Encoding
 from airflow.serialization.serialized_objects import BaseSerialization
 from airflow_events.listeners.base import describe
+from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.reference import display_name
+
+# Of thousands of arguments.
+_MOST_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Arguments:
     What a trigger was given.
 
     :param call: listener and arguments as the call that they are; templates stand there as they were written.
+    :param wanted: how many events it waits for, if it is one that waits for many.
     :param deadline: None if there is none, or if it counts from a moment that the trigger notes later.
     """
 
@@ -32,15 +37,22 @@ class Arguments:
     deadline: datetime | None
     timeout: float | None
     finish_on_worker: bool
+    wanted: int | None = None
 
 
-def read(encrypted_kwargs: str) -> Arguments | None:
-    """Return what a trigger's row holds, or None if this process has another Fernet key or cannot read it."""
+def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
+    """
+    Return what a trigger's row holds, or None if this process has another Fernet key or cannot read it.
+
+    :param in_full: if False, of a task that waits for many events only how many they are.
+    """
     try:
         told = decoded(Trigger._decrypt_kwargs(encrypted_kwargs))
         listener = display_name(told["listener"])
     except Exception:  # one row that cannot be read must not hide the others
         return None
+    if "calls" in told:
+        return _of_many(listener, told, in_full)
     args, kwargs = redact(told.get("listener_args") or []), redact(told.get("listener_kwargs") or {})
     return Arguments(
         listener=listener,
@@ -50,6 +62,26 @@ def read(encrypted_kwargs: str) -> Arguments | None:
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
         finish_on_worker=bool(told.get("finish_on_worker")),
+    )
+
+
+def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
+    arguments: Any = []
+    common: Any = {}
+    call = f"{listener} × {told['count']:,}"
+    if in_full:
+        calls = Calls.decode(told["calls"])
+        arguments, common = redact(calls.arguments[:_MOST_SHOWN]), redact(dict(calls.common))
+        call = f"{call}, the first of them {Calls(arguments, common).describe(listener, others=False)}"
+    return Arguments(
+        listener=listener,
+        call=call,
+        args=jsonable(arguments),
+        kwargs=jsonable(common),
+        deadline=utc(told.get("deadline")),
+        timeout=told.get("timeout"),
+        finish_on_worker=bool(told.get("finish_on_worker")),
+        wanted=told.get("first") or told["count"],
     )
 
 

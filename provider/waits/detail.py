@@ -17,7 +17,7 @@ from airflow.models.xcom import XComModel
 from airflow.sdk.serde import deserialize
 from airflow_events.listeners.commit import Phase
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
-from airflow_events.waits import arguments, listing, tables
+from airflow_events.waits import arguments, listing, many, tables
 from airflow_events.waits.listing import Summary
 from airflow_events.waits.tables import Key
 from sqlalchemy import select
@@ -107,7 +107,7 @@ def show(session: Session, key: Key) -> Detail | None:
         summary=summary,
         record=record,
         arguments=told,
-        steps=_steps(summary, trigger, record),
+        steps=_steps(summary, trigger, record if _is_whole(summary) else None),
         tries=_tries(session, ti, key),
         error=_error(ti),
         takes_http_events=summary.listener == "HttpListener" and record is None and summary.ended is None,
@@ -133,6 +133,8 @@ def read_record(session: Session, key: Key) -> Record | None:
     ).one_or_none()
     if stored is not None:
         return _record(json.loads(stored.value), stored.updated_at, "worker")
+    if (found := many.read(session, key)) is not None:
+        return _record(*found)
     row = _xcom(session, key, RECORD_KEY)
     record = _record(_value(row), row.timestamp, "triggerer") if row else None
     if record and record.id and read_xcom(session, key, LOST_KEY) == record.id:
@@ -181,6 +183,11 @@ def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
     )
 
 
+def _is_whole(summary: Summary) -> bool:
+    """Whether all events are there, of a task that waits for many; others have theirs, or no record."""
+    return summary.wanted is None or (summary.arrived or 0) >= summary.wanted
+
+
 def _steps(summary: Summary, trigger: Trigger | None, record: Record | None) -> list[Step]:
     state = summary.state
     begun = state is not None and (summary.since is not None or record is not None)
@@ -188,6 +195,8 @@ def _steps(summary: Summary, trigger: Trigger | None, record: Record | None) -> 
     steps = [Step("Begun", begun, summary.since if begun else None, f"try {summary.try_number}" if begun else "")]
     if begun and record is None and not ended:
         where = f"in the triggerer on {summary.triggerer.hostname}" if summary.triggerer else ""
+        if summary.wanted is not None:
+            where = f"{summary.arrived:,} of {summary.wanted:,} arrived; {where}".rstrip("; ")
         steps.append(Step("Waiting", True, trigger.created_date if trigger else None, where))
     if record is not None and record.phase == Phase.REJECTED.value:
         told = record.event if isinstance(record.event, dict) else {}

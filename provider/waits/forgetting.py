@@ -8,7 +8,7 @@ from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XCOM_RETURN_KEY, XComModel
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
-from airflow_events.waits import tables
+from airflow_events.waits import many, tables
 from airflow_events.waits.detail import Record, read_record, read_xcom, why_it_cannot_be_forgotten
 from airflow_events.waits.tables import Key
 from sqlalchemy import delete, select
@@ -54,6 +54,7 @@ def forget(session: Session, key: Key) -> Forgotten | None:
             *tables.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
         )
     )
+    many.forget(session, key)
     if lost := (in_xcom or {}).get("id") or record.id:
         # Should a process that its task has outlived write the record once more, it is none.
         dag_id, run_id, task_id, map_index = key

@@ -14,7 +14,7 @@ from airflow.jobs.job import Job
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
-from airflow_events.triggers.record import DEADLINE_KEY, RECORD_KEY
+from airflow_events.triggers.record import DEADLINE_KEY, PROGRESS_KEY, RECORD_KEY
 from airflow_events.waits import arguments, tables
 from airflow_events.waits.tables import Key
 from sqlalchemy import case, func, or_, select, tuple_
@@ -80,6 +80,8 @@ class Summary:
     :param recorded: when the event was recorded; None for records of versions before 0.1.
     :param ended: when the task ended.
     :param seconds_to_delivery: from the record to the end of the task.
+    :param arrived: of a task that waits for many events: how many have come; None of others.
+    :param wanted: how many it waits for; likewise.
     """
 
     dag_id: str
@@ -99,6 +101,8 @@ class Summary:
     recorded: datetime | None
     ended: datetime | None
     seconds_to_delivery: float | None
+    arrived: int | None = None
+    wanted: int | None = None
 
     @property
     def key(self) -> Key:
@@ -285,6 +289,8 @@ class _Kept:
     phase: str | None = None
     recorded: datetime | None = None
     deadline: datetime | None = None
+    arrived: int | None = None
+    wanted: int | None = None
 
 
 def _summaries(session: Session, stage: Stage, rows: Sequence[Any]) -> list[Summary]:
@@ -294,9 +300,10 @@ def _summaries(session: Session, stage: Stage, rows: Sequence[Any]) -> list[Summ
 
 def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept]) -> Summary:
     kept = all_kept.get((row.dag_id, row.run_id, row.task_id, row.map_index), _Kept())
-    deferred = arguments.read(row.encrypted_kwargs) if row.encrypted_kwargs else None
+    deferred = arguments.read(row.encrypted_kwargs, in_full=False) if row.encrypted_kwargs else None
     listener = row.custom_operator_name if row.custom_operator_name != row.operator else None
     ended = row.end_date if row.state in tables.ENDED else None
+    wanted = kept.wanted or (deferred.wanted if deferred else None)
     seconds = None
     if row.state == "success" and ended is not None and kept.recorded is not None:
         seconds = max((ended - kept.recorded).total_seconds(), 0.0)
@@ -318,6 +325,8 @@ def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept]) -> Summary:
         recorded=kept.recorded,
         ended=ended,
         seconds_to_delivery=seconds,
+        arrived=None if wanted is None else kept.arrived or 0,
+        wanted=wanted,
     )
 
 
@@ -351,11 +360,20 @@ def _kept(session: Session, keys: Sequence[Key]) -> dict[Key, _Kept]:
             phase=row.phase, recorded=recorded
         )
     for row in session.execute(
-        select(XComModel.dag_id, XComModel.run_id, XComModel.task_id, XComModel.map_index, XComModel.value).where(
-            which, XComModel.key == DEADLINE_KEY
+        select(
+            XComModel.dag_id,
+            XComModel.run_id,
+            XComModel.task_id,
+            XComModel.map_index,
+            XComModel.key,
+            XComModel.value,
+        ).where(
+            which, XComModel.key.in_((DEADLINE_KEY, PROGRESS_KEY))
         )
     ):
-        found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {}).update(
-            deadline=arguments.deadline(row.value)
-        )
+        kept = found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {})
+        if row.key == DEADLINE_KEY:
+            kept.update(deadline=arguments.deadline(row.value))
+        elif isinstance(row.value, dict):
+            kept.update(arrived=row.value.get("arrived"), wanted=row.value.get("of"))
     return {key: _Kept(**values) for key, values in found.items()}

@@ -10,7 +10,7 @@ from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
 from airflow.utils.state import TaskInstanceState as State
 from airflow_events.listeners.commit import Phase
-from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
+from airflow_events.triggers.record import LOST_KEY, PROGRESS_KEY, RECORD_KEY
 from pydantic import StringConstraints
 from sqlalchemy import and_, exists, or_, select, union_all, update
 from sqlalchemy.orm import Session, aliased
@@ -23,6 +23,7 @@ Name = Annotated[str, StringConstraints(max_length=250, pattern=r"^[^\x00]+$")]
 """One of the first three in a request: Airflow's columns are that long, and PostgreSQL takes no NUL."""
 
 OPERATOR = "WaitForEventOperator"
+OF_MANY = "WaitForEventsOperator"
 _OUR_TRIGGERS = "airflow_events.triggers."
 
 OPEN = (
@@ -44,7 +45,10 @@ ENDED = (State.SUCCESS, State.FAILED, State.SKIPPED, State.REMOVED)
 
 def of_a_wait() -> ColumnElement[bool]:
     """Whether a task instance, joined with its trigger if it has one, is a wait."""
-    return or_(TaskInstance.operator == OPERATOR, Trigger.classpath.startswith(_OUR_TRIGGERS, autoescape=True))
+    return or_(
+        TaskInstance.operator.in_((OPERATOR, OF_MANY)),
+        Trigger.classpath.startswith(_OUR_TRIGGERS, autoescape=True),
+    )
 
 
 def is_(table: Any, key: Key) -> list[ColumnElement[bool]]:
@@ -100,7 +104,7 @@ def uncommitted() -> Select[Any]:
         select(TaskInstance.id)
         .join(record, of(record))
         .where(
-            record.key == RECORD_KEY,
+            record.key.in_((RECORD_KEY, PROGRESS_KEY)),  # the second of a task that waits for many
             record.value["phase"].as_string() == Phase.RECORDED.value,
             ~exists().where(of(lost), lost.key == LOST_KEY, lost.value == record.value["id"]),
             ~exists().where(of(any_stored), any_stored.key == RECORD_KEY),

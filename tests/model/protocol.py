@@ -205,6 +205,10 @@ class World:
         """Begin another try, or go on after a clear: deferred to a new trigger, under a new id."""
         task.state, task.trigger, task.instance = "deferred", task.trigger + 1, task.instance + 1
 
+    def violation(self) -> str | None:
+        """Say which promise is broken, if one is."""
+        return violation(self)
+
     def _succeed(self, task: Task, event: dict[str, Any]) -> None:
         task.state = "success"
         task.delivered.append(event["name"])

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from protocol import Event, World, violation
+from protocol import Event, World
 
 MOST_PROCESSES = 25
 pick = st.integers(0, 99)
@@ -34,11 +34,14 @@ pick = st.integers(0, 99)
 class Protocol(RuleBasedStateMachine):
     repeatable = True
     compare_and_set = True
+    world_class = World
+    turns = 25
+    rounds = 400
 
     @initialize()
     def begin(self):
         self.loop = asyncio.new_event_loop()
-        self.world = World(repeatable=self.repeatable, compare_and_set=self.compare_and_set)
+        self.world = self.world_class(repeatable=self.repeatable, compare_and_set=self.compare_and_set)
         self.before = (task_runner.__dict__.get("SUPERVISOR_COMMS"), reference.load)
         task_runner.SUPERVISOR_COMMS = self.world
         reference.load = lambda name: self.world.source
@@ -49,7 +52,7 @@ class Protocol(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         try:
-            if violation(self.world) is None:
+            if self.world.violation() is None:
                 self.finish()
         finally:
             task_runner.SUPERVISOR_COMMS, reference.load = self.before
@@ -71,7 +74,7 @@ class Protocol(RuleBasedStateMachine):
     def in_loop(self, work):
         async def do():
             work()
-            for _ in range(25):  # until every process stands at its next step
+            for _ in range(self.turns):  # until every process stands at its next step
                 await asyncio.sleep(0)
 
         self.loop.run_until_complete(do())
@@ -158,7 +161,7 @@ class Protocol(RuleBasedStateMachine):
     @invariant()
     def promises_hold(self):
         if hasattr(self, "world"):
-            assert violation(self.world) is None, violation(self.world)
+            assert self.world.violation() is None, self.world.violation()
 
     def finish(self):
         """Left alone, with enough events, every wait ends in success: nothing hangs, nothing is lost."""
@@ -168,7 +171,7 @@ class Protocol(RuleBasedStateMachine):
             self.world.events[f"last {task.wait.id}"] = Event()
             if task.state == "running":
                 self.world.retry(task)
-        for _ in range(400):
+        for _ in range(self.rounds):
             for task in self.world.tasks:
                 if task.state == "deferred" and not self.alive:
                     self.in_loop(lambda task=task: self.world.start_triggerer(task))
@@ -176,7 +179,7 @@ class Protocol(RuleBasedStateMachine):
                     self.in_loop(lambda task=task: self.world.start_worker(task))
             for process in self.alive:
                 self.in_loop(lambda process=process: process.gates[0][1].set_result(None))
-            assert violation(self.world) is None, violation(self.world)
+            assert self.world.violation() is None, self.world.violation()
             if all(task.state == "success" for task in self.world.tasks):
                 return
         raise AssertionError(f"{[task.state for task in self.world.tasks]}, {[p.at for p in self.alive]}")

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 import pendulum
 import pytest
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.timer import TimerListener, when
+from airflow_events.listeners.timer import Clock, TimerListener, when
 
 START = datetime(2026, 5, 1, 8, tzinfo=timezone.utc)
 WAIT = Wait("dag", "run", "task", run_start=START, timezone="Europe/Berlin")
@@ -75,3 +75,37 @@ async def test_a_timer_returns_at_its_moment_and_not_before():
     with working_for(WAIT):
         assert await TimerListener().poll_for_event(due) == due
     assert datetime.now(timezone.utc) >= due
+
+
+async def test_many_timers_have_one_heap_and_one_call_of_the_loop():
+    loop, clock = asyncio.get_running_loop(), Clock.of_loop()
+    begun = len(loop._scheduled)
+    now = datetime.now(timezone.utc)
+    order = []
+
+    async def timer(number):
+        await clock.until(now + timedelta(seconds=0.2 + (number % 7) / 100))
+        order.append(number % 7)
+
+    tasks = [asyncio.create_task(timer(number)) for number in range(1000)]
+    await asyncio.sleep(0)
+    assert len(clock) == 1000
+    assert len([call for call in loop._scheduled if not call.cancelled()]) - begun <= 1
+    await asyncio.gather(*tasks)
+    assert order == sorted(order)
+    assert len(clock) == 0
+
+
+async def test_timers_that_are_cancelled_leave_the_heap():
+    clock = Clock.of_loop()
+    later = datetime.now(timezone.utc) + timedelta(hours=1)
+    tasks = [asyncio.create_task(clock.until(later + timedelta(seconds=number))) for number in range(100)]
+    await asyncio.sleep(0)
+    for task in tasks[:99]:
+        task.cancel()
+    await asyncio.wait(tasks[:99])
+    assert len(clock) == 1
+    assert len(clock._heap) <= 2
+    tasks[99].cancel()
+    await asyncio.wait(tasks)
+    assert (len(clock), clock._heap, clock._call) == (0, [], None)

@@ -188,6 +188,12 @@ function keepLooking(look) {
   return next;
 }
 
+/** How far a task has come that waits for many events; null for others. */
+function arrived(wait) {
+  return wait.wanted === null ? null
+    : h("div", { class: "quiet arrived" }, `${wait.arrived.toLocaleString("en")} of ${wait.wanted.toLocaleString("en")} arrived`);
+}
+
 // ---- the list
 
 const COLUMNS = {
@@ -195,7 +201,7 @@ const COLUMNS = {
     h("a", { class: "cut", href: address(wait), title: `${wait.dag_id} · ${taskName(wait)}` }, `${wait.dag_id} · ${taskName(wait)}`),
     h("span", { class: "cut", title: wait.run_id }, wait.run_id)) },
   call: { title: "Waits for", order: "listener", cell: (wait) => h("td", { class: "call" },
-    h("code", { title: wait.call ?? "" }, wait.call ?? wait.listener ?? "–")) },
+    h("code", { title: wait.call ?? "" }, wait.call ?? wait.listener ?? "–"), arrived(wait)) },
   state: { title: "State", order: "state", cell: (wait) => h("td", {}, badge(wait)) },
   since: { title: "Since", order: "since", cell: (wait) => h("td", { class: "time" }, relative(wait.since)) },
   deadline: { title: "Deadline", order: "deadline", cell: (wait) => h("td", { class: "time" }, relative(wait.deadline, "none")) },
@@ -378,6 +384,7 @@ function detail(query) {
   function facts({ summary, arguments: told }) {
     const rows = [
       ["Waits for", summary.call ?? summary.listener ? h("code", {}, summary.call ?? summary.listener) : null],
+      ["Arrived", arrived(summary)],
       ["Since", summary.since && [moment(summary.since), " · ", relative(summary.since)]],
       ["Deadline", summary.deadline ? [moment(summary.deadline), " · ", relative(summary.deadline)] : "none"],
       ["Triggerer", summary.triggerer && [summary.triggerer.hostname, summary.triggerer.alive ? null : h("strong", { class: "late" }, " (no sign of life)")]],

@@ -1,0 +1,125 @@
+"""One task that waits for many events."""
+
+from __future__ import annotations
+
+import json
+
+from airflow_events import Wait
+from airflow_events.listeners.directory.claims import key_of
+
+from deployment import until
+
+
+def progress(run):
+    told = run.xcom("wait", "event_progress") or {"arrived": 0}
+    return told["arrived"]
+
+
+def places(run, count):
+    """Name the folder of each place in the list, as the source knows it."""
+    return {key_of(Wait(run.dag_id, run.run_id, "wait", index=index)): index for index in range(count)}
+
+
+def committed(base):
+    """Ask the source which file was committed, by which wait's folder."""
+    archive = base.path / "drops" / ".airflow-events" / "archive"
+    return {file.name: file.parts[-3] for file in archive.glob("*/*/*")}
+
+
+def assert_each_is_committed_at_its_place(base, run, events):
+    """``events``: by index."""
+    index_of = places(run, 50)
+    assert {name: index_of[key] for name, key in committed(base).items()} == {
+        event["name"]: index for index, event in events.items()
+    }
+
+
+def test_a_thousand_timers_are_one_task_without_a_worker(airflow, base):
+    run = airflow.run("many_timers", base.conf)
+    assert run.finished() == "success"
+    assert run.xcom("count") == [1000, True]
+    assert run.worker_starts("wait") == 0
+
+
+def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base):
+    names = [f"f{number:02}" for number in range(50)]
+    run = airflow.run("many_files", base.conf)
+    run.until_task("wait", "deferred")
+    base.drop(*names[:20])
+    until(lambda: progress(run) == 20, "20 of 50 have arrived", 60, 0.3)
+
+    base.arm("recorded")
+    base.drop(*names[20:30])
+    process = base.reached("recorded")
+    triggerer = airflow.components["triggerer"]
+    assert process.pid in {member.pid for member in triggerer.family()}
+    triggerer.kill()
+    assert not process.is_running()
+    # It died with some committed, at least one recorded only, and others to come.
+    entries = run.xcom("wait", "event_log:0.0:0")["entries"]
+    recorded = {entry["index"] for entry in entries if "record" in entry}
+    noted = {entry["committed"] for entry in entries if "committed" in entry}
+    assert 20 <= len(noted) < len(recorded) <= 30
+    polls = base.calls.count(f"poll {run.run_id}")
+
+    airflow.restart("triggerer")
+    base.drop(*names[30:])
+    assert run.finished(timeout=180) == "success"
+    events = run.xcom("wait")
+    assert sorted(event["name"] for event in events) == names
+    assert_each_is_committed_at_its_place(base, run, dict(enumerate(events)))
+    assert (base.claimed, base.waiting) == ([], [])
+    assert list(base.delivered) == [f"{run.run_id}.1"]
+    assert run.worker_starts("wait") == 0
+    # The next triggerer polled for what was missing, and for nothing else.
+    assert base.calls.count(f"poll {run.run_id}") - polls == 50 - len(recorded)
+
+    base.drop("another")
+    run.clear("wait", "deliver")
+    until(lambda: len(base.delivered) == 2, "it is delivered again")
+    assert run.finished() == "success"
+    assert len(set(base.delivered.values())) == 1
+    assert base.waiting == ["another"]
+
+
+def test_the_first_that_come_and_the_others_go_back(airflow, base):
+    run = airflow.run("many_first", base.conf)
+    run.until_task("wait", "deferred")
+    base.drop("a", "b", "c", "d")
+    assert run.finished() == "success"
+    [delivered] = base.delivered.values()
+    events = {index: event for index, event in json.loads(delivered)}
+    assert len(events) == 2
+    assert list(events) == sorted(events)
+    assert_each_is_committed_at_its_place(base, run, events)
+    assert base.claimed == []
+    assert sorted([*base.waiting, *(event["name"] for event in events.values())]) == ["a", "b", "c", "d"]
+
+
+def test_a_default_stands_for_what_has_not_come(airflow, base):
+    run = airflow.run("many_late", base.conf)
+    run.until_task("wait", "deferred")
+    base.drop("a")
+    assert run.finished() == "success"
+    [delivered] = base.delivered.values()
+    came = [event for event in json.loads(delivered) if event != "none"]
+    assert [event["name"] for event in came] == ["a"]
+    assert json.loads(delivered).count("none") == 2
+    assert (base.archived, base.claimed) == (["a"], [])
+
+
+def test_the_output_of_another_task_is_the_list(airflow, base):
+    run = airflow.run("many_upstream", base.conf)
+    run.until_task("wait", "deferred")
+    base.drop("a", "b", "c")
+    assert run.finished() == "success"
+    assert run.worker_starts("timers") == 1
+    assert run.worker_starts("wait") == 2
+    events = run.xcom("wait")
+    assert sorted(event["name"] for event in events) == ["a", "b", "c"]
+    assert_each_is_committed_at_its_place(base, run, dict(enumerate(events)))
+    run.clear("wait", "deliver")
+    base.drop("another")
+    until(lambda: len(base.delivered) == 2, "it is delivered again")
+    assert len(set(base.delivered.values())) == 1
+    assert base.waiting == ["another"]
