@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import bootstrap  # noqa: E402
 
-DAGS = '''
+DAGS = """
 from datetime import timedelta
 from airflow.sdk import DAG
 from airflow_events import wait_for_events
@@ -41,7 +41,7 @@ with DAG("watches", schedule=None):
         directory="{drops}",
         settle=0,
     )
-'''
+"""
 
 
 def arguments() -> argparse.Namespace:

@@ -143,7 +143,11 @@ class WaitForEventsOperator(WaitForEventOperator):
         journal = Journal(self._pages(context))
         await journal.read()
         events = self._recorded_by(journal)
-        left = sorted(set(journal.records) - events.keys())
+        left = [
+            index
+            for index in range(len(calls))
+            if index not in events and journal.records.of(index, calls.digest(index)) is not None
+        ]
         others = [index for index in sorted(arrived) if index not in events and index not in left]
         room = max(self._wanted - len(events) - len(left), 0)
         at_once = asyncio.Semaphore(_SETTLING)
@@ -238,7 +242,7 @@ class WaitForEventsOperator(WaitForEventOperator):
             "count": len(calls),
             "first": self.first,
             "hand_over": needs_worker_to_record(self, started_on_worker=started_on_worker) is not None,
-            "have": self._have,
+            "have": list(self._have),
         }
 
     def _starts_in_triggerer(self) -> bool:

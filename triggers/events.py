@@ -178,9 +178,10 @@ class EventsTrigger(EventTrigger):
             if await self._has_ended(wait):
                 raise _TaskHasEnded
 
+        journal = None if self.hand_over else Journal(XComPages(wait), check)
         with stalls.told_to(self._poll_anew):
             while True:
-                journal = None if self.hand_over else Journal(XComPages(wait), check)
+                self._again = False
                 events = {}
                 if journal is not None:
                     await journal.read()
@@ -190,7 +191,9 @@ class EventsTrigger(EventTrigger):
                 )
                 self._gathering = gathering
                 try:
-                    if not gathering.complete:
+                    if gathering.complete:
+                        self.log.info("All events of %s are recorded already; the wait is %s", self._call, wait.id)
+                    else:
                         await self._wait_for_many(gathering, record)
                 except _TimeIsUp:
                     if gathering.complete:
@@ -247,7 +250,6 @@ class EventsTrigger(EventTrigger):
         :raises _TimeIsUp: the deadline has passed.
         :raises _PollAnew: see `_poll_anew`.
         """
-        self._again = False
         at_once = True
         try:
             await gathering.begin()

@@ -60,7 +60,7 @@ class Gathering:
         self.first_arrived: float | None = None  # by the monotonic clock: the first of these
         self.error: Exception | None = None
         # Those that have their event, or are about to: with `wanted` of them, others have to wait.
-        self._recorded = set(journal.records) if journal is not None else set()
+        self._recorded = {index for index in range(len(calls)) if self._is_recorded(index)}
         self._admitted = self.have | self._recorded
         self._queue: deque[asyncio.Future[None]] = deque()
         self._room = asyncio.Semaphore(_SETTLING)
@@ -131,8 +131,7 @@ class Gathering:
         """Give back what is claimed for events that are not recorded."""
         if not releases(self.listener):
             return
-        recorded = set(self.journal.records) if self.journal is not None else set()
-        left = iter([index for index in self.missing if index not in recorded])
+        left = iter([index for index in self.missing if not self._is_recorded(index)])
 
         async def some() -> None:
             await inherit_portal(self._has_portal)
@@ -146,6 +145,10 @@ class Gathering:
             task.cancel()
         if late:
             log.warning("Not all claims could be given back in %.0f s; the others will lapse", _LONGEST_RELEASE)
+
+    def _is_recorded(self, index: int) -> bool:
+        """Whether an event is recorded, committed or not, for the arguments that it has now."""
+        return self.journal is not None and self.journal.records.of(index, self.calls.digest(index)) is not None
 
     def _wait_of(self, index: int) -> Wait:
         return dataclasses.replace(self.wait, index=index)

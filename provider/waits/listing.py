@@ -367,9 +367,7 @@ def _kept(session: Session, keys: Sequence[Key]) -> dict[Key, _Kept]:
             XComModel.map_index,
             XComModel.key,
             XComModel.value,
-        ).where(
-            which, XComModel.key.in_((DEADLINE_KEY, PROGRESS_KEY))
-        )
+        ).where(which, XComModel.key.in_((DEADLINE_KEY, PROGRESS_KEY)))
     ):
         kept = found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {})
         if row.key == DEADLINE_KEY:

@@ -53,7 +53,9 @@ def airflow(request, postgres, receiver):
             Deployment(home, database=database, settings=settings, variables=variables)
         )
         deployment.prepare()
-        deployment.add_dags(*(TESTS / "dags" / file for file in ("waits.py", "beside.py", "http_waits.py", "many.py")))
+        deployment.add_dags(
+            *(TESTS / "dags" / file for file in ("waits.py", "beside.py", "http_waits.py", "many.py"))
+        )
         furnish(deployment)
         deployment.start()
         deployment.wait_for_dags("finish_in_triggerer", "siblings", "directory_no_worker", "http", "many_files")

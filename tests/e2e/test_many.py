@@ -88,7 +88,7 @@ def test_the_first_that_come_and_the_others_go_back(airflow, base):
     base.drop("a", "b", "c", "d")
     assert run.finished() == "success"
     [delivered] = base.delivered.values()
-    events = {index: event for index, event in json.loads(delivered)}
+    events = dict(json.loads(delivered))
     assert len(events) == 2
     assert list(events) == sorted(events)
     assert_each_is_committed_at_its_place(base, run, events)

@@ -19,8 +19,10 @@ from airflow.models.xcom import XComModel
 from airflow.sdk.serde import serialize
 from airflow_events import waits
 from airflow_events.listeners.commit import Phase, Record
+from airflow_events.triggers.calls import Calls
+from airflow_events.triggers.journal import Entry
 from airflow_events.waits import Order, Stage
-from sqlalchemy import create_engine, insert, select
+from sqlalchemy import create_engine, insert, select, update
 from sqlalchemy.orm import Session
 
 from postgres import Postgres
@@ -313,3 +315,52 @@ def test_nothing_is_forgotten_while_the_task_is_at_work(airflow, state):
 def test_forgetting_nothing_says_so(airflow):
     assert "Nothing is recorded" in waits.forget(airflow.session, airflow.task("failed")).refused
     assert waits.forget(airflow.session, ("no", "such", "wait", -1)) is None
+
+
+def many(airflow, entries, **progress):
+    """A task that waits for three events, and its journal."""
+    calls = {"calls": Calls([{"n": n} for n in range(3)], {"password": "hunter2"}).encode(), "count": 3}
+    trigger = Trigger(
+        "airflow_events.triggers.events.EventsTrigger",
+        {"listener": "x:DirectoryListener", **calls},
+        created_date=NOW,
+    )
+    airflow.session.add(trigger)
+    airflow.session.flush()
+    key = airflow.task("deferred", trigger_id=trigger.id, operator="WaitForEventsOperator")
+    if entries:
+        page = {"before": 0, "entries": [entry.as_dict() for entry in entries]}
+        airflow.xcom(key, "event_log:0.0:0", serialize(page))
+        airflow.xcom(key, "event_log:0.0:closed", True)
+        airflow.xcom(key, "event_progress", progress)
+    return key
+
+
+def recorded(index):
+    return Entry(index, "c", Record(EVENT, Phase.RECORDED, f"id{index}", recorded_at=NOW.isoformat()))
+
+
+def test_a_task_that_waits_for_many_shows_how_many_have_arrived(airflow):
+    begun = many(airflow, [])
+    entries = [recorded(2), Entry(2, "c", committed="id2")]
+    some = many(airflow, entries, phase="committed", arrived=1, of=3, uncommitted=0)
+    page = waits.find(airflow.session, Stage.OPEN)
+    assert {wait.key: (wait.arrived, wait.wanted) for wait in page.waits} == {begun: (0, 3), some: (1, 3)}
+    assert {wait.call for wait in page.waits} == {"DirectoryListener × 3"}
+    detail = waits.show(airflow.session, some)
+    assert [step.note for step in detail.steps if step.name == "Waiting"] == ["1 of 3 arrived"]
+    assert not any(step.done for step in detail.steps if step.name in ("Recorded", "Committed", "Delivered"))
+    assert list(detail.record.event) == ["2"]
+    assert detail.record.event["2"]["order"] == 42
+    assert "hunter2" not in detail.summary.call + str(detail.arguments)
+
+
+def test_one_event_of_many_that_is_not_committed_is_found_and_all_can_be_forgotten(airflow):
+    key = many(airflow, [recorded(0)], phase="recorded", arrived=1, of=3, uncommitted=1)
+    assert [wait.key for wait in waits.find(airflow.session, Stage.RECORDED).waits] == [key]
+    assert waits.find(airflow.session, Stage.OPEN).waits == []
+    assert "Mark it as failed first" in waits.forget(airflow.session, key).refused
+    airflow.session.execute(update(TaskInstance).values(state="failed"))
+    assert waits.forget(airflow.session, key).record.event.keys() == {"0"}
+    assert waits.show(airflow.session, key).record is None
+    assert airflow.session.scalars(select(XComModel.key).where(XComModel.key.contains("event_log"))).all() == []
