@@ -2,11 +2,11 @@
 """
 One task that waits for many: python3 benchmarks/many.py [--count 10000] [--seconds 60].
 
-Starts an Airflow of its own on PostgreSQL. A task waits for that many timers, which all go off at once, and one that
+Starts an Airflow of its own on PostgreSQL. A task waits for that many timers, which all go off at once, and one
 watches a directory for as many files by their names, which are all dropped at once. Printed are, for each: seconds
-from the run's start until all of it waits; the triggerer's memory (PSS of its processes) above that of the triggerer
-before; seconds from the last event until the task has ended; and the longest time for which the triggerer's loop
-stood still, as Airflow logs it.
+from the run's start until all of it waits; the triggerer's memory (PSS of its processes) above that of the
+triggerer before; seconds from the last event until the task has ended; and the longest time for which the
+triggerer's loop stood still, as Airflow logs it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
 def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
     arguments: Any = []
     common: Any = {}
-    call = f"{listener} × {told['count']:,}"
+    call = f"{listener}, {told['count']:,} times"
     if in_full:
         calls = Calls.decode(told["calls"])
         arguments, common = redact(calls.arguments[:_MOST_SHOWN]), redact(dict(calls.common))

@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session
 
 def read(session: Session, key: Key) -> tuple[dict[str, Any], datetime | None, str] | None:
     """
-    Return what is recorded, in the form of one record, when that was written last, and by whom; None if nothing is.
+    Return what is recorded, in the form of one record, when that was written last, and by whom.
 
-    The event of that record has all events by their indexes, as they are stored.
+    The event of that record has all events by their indexes, as they are stored. None if nothing is recorded.
     """
     records = Records()
     written: list[datetime] = []

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta, timezone
 
 import pendulum
 import pytest
+from airflow_events.listeners import timer
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.timer import Clock, TimerListener, when
 
@@ -77,22 +78,29 @@ async def test_a_timer_returns_at_its_moment_and_not_before():
     assert datetime.now(timezone.utc) >= due
 
 
-async def test_many_timers_have_one_heap_and_one_call_of_the_loop():
-    loop, clock = asyncio.get_running_loop(), Clock.of_loop()
+async def test_many_timers_have_one_heap_and_one_call_of_the_loop(monkeypatch):
+    loop, clock, now = asyncio.get_running_loop(), Clock.of_loop(), 1000.0
+    monkeypatch.setattr(timer, "_now", lambda: now)
     begun = len(loop._scheduled)
-    now = datetime.now(timezone.utc)
     order = []
 
-    async def timer(number):
-        await clock.until(now + timedelta(seconds=0.2 + (number % 7) / 100))
+    async def wait(number):
+        await clock.until(datetime.fromtimestamp(1001 + number % 7, timezone.utc))
         order.append(number % 7)
 
-    tasks = [asyncio.create_task(timer(number)) for number in range(1000)]
+    tasks = [asyncio.create_task(wait(number)) for number in range(1000)]
     await asyncio.sleep(0)
     assert len(clock) == 1000
-    assert len([call for call in loop._scheduled if not call.cancelled()]) - begun <= 1
-    await asyncio.gather(*tasks)
+    assert len([call for call in loop._scheduled if not call.cancelled()]) - begun == 1
+    now = 1003.5
+    clock._go_off()
+    while len(order) < len([number for number in range(1000) if number % 7 <= 2]):
+        await asyncio.sleep(0)
     assert order == sorted(order)
+    assert not any(task.done() for number, task in enumerate(tasks) if number % 7 > 2)
+    now = 2000.0
+    clock._go_off()
+    await asyncio.gather(*tasks)
     assert len(clock) == 0
 
 

@@ -346,7 +346,7 @@ def test_a_task_that_waits_for_many_shows_how_many_have_arrived(airflow):
     some = many(airflow, entries, phase="committed", arrived=1, of=3, uncommitted=0)
     page = waits.find(airflow.session, Stage.OPEN)
     assert {wait.key: (wait.arrived, wait.wanted) for wait in page.waits} == {begun: (0, 3), some: (1, 3)}
-    assert {wait.call for wait in page.waits} == {"DirectoryListener × 3"}
+    assert {wait.call for wait in page.waits} == {"DirectoryListener, 3 times"}
     detail = waits.show(airflow.session, some)
     assert [step.note for step in detail.steps if step.name == "Waiting"] == ["1 of 3 arrived"]
     assert not any(step.done for step in detail.steps if step.name in ("Recorded", "Committed", "Delivered"))
