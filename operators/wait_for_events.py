@@ -15,7 +15,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, A
 from airflow.sdk.execution_time.context import NEVER_EXPIRE, TaskStateStoreAccessor
 from airflow_events.errors import ArgumentsChanged, EventLost, EventNotSerializable, UnknownOutcome
 from airflow_events.listeners import serde
-from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, commits
+from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, commits, releases
 from airflow_events.listeners.commit import release, settle
 from airflow_events.operators.route import needs_worker_to_record
 from airflow_events.operators.wait_for_event import MISSING, WaitForEventOperator, timezone_name
@@ -194,6 +194,23 @@ class WaitForEventsOperator(WaitForEventOperator):
             return {**self._recorded_by(by_trigger), **await self._settle(context, {})}
 
         return asyncio.run(read())
+
+    def _release(self, context: Context, event: Any | None) -> None:
+        """Give back what is claimed for the indexes of which no event is recorded."""
+        if not releases(self.listener):
+            return
+        calls, wait, events = self._calls, self._wait(context), self._events(context)
+        at_once = asyncio.Semaphore(_SETTLING)
+
+        async def one(index: int) -> None:
+            args, kwargs = calls.of(index)
+            async with at_once:
+                await release(self.listener, replace(wait, index=index), event, args, kwargs)
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one(index) for index in range(len(calls)) if index not in events))
+
+        asyncio.run(all_of_them())
 
     def _time_is_up(self, deadline: datetime, context: Context) -> Any:
         events = self._events(context)
