@@ -89,6 +89,7 @@ class QueueHub(Hub[Taker]):
                 self.name, ", ".join(self._ledger.members),
             )  # fmt: skip
         self._looked = time.monotonic()
+        self._windows.clear()  # a consumer of an earlier connection had read them, and this one is to go on
         self._consumer = await self._worker.do(self._clients.consumer)
         await self._follow()
 

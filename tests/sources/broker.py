@@ -85,6 +85,15 @@ class Broker(ABC):
         raise NotImplementedError
 
 
+async def until_told(caplog: Any, text: str, seconds: float = 60) -> None:
+    """Wait until the log says so."""
+    for _ in range(round(seconds * 10)):
+        if text in caplog.text:
+            return
+        await asyncio.sleep(0.1)
+    raise TimeoutError(f"the log does not say {text!r} within {seconds} s: {caplog.text}")
+
+
 async def soon(task: Any, seconds: float = 15) -> Any:
     """Return what the task returns, within ``seconds``."""
     return await asyncio.wait_for(asyncio.shield(task), seconds)

@@ -9,7 +9,7 @@ import random
 import pytest
 from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit, SourceUnreachable
 from airflow_events.listeners import serde
-from broker import nothing, soon
+from broker import nothing, soon, until_told
 
 from deployment import until
 
@@ -141,11 +141,14 @@ async def test_a_cancelled_poll_takes_nothing_away(broker, waits):
     assert found["value"] == "a"
 
 
-async def test_the_server_is_killed_while_waits_wait(broker, waits):
+@pytest.mark.parametrize("for_long", [False, True])
+async def test_the_server_is_killed_while_waits_wait(broker, waits, caplog, for_long):
     tasks = [waits.poll(number) for number in range(3)]
     await asyncio.sleep(0.5)
     broker.server.kill()
     await asyncio.sleep(1.5)
+    if for_long:  # until the hub has lost its connection; before, a client may mend it by itself
+        await until_told(caplog, "cannot be reached")
     broker.server.start()
     broker.send(*range(3))
     events = [await soon(task, 30) for task in tasks]
