@@ -157,12 +157,15 @@ class Hub(abc.ABC, Generic[_S]):
         while True:
             try:
                 await self.connect()
-                if attempts > 1:
-                    self._tell_all(logging.INFO, "%s is there again", self.name)
-                away_since, attempts = 0.0, 0
                 while True:
+                    if all(seeker.done for seeker in self.seekers):
+                        away_since, attempts = 0.0, 0  # it counts from when somebody waits
                     await self._idle()
                     await self.serve()
+                    # Only now: what lets us connect and does nothing more is away, too.
+                    if attempts > 1:
+                        self._tell_all(logging.INFO, "%s is there again", self.name)
+                    away_since, attempts = 0.0, 0
             except self.lost as error:
                 attempts += 1
                 away_since = away_since or time.monotonic()

@@ -14,6 +14,7 @@ from airflow_events.listeners.hub import Hub, Seeker
 class Source:
     def __init__(self):
         self.there = True
+        self.serves = True
         self.broken = None
         self.events = []
         self.connections = 0
@@ -30,6 +31,8 @@ class MemoryHub(Hub):
 
     async def serve(self):
         self.check()
+        if not self.source.serves:
+            raise ConnectionError("it does not serve")
         for seeker in list(self.seekers):
             if self.source.events and not seeker.done:
                 seeker.give(self.source.events.pop(0))
@@ -104,6 +107,32 @@ async def test_a_source_that_is_away_for_too_long(hub, monkeypatch, caplog):
     hub.source.there = True
     hub.source.events.append("a")
     assert await soon(take(hub)) == "a"
+
+
+async def test_a_source_that_lets_us_connect_and_does_nothing_more_is_away(hub, monkeypatch, caplog):
+    hub.source.serves = False
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "0.5")
+    with pytest.raises(SourceUnreachable, match=r"the source could not be reached for .* it does not serve"):
+        await soon(take(hub))
+    assert caplog.text.count("the source cannot be reached") == 2  # in both logs
+    assert "there again" not in caplog.text
+    hub.source.serves = True
+    hub.source.events.append("a")
+    assert await soon(take(hub)) == "a"
+
+
+async def test_it_is_told_when_a_source_is_there_again(hub, caplog):
+    caplog.set_level(logging.INFO)
+    hub.source.serves = False
+    task = take(hub)
+    while "cannot be reached" not in caplog.text:
+        await asyncio.sleep(0.02)
+    hub.source.serves = True
+    while "the source is there again" not in caplog.text:
+        await asyncio.sleep(0.02)
+    hub.source.events.append("a")
+    assert await soon(task) == "a"
+    assert caplog.text.count("there again") == 2
 
 
 async def test_what_does_not_go_away_fails_the_waits_at_once_and_later_ones_try_anew(hub):
