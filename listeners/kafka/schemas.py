@@ -96,10 +96,11 @@ class Decoder:
         await self.open()
         return work() if self._worker is None else await self._worker.do(work)
 
-    async def patiently(self, work: Callable[[], _T]) -> _T:
+    async def patiently(self, work: Callable[[], _T], tell: Callable[..., None] = log.log) -> _T:
         """
         Do it, however long it takes until the registry answers.
 
+        :param tell: logs that it does not: with a level, a message and its arguments.
         :raises SourceUnreachable: longer than ``[events] unreachable_timeout``.
         """
         patience = settings.unreachable_timeout()
@@ -108,7 +109,8 @@ class Decoder:
         def failed(state: RetryCallState) -> None:
             if state.attempt_number == 1:
                 assert state.outcome is not None
-                log.warning("%s, which is tried again for up to %.0f s", state.outcome.exception(), patience)
+                message = "%s, which is tried again for up to %.0f s"
+                tell(logging.WARNING, message, state.outcome.exception(), patience)
 
         def gave_up(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None

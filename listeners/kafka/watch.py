@@ -68,7 +68,9 @@ class TopicHub(LogHub[_Position]):
 
     async def read(self, position: _Position) -> tuple[_Position, list[Message]]:
         position, sent = await self._worker.do(self._read, position)
-        messages = await self._decoder.do(lambda: [self._message(message) for message in sent])
+        messages = await self._decoder.patiently(
+            lambda: [self._message(message) for message in sent], self._tell_all
+        )
         self._read_to = position
         return position, messages
 
