@@ -159,6 +159,8 @@ class Clients:
         code = error.code()
         if code in _FENCED:
             return Fenced(error.str())
+        if code == KafkaError._SSL:
+            return SourceUnfit(f"{self.source}: there is no trust between it and us: {error.str()}")
         if code in _DENIED:
             return SourceUnfit(
                 f"{self.source}: the connection's user may not use it: {error.str()} ({error.name()})"

@@ -733,7 +733,8 @@ async def test_tls_and_sasl(guarded, broker, waits, monkeypatch):
 )
 async def test_a_wrong_certificate_or_password(guarded, broker, waits, monkeypatch, caplog, ca, password, message):
     monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, ca, password))
-    for task in (waits.poll(kafka_config_id="tls"), waits.watch(kafka_config_id="tls", since=timedelta())):
+    since = datetime.now(timezone.utc)
+    for task in (waits.poll(kafka_config_id="tls"), waits.watch(kafka_config_id="tls", since=since)):
         with pytest.raises(SourceUnfit, match=f"the topic '{broker.queue}'.*'tls'.*{message}") as caught:
             await soon(task, 60)
         assert password not in str(caught.value) + caplog.text
