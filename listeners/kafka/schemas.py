@@ -34,6 +34,9 @@ _BY_REGISTRY = ("avro", "json_schema")
 # What of the client's settings is ours unless the connection says otherwise. It would wait for ever.
 _OURS = {"timeout": PATIENCE, "max.retries": 0}
 
+# A registry's own words for a subject, version or schema that it does not have. Any other 404 is a wrong address.
+_UNKNOWN = (40401, 40402, 40403)
+
 _T = TypeVar("_T")
 
 
@@ -203,7 +206,7 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
         except SchemaRegistryError as error:
             if error.http_status_code in (401, 403):
                 raise SourceUnfit(f"{name} does not let its user in: {error}") from error
-            if error.http_status_code in (404, 422):
+            if error.error_code in _UNKNOWN:
                 raise
             raise Away(f"{name} does not answer as it should: {error}") from error
         except Exception as error:

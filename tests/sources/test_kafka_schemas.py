@@ -216,8 +216,10 @@ async def test_a_registry_that_stays_away(broker, waits, monkeypatch):
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("says", "error"), [(401, SourceUnfit), (403, SourceUnfit), (500, SourceUnreachable)])
-async def test_a_registry_that_refuses(broker, waits, monkeypatch, in_front, says, error):
+@pytest.mark.parametrize(
+    ("says", "error"), [(401, SourceUnfit), (403, SourceUnfit), (404, SourceUnreachable), (500, SourceUnreachable)]
+)
+async def test_a_registry_that_refuses_or_is_another_server(broker, waits, monkeypatch, in_front, says, error):
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     in_front.says = says
     connect(monkeypatch, in_front.server_port)
