@@ -96,7 +96,7 @@ def server(cluster: str | None = None, **settings: Any) -> servers.Server | None
             file.write_text("".join(f"{name}={value}\n" for name, value in about.items()))
             done = subprocess.run(
                 [*java, "kafka.tools.StorageTool", "format", "-t", cluster or new_id(), "-c", str(file)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout
         return [*java, "kafka.Kafka", str(file)]

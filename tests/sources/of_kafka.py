@@ -128,7 +128,7 @@ class Kafka(Broker):
             if error is not None and error.code() == KafkaError._PARTITION_EOF:
                 break
             assert error is None, error
-            found.append((message.offset(), message.key().decode(), json.loads(message.value())))
+            found.append((message.offset(), message.key().decode(), json.loads(message.value() or b"null")))
         consumer.close()
         return found
 
