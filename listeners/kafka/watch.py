@@ -25,6 +25,9 @@ from confluent_kafka import Message as Sent
 # Seconds for which a read waits for messages, after which new waits are seen.
 _BLOCK = 0.5
 
+# Milliseconds for which a broker lets a fetch wait for messages.
+_FETCH_WAIT = 50
+
 # Seconds between two looks for partitions that were added.
 _LISTING = 30
 
@@ -81,7 +84,9 @@ class TopicHub(LogHub[_Position]):
 
     def _open(self, clients: Clients) -> Consumer:
         partitions_of(clients, clients.admin())
-        return clients.consumer()
+        # A broker answers what is asked over a connection in turn: what a new wait asks about each partition would
+        # wait for a fetch that waits for messages.
+        return clients.consumer(**{"fetch.wait.max.ms": _FETCH_WAIT})
 
     def _known(self) -> tuple[Clients, Consumer]:
         assert self._clients is not None and self._consumer is not None
