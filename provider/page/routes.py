@@ -152,7 +152,11 @@ def page() -> Response:
     "/page/{name}",
     summary="A file of the page",
     response_class=Response,
-    responses={**_NOT_LOGGED_IN, 200: {"content": {kind: {} for kind in _TYPES.values()}}},
+    responses={
+        **_NOT_LOGGED_IN,
+        200: {"content": {kind: {} for kind in _TYPES.values()}},
+        404: {"description": "No such file"},
+    },
     dependencies=[Depends(get_user)],
 )
 def page_file(name: Literal["page.css", "page.js", "icon.svg"]) -> Response:
