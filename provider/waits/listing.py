@@ -174,9 +174,10 @@ def find(
 
 def count(session: Session) -> Counted:
     """Count the waits."""
-    listener, waiting = TaskInstance.custom_operator_name, Counter[str]()
-    rows = session.execute(
-        _joined(select(listener, func.count())).where(*_in_stage(Stage.OPEN)).group_by(listener)
+    waiting = Counter[str]()
+    statement: Any = select(TaskInstance.custom_operator_name, func.count())
+    rows: Any = session.execute(
+        _joined(statement).where(*_in_stage(Stage.OPEN)).group_by(TaskInstance.custom_operator_name)
     )
     for name, number in rows:
         waiting[name or tables.OPERATOR] += number
