@@ -158,7 +158,7 @@ class Waits:
             of_run = {"dag_id": "replies", "run_id": name}
             of_wait = {**of_run, "task_id": "wait", "map_index": -1}
             rows[Trigger].append(
-                {"id": number, "classpath": self._trigger, "encrypted_kwargs": self._kwargs, "created_date": now}
+                {"id": number, "classpath": self._trigger, "kwargs": self._kwargs, "created_date": now}
             )
             rows[DagRun].append(
                 {
@@ -179,8 +179,6 @@ class Waits:
                 for key in (KEY, key_entry(name))
             )
         for model, some in rows.items():
-            columns = {column.key: column.columns[0].name for column in model.__mapper__.column_attrs}
-            some = [{columns[key]: value for key, value in row.items()} for row in some]
             for start in range(0, len(some), 5_000):
                 with self._engine.begin() as connection:
                     connection.execute(insert(model.__table__), some[start : start + 5_000])
