@@ -184,7 +184,11 @@ class EventsTrigger(EventTrigger):
                 self._again = False
                 events = {}
                 if journal is not None:
-                    await journal.read()
+                    try:
+                        await journal.read()
+                    except _TaskHasEnded:
+                        self.log.warning("The task has ended meanwhile; nothing is waited for")
+                        return
                     events = recorded(journal, calls, listener)
                 gathering = Gathering(
                     listener, wait, calls, wanted=wanted, journal=journal, have=[*self.have, *events]
