@@ -24,8 +24,10 @@ from airflow_events.listeners import serde
 from airflow_events.listeners.commit import Phase, Record
 
 LOG_KEY = "event_log"
+# Under it is what the last writer wrote that joined.
+_NEWEST = f"{LOG_KEY}:newest"
 
-# A page is full when it has so many entries, or so many characters of JSON.
+# A page is full when it has so many entries, or so many characters of JSON; it is not written again then.
 _LONGEST_PAGE = 200
 _LARGEST_PAGE = 65_536
 # How many of those who wait for the journal go on in one turn of the event loop.
@@ -160,6 +162,7 @@ class Journal:
         self._check = check
         self._slots = _Slots(pages)
         self._mine: _Log | None = None
+        self._newest: Any = None
         self._others: dict[Slot, _Log] = {}
         self._readers: list[asyncio.Future[None]] = []
         self._writers: list[tuple[Entry, asyncio.Future[None]]] = []
@@ -211,16 +214,24 @@ class Journal:
                     await asyncio.sleep(0)
 
     async def _collect(self) -> None:
-        mine = {self._mine.slot} if self._mine else set()
-        async for slot in self._slots.taken(known=mine | self._others.keys()):
-            if slot not in mine:
-                log = self._others.setdefault(slot, _Log(self._pages, slot))
-                for entry in await log.read():
-                    self.records.add(entry)
+        # Each writer says that it is there after it has its slot, and before it writes. So while the last word is
+        # the one after which all slots were looked for, none is missing here.
+        newest = await self._pages.get(_NEWEST)
+        if newest != self._newest:
+            mine = {self._mine.slot} if self._mine else set()
+            async for slot in self._slots.taken(known=mine | self._others.keys()):
+                if slot not in mine:
+                    self._others.setdefault(slot, _Log(self._pages, slot))
+            self._newest = newest
+        for log in self._others.values():
+            for entry in await log.read():
+                self.records.add(entry)
 
     async def _append(self, entries: list[Entry]) -> None:
         if self._mine is None:
-            self._mine = _Log(self._pages, await self._slots.take())
+            slot = await self._slots.take()
+            await self._pages.set(_NEWEST, uuid.uuid4().hex)
+            self._mine = _Log(self._pages, slot)
         await self._mine.append(entries)
         for entry in entries:
             self.records.add(entry)
@@ -256,7 +267,6 @@ class _Log:
     pages: Pages
     slot: Slot
     _number: int = 0  # of the last page
-    _before: int = 0  # entries on the pages before it
     _last: list[dict[str, Any]] = field(default_factory=list)
     _size: int = 0
     _unsaved: bool = False
@@ -264,39 +274,35 @@ class _Log:
     async def read(self) -> list[Entry]:
         """Return what has been added since this was called last."""
         new: list[dict[str, Any]] = []
-        while (page := await self._get(self._number)) is not None:
+        while (page := await self.pages.get(page_name(self.slot, self._number))) is not None:
             new += page["entries"][len(self._last) :]
             self._last = page["entries"]
-            following = await self._get(self._number + 1)
-            if following is None:
+            if not page["full"]:
                 break
-            if following["before"] == self._before + len(self._last):
-                self._number, self._before, self._last = self._number + 1, following["before"], []
-            # Otherwise the page has got more entries since it was read, and is read again.
+            self._number, self._last = self._number + 1, []
         return [Entry.from_dict(stored) for stored in new]
 
     async def append(self, entries: list[Entry]) -> None:
         """Add entries, in order, so that no page is there before the one ahead of it."""
         for entry in entries:
-            stored = entry.as_dict()
-            size = len(serde.encode(stored))
-            if self._last and (len(self._last) == _LONGEST_PAGE or self._size + size > _LARGEST_PAGE):
+            if self._is_full:
                 await self._save()
-                self._number, self._before = self._number + 1, self._before + len(self._last)
-                self._last, self._size = [], 0
+                self._number, self._last, self._size = self._number + 1, [], 0
+            stored = entry.as_dict()
             self._last.append(stored)
-            self._size += size
+            self._size += len(serde.encode(stored))
             self._unsaved = True
         await self._save()
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._last) >= _LONGEST_PAGE or self._size >= _LARGEST_PAGE
+
     async def _save(self) -> None:
         if self._unsaved:
-            page = {"before": self._before, "entries": list(self._last)}
+            page = {"full": self._is_full, "entries": list(self._last)}
             await self.pages.set(page_name(self.slot, self._number), page)
             self._unsaved = False
-
-    async def _get(self, number: int) -> Any:
-        return await self.pages.get(page_name(self.slot, number))
 
 
 class _Slots:

@@ -329,7 +329,7 @@ def many(airflow, entries, **progress):
     airflow.session.flush()
     key = airflow.task("deferred", trigger_id=trigger.id, operator="WaitForEventsOperator")
     if entries:
-        page = {"before": 0, "entries": [entry.as_dict() for entry in entries]}
+        page = {"full": False, "entries": [entry.as_dict() for entry in entries]}
         airflow.xcom(key, "event_log:0.0:0", serialize(page))
         airflow.xcom(key, "event_log:0.0:closed", True)
         airflow.xcom(key, "event_progress", progress)
