@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 # How many polls begin, and how many are cancelled, in one turn of the event loop.
 _AT_ONCE = 50
-# How many events are recorded and committed at the same time.
+# How many events are recorded and committed at the same time; the second where there is nothing to commit.
 _SETTLING = 256
+_RECORDING = 2000
 # How many claims are given back at the same time, and for how many seconds.
 _RELEASING = 16
 _LONGEST_RELEASE = 20.0
@@ -63,7 +64,7 @@ class Gathering:
         self._recorded = {index for index in range(len(calls)) if self._is_recorded(index)}
         self._admitted = self.have | self._recorded
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._room = asyncio.Semaphore(_SETTLING)
+        self._room = asyncio.Semaphore(_SETTLING if commits(listener) else _RECORDING)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._settling: set[int] = set()
         self._threshold = blocking_threshold()

@@ -28,10 +28,12 @@ LOG_KEY = "event_log"
 _NEWEST = f"{LOG_KEY}:newest"
 
 # A page is full when it has so many entries, or so many characters of JSON; it is not written again then.
-_LONGEST_PAGE = 200
-_LARGEST_PAGE = 65_536
+_LONGEST_PAGE = 400
+_LARGEST_PAGE = 100_000
 # How many of those who wait for the journal go on in one turn of the event loop.
 _AT_ONCE = 50
+# Seconds for which others are waited for, when many came at once before.
+_TOGETHER = 0.05
 
 Slot = tuple[int, int]
 
@@ -167,6 +169,7 @@ class Journal:
         self._readers: list[asyncio.Future[None]] = []
         self._writers: list[tuple[Entry, asyncio.Future[None]]] = []
         self._work: asyncio.Task[None] | None = None
+        self._is_busy = False
 
     async def read(self) -> None:
         """Read what is in the log by now."""
@@ -188,9 +191,12 @@ class Journal:
 
     async def _serve(self) -> None:
         while self._readers or self._writers:
+            if self._is_busy:
+                await asyncio.sleep(_TOGETHER)
             readers, self._readers = self._readers, []
             writers, self._writers = self._writers, []
             waiting = [*readers, *(future for _, future in writers)]
+            self._is_busy = len(waiting) >= _AT_ONCE // 2
             try:
                 if readers:
                     if self._check is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +29,7 @@ def read(session: Session, key: Key) -> tuple[dict[str, Any], datetime | None, s
     by_worker = False
     for model in (XComModel, TaskStateStoreModel):
         of_model: Any = model
-        rows = session.scalars(
+        rows: Iterable[Any] = session.scalars(
             select(model).where(*tables.is_(model, key), of_model.key.contains(f"{LOG_KEY}:", autoescape=True))
         )
         for row in rows:
