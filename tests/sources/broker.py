@@ -85,7 +85,7 @@ class Broker(ABC):
         raise NotImplementedError
 
 
-async def until_told(caplog: Any, text: str, seconds: float = 60) -> None:
+async def until_told(caplog: Any, text: str, seconds: float = 120) -> None:
     """Wait until the log says so."""
     for _ in range(round(seconds * 10)):
         if text in caplog.text:
