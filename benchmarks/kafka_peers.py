@@ -157,7 +157,8 @@ class Course:
             )
             if states["success"] == self.options.events and self.killer.done:
                 break
-            if time.time() - moved > self.options.quiet:
+            is_over = self.killer.done and taken == self.options.events
+            if is_over and time.time() - moved > self.options.quiet:
                 break
         return self.judge(cleared, time.time() - began)
 
