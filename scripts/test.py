@@ -28,6 +28,6 @@ if __name__ == "__main__":
         sys.exit(pytest.main([*project, *sys.argv[1:]]))
     for stage in STAGES:
         # Each in a process of its own, as if it were the only one.
-        done = subprocess.run([sys.executable, "-m", "pytest", *project, *stage], cwd=bootstrap.ROOT)
+        done = subprocess.run([sys.executable, "-m", "pytest", *project, "--durations=10", *stage], cwd=bootstrap.ROOT)
         if done.returncode:
             sys.exit(done.returncode)
