@@ -23,11 +23,11 @@ if __name__ == "__main__":
     bootstrap.run_inside("[test]")
     import pytest
 
-    project = ["-c", str(bootstrap.ROOT / "pyproject.toml"), "--rootdir", str(bootstrap.ROOT)]
+    project = ["-c", str(bootstrap.ROOT / "pyproject.toml"), "--rootdir", str(bootstrap.ROOT), "--durations=10"]
     if len(sys.argv) > 1:
         sys.exit(pytest.main([*project, *sys.argv[1:]]))
     for stage in STAGES:
         # Each in a process of its own, as if it were the only one.
-        done = subprocess.run([sys.executable, "-m", "pytest", *project, "--durations=10", *stage], cwd=bootstrap.ROOT)
+        done = subprocess.run([sys.executable, "-m", "pytest", *project, *stage], cwd=bootstrap.ROOT)
         if done.returncode:
             sys.exit(done.returncode)

@@ -77,5 +77,5 @@ def test_an_outcome_arrives_as_it_was(value):
 
 @pytest.mark.parametrize("payload", [None, "success", {"outcome": "Later", "value": "1"}, {"status": "ok"}])
 def test_an_unknown_outcome_is_named(payload):
-    with pytest.raises(UnknownOutcome, match="reads the outcomes Arrived, TimedOut and Rejected"):
+    with pytest.raises(UnknownOutcome, match="reads the outcomes Arrived, Batch, Gathered, TimedOut and Rejected"):
         outcome.decode(payload)
