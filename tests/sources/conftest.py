@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["server"].name))
 
 
-@pytest.fixture(scope="module", params=BROKERS, ids=lambda broker: broker.name)
+@pytest.fixture(scope="session", params=BROKERS, ids=lambda broker: broker.name)
 def server(request):
     broker = request.param.make()
     if broker is None:

@@ -94,8 +94,9 @@ def server(cluster: str | None = None, **settings: Any) -> servers.Server | None
                 **{name.replace("_", "."): value for name, value in settings.items()},
             }
             file.write_text("".join(f"{name}={value}\n" for name, value in about.items()))
+            named = f"--cluster-id={cluster or new_id()}"  # which may begin with a dash
             done = subprocess.run(
-                [*java, "kafka.tools.StorageTool", "format", "-t", cluster or new_id(), "-c", str(file)],
+                [*java, "kafka.tools.StorageTool", "format", named, "-c", str(file)],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout

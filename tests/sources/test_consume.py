@@ -250,7 +250,7 @@ async def test_bytes(broker, waits):
 
 
 async def test_choices_that_are_none(broker, waits):
-    with pytest.raises(ValueError, match="'json', 'text', 'bytes', not 'xml'"):
+    with pytest.raises(ValueError, match=r"'json', 'text', 'bytes'.*, not 'xml'"):
         await soon(waits.poll(values="xml"))
     with pytest.raises(ValueError, match="'fail' or 'skip', not 'drop'"):
         await soon(waits.poll(on_undecodable="drop"))

@@ -13,12 +13,7 @@ from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit
 from broker import nothing, soon
 from of_redis import Redis6, Valkey
 
-
-@pytest.fixture
-def broker(broker):
-    if not isinstance(broker, Valkey):
-        pytest.skip("not Redis")
-    return broker
+pytestmark = pytest.mark.parametrize("server", [Valkey, Redis6], ids=lambda broker: broker.name, indirect=True)
 
 
 async def test_an_entry_of_several_fields_is_a_dict_of_texts(broker, waits):
