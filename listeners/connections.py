@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import TYPE_CHECKING
 
 from airflow.sdk.bases.hook import BaseHook
@@ -24,3 +25,16 @@ async def connection(conn_id: str, *types: str) -> Connection:
         wanted = " or ".join(map(repr, types))
         raise SourceUnfit(f"the connection {conn_id!r} is of type {found.conn_type!r}, and {wanted} is needed")
     return found
+
+
+def tls(authorities: str | None, certificate: str | None, key: str | None) -> ssl.SSLContext:
+    """
+    Return a context that checks the server; it reads files, so not in the event loop.
+
+    :param authorities: a file of those that are trusted; None is the system's.
+    :param certificate: the client's own, if it is to have one, and ``key`` its key, if that is in another file.
+    """
+    context = ssl.create_default_context(cafile=authorities)
+    if certificate:
+        context.load_cert_chain(certificate, key)
+    return context

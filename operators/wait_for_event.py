@@ -31,6 +31,7 @@ from airflow_events.triggers.event import EventTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk.definitions.context import Context
+    from typing_extensions import Self
 
 # Should no triggerer be alive when the time is up, the scheduler ends the wait this much later.
 _GRACE = timedelta(minutes=5)
@@ -369,7 +370,25 @@ class WaitForEventOperator(BaseOperator):
             serde.check(self.default, "default")
 
 
-class _WaitForEvent:
+class OfTask:
+    """A call that makes a task and returns its output, and what it is to hand to the operator."""
+
+    def __init__(self, operator_arguments: Mapping[str, Any] | None = None) -> None:
+        self._operator_arguments = dict(operator_arguments or {})
+
+    def override(self, **operator_arguments: Any) -> Self:
+        """Return the same with other arguments of the operator."""
+        return type(self)({**self._operator_arguments, **operator_arguments})
+
+    def _output(self, operator: type[WaitForEventOperator], task_id: str, **call: Any) -> XComArg:
+        arguments = dict(self._operator_arguments)
+        unique = get_unique_task_id(
+            arguments.pop("task_id", task_id), arguments.get("dag"), arguments.get("task_group")
+        )
+        return operator(task_id=unique, **call, **arguments).output
+
+
+class _WaitForEvent(OfTask):
     """
     ``wait_for_event(listener, *args, **kwargs)``: a task that waits for one event, and its output.
 
@@ -379,22 +398,10 @@ class _WaitForEvent:
         order = wait_for_event.override(task_id="order", timeout=timedelta(hours=6))(MyListener, "orders")
     """
 
-    def __init__(self, operator_arguments: Mapping[str, Any] | None = None) -> None:
-        self._operator_arguments = dict(operator_arguments or {})
-
     def __call__(self, listener: type[EventListener], /, *args: Any, **kwargs: Any) -> XComArg:
-        arguments = dict(self._operator_arguments)
-        task_id = get_unique_task_id(
-            arguments.pop("task_id", "wait_for_event"), arguments.get("dag"), arguments.get("task_group")
+        return self._output(
+            WaitForEventOperator, "wait_for_event", listener=listener, listener_args=args, listener_kwargs=kwargs
         )
-        task = WaitForEventOperator(
-            task_id=task_id, listener=listener, listener_args=args, listener_kwargs=kwargs, **arguments
-        )
-        return task.output
-
-    def override(self, **operator_arguments: Any) -> _WaitForEvent:
-        """Return the same with other arguments of `WaitForEventOperator`."""
-        return _WaitForEvent({**self._operator_arguments, **operator_arguments})
 
 
 wait_for_event = _WaitForEvent()

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.sdk.bases.decorator import get_unique_task_id
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException
 from airflow.sdk.execution_time.context import NEVER_EXPIRE, TaskStateStoreAccessor
@@ -18,7 +17,7 @@ from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, commits, releases
 from airflow_events.listeners.commit import release, settle
 from airflow_events.operators.route import needs_worker_to_record
-from airflow_events.operators.wait_for_event import MISSING, WaitForEventOperator, timezone_name
+from airflow_events.operators.wait_for_event import MISSING, OfTask, WaitForEventOperator, timezone_name
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls, result
 from airflow_events.triggers.event import EventTrigger
@@ -326,7 +325,7 @@ class PulledPages:
         raise NotImplementedError("a worker has pages of its own")
 
 
-class _WaitForEvents:
+class _WaitForEvents(OfTask):
     """
     ``wait_for_events(listener, arguments, **common)``: a task that waits for many events, and its output, a list.
 
@@ -339,24 +338,16 @@ class _WaitForEvents:
     :param arguments: as of `WaitForEventsOperator`; ``common`` is its ``listener_kwargs``.
     """
 
-    def __init__(self, operator_arguments: Mapping[str, Any] | None = None) -> None:
-        self._operator_arguments = dict(operator_arguments or {})
-
     def __call__(
         self, listener: type[EventListener], arguments: Sequence[Any] | XComArg, /, **common: Any
     ) -> XComArg:
-        of_task = dict(self._operator_arguments)
-        task_id = get_unique_task_id(
-            of_task.pop("task_id", "wait_for_events"), of_task.get("dag"), of_task.get("task_group")
+        return self._output(
+            WaitForEventsOperator,
+            "wait_for_events",
+            listener=listener,
+            arguments=arguments,
+            listener_kwargs=common,
         )
-        task = WaitForEventsOperator(
-            task_id=task_id, listener=listener, arguments=arguments, listener_kwargs=common, **of_task
-        )
-        return task.output
-
-    def override(self, **operator_arguments: Any) -> _WaitForEvents:
-        """Return the same with other arguments of `WaitForEventsOperator`."""
-        return _WaitForEvents({**self._operator_arguments, **operator_arguments})
 
 
 wait_for_events = _WaitForEvents()

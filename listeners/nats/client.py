@@ -6,14 +6,13 @@ import asyncio
 import base64
 import contextlib
 import json
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import connection
+from airflow_events.listeners.connections import connection, tls
 from airflow_events.listeners.nats.messages import Source, Stored, headers_of, moment
 from airflow_events.listeners.shared import connected
 from nats import errors
@@ -277,7 +276,8 @@ async def connect(conn_id: str) -> Server:
         if options["user_credentials"]:
             await asyncio.to_thread(Path(options["user_credentials"]).read_bytes)
         if secure or any(extra.get(f"tls_{name}") for name in ("ca", "cert", "key", "hostname")):
-            options["tls"] = await asyncio.to_thread(_tls, extra)
+            files = (extra.get(name) for name in ("tls_ca", "tls_cert", "tls_key"))
+            options["tls"] = await asyncio.to_thread(tls, *files)
             options["tls_hostname"] = extra.get("tls_hostname")
     except OSError as error:  # of which ssl.SSLError is a kind
         raise SourceUnfit(f"the connection {conn_id!r}: a file that it names cannot be used: {error}") from error
@@ -298,10 +298,3 @@ def _urls(host: str, port: int) -> list[str]:
         url = url if "://" in url else f"nats://{url}"
         urls.append(url if urlsplit(url).port else f"{url}:{port}")
     return urls
-
-
-def _tls(extra: dict[str, Any]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=extra.get("tls_ca"))
-    if extra.get("tls_cert"):
-        context.load_cert_chain(extra["tls_cert"], extra.get("tls_key"))
-    return context

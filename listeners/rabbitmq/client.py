@@ -7,17 +7,16 @@ import asyncio
 import contextlib
 import hashlib
 import re
-import ssl
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 # The lower half of aio-pika. The upper one hides transactions' order and messages' raw properties.
 import aiormq
 from aiormq import exceptions
 from aiormq.abc import AbstractChannel, AbstractConnection
 from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import connection
+from airflow_events.listeners.connections import connection, tls
 from airflow_events.listeners.shared import connected
 from pamqp.exceptions import AMQPInternalError
 from yarl import URL
@@ -181,7 +180,8 @@ async def connect(conn_id: str) -> AbstractConnection:
         path="/" if found.schema in (None, "", "/") else f"/{found.schema}",
         query={"heartbeat": str(int(extra.get("heartbeat") or 60)), "name": "airflow-events"},
     )
-    context = await asyncio.to_thread(_tls, extra) if secure else None
+    files = (extra.get(name) for name in ("cafile", "certfile", "keyfile"))
+    context = await asyncio.to_thread(tls, *files) if secure else None
     try:
         server: AbstractConnection = await aiormq.connect(url, context=context)
     except (exceptions.InvalidFrameError, AMQPInternalError) as error:  # aiormq hides what the server said; 7, 6
@@ -190,10 +190,3 @@ async def connect(conn_id: str) -> AbstractConnection:
             "is it there, and may the user have it?"
         ) from error
     return server
-
-
-def _tls(extra: dict[str, Any]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=extra.get("cafile"))
-    if extra.get("certfile"):
-        context.load_cert_chain(extra["certfile"], extra.get("keyfile"))
-    return context

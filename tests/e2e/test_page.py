@@ -169,18 +169,20 @@ def test_the_terminal_sends_and_rejects(airflow):
     assert sorted(done) == ["event rejected"] + ["event sent"] * 3
 
 
-# The list's footer, once it has one row.
-ONE = re.compile(r"\bof 1$")
+def searched(page, strict, run):
+    """Search the list for a run, and return the page once it has that one row."""
+    page.goto(f"{strict.url}/plugin/event-waits")
+    inside = browser.frame(page)
+    inside.locator("#search").fill(run.run_id)
+    inside.get_by_text(re.compile(r"\bof 1$")).wait_for()
+    return inside
 
 
 def test_in_the_browser_a_wait_is_rejected(airflow, strict, chromium, token):
     run = airflow.run("http_one")
     run.until_task("wait", "deferred")
     with browser.logged_in(chromium, strict.url, token("admin")) as page:
-        page.goto(f"{strict.url}/plugin/event-waits")
-        inside = browser.frame(page)
-        inside.locator("#search").fill(run.run_id)
-        inside.get_by_text(ONE).wait_for()
+        inside = searched(page, strict, run)
         inside.locator("tbody a").click()
         inside.locator("#reject").click()
         inside.locator("#reject-yes").click()  # without a reason
@@ -204,11 +206,8 @@ def test_in_the_browser_a_wait_is_found_opened_sent_an_event_and_forgotten(airfl
     run = airflow.run("http_one")
     run.until_task("wait", "deferred")
     with browser.logged_in(chromium, strict.url, token("admin")) as page:
-        page.goto(f"{strict.url}/plugin/event-waits")
-        inside = browser.frame(page)
-        inside.locator("#search").fill(run.run_id)
+        inside = searched(page, strict, run)
         found = inside.locator("tbody a")
-        inside.get_by_text(ONE).wait_for()
         assert found.all_inner_texts() == ["http_one · wait"]
 
         found.click()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
-import os
-import shutil
 import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
 
+import maven
 import servers
 
 from deployment import free_port
 
 VERSION = "4.1.0"
-MISSING = "needs Java 17 and Maven: apt-get install default-jre-headless maven"
+MISSING = maven.MISSING
 
 _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 <modelVersion>4.0.0</modelVersion><groupId>t</groupId><artifactId>t</artifactId><version>1</version>
@@ -31,25 +29,13 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 
 def jars() -> Path | None:
     """Return the folder with Kafka's jars, fetched once; None without Java or Maven."""
-    if not (shutil.which("java") and shutil.which("mvn")):
-        return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "airflow-provider-events"
-    folder = cache / f"kafka-{VERSION}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "kafka.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            half = cache / f"kafka-{VERSION}.half"
-            shutil.rmtree(half, ignore_errors=True)
-            half.mkdir()
-            (half / "pom.xml").write_text(_POM)
-            goal = f"-DoutputDirectory={half}"
-            subprocess.run(
-                ["mvn", "-q", "-B", "dependency:copy-dependencies", goal, "-DincludeScope=runtime"],
-                cwd=half, check=True, timeout=600,
-            )  # fmt: skip
-            half.rename(folder)
-    return folder
+    return maven.fetched(f"kafka-{VERSION}", _fetch)
+
+
+def _fetch(folder: Path) -> None:
+    (folder / "pom.xml").write_text(_POM)
+    options = (f"-DoutputDirectory={folder}", "-DincludeScope=runtime")
+    maven.run("dependency:copy-dependencies", *options, cwd=folder)
 
 
 def server(cluster: str | None = None, **settings: Any) -> servers.Server | None:

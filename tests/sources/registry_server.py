@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-import subprocess
 import urllib.request
 import zipfile
 from pathlib import Path
 
+import maven
 import servers
 
 VERSION = "3.0.9"
-MISSING = "needs Java 17 and Maven: apt-get install default-jre-headless maven"
+MISSING = maven.MISSING
 # Where its Confluent interface is.
 PATH = "/apis/ccompat/v7"
 
 
 def program() -> Path | None:
     """Return the program, fetched once; None without Java or Maven."""
-    if not (shutil.which("java") and shutil.which("mvn")):
-        return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "airflow-provider-events"
-    folder = cache / f"apicurio-registry-{VERSION}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "apicurio.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            half = cache / f"{folder.name}.half"
-            shutil.rmtree(half, ignore_errors=True)
-            artifact = f"io.apicurio:apicurio-registry-app:{VERSION}:zip:all"
-            subprocess.run(
-                ["mvn", "-q", "-B", "dependency:copy", f"-Dartifact={artifact}", f"-DoutputDirectory={half}"],
-                cwd=cache, check=True, timeout=600,
-            )  # fmt: skip
-            [archive] = half.glob("*.zip")
-            with zipfile.ZipFile(archive) as opened:
-                opened.extractall(half)
-            archive.unlink()
-            half.rename(folder)
-    return next(folder.glob("*-runner.jar"))
+    folder = maven.fetched(f"apicurio-registry-{VERSION}", _fetch)
+    return folder and next(folder.glob("*-runner.jar"))
+
+
+def _fetch(folder: Path) -> None:
+    artifact = f"io.apicurio:apicurio-registry-app:{VERSION}:zip:all"
+    maven.run("dependency:copy", f"-Dartifact={artifact}", f"-DoutputDirectory={folder}", cwd=folder)
+    [archive] = folder.glob("*.zip")
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+    archive.unlink()
 
 
 def server() -> servers.Server | None:

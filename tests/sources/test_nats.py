@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import of_nats
 import pytest
 from airflow_events.errors import EventLost, SourceUnfit, SourceUnreachable
+from airflow_events.listeners import connections
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.nats import BUCKET, NatsListener, NatsWatchListener, claims, client
 from test_consume import nothing, soon
@@ -627,7 +628,7 @@ async def test_tls_with_a_certificate_of_the_clients_own(started, monkeypatch, t
     tls = {"cert_file": files["cert"], "key_file": files["key"], "ca_file": files["ca"], "verify": True}
     extra = {f"tls_{name}": file for name, file in files.items()}
     server = started(monkeypatch, {"extra": {**extra, "tls_hostname": "nats.test"}}, tls=tls)
-    context = client._tls(extra)
+    context = connections.tls(files["ca"], files["cert"], files["key"])
     make_stream(server, tls=context)
     assert (await soon(asyncio.create_task(own())))["value"] == 1
 
