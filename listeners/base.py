@@ -26,6 +26,7 @@ class Wait:
         marked as finished before it started).
     :param timezone: the DAG's time zone, as pendulum names it: ``UTC``, ``Europe/Berlin``, ``+02:00``.
     :param index: which of the events of its task it waits for; None if that is the only one.
+    :param after: the id of the record whose event the wait has lost, the last one; empty if it has lost none.
     """
 
     dag_id: str
@@ -35,17 +36,24 @@ class Wait:
     run_start: datetime | None = None
     timezone: str = "UTC"
     index: int | None = None
+    after: str = ""
 
     @property
     def id(self) -> str:
         """
         The wait's name at a source: ``dag_id/run_id/task_id/map_index``, and ``#index`` if its task has many.
 
+        A wait that has lost an event goes on under another name, with ``~`` and eight characters at its end. A
+        process that still has the lost record, and is about to commit it, then cannot do so by a claim that the
+        wait has made since on the same event: it would be committed with no record that says so.
+
         Claims are held under it, so its format is frozen: a wait that an upgrade would rename loses
         the claims that it holds.
         """
-        task = f"{self.dag_id}/{self.run_id}/{self.task_id}/{self.map_index}"
-        return task if self.index is None else f"{task}#{self.index}"
+        name = f"{self.dag_id}/{self.run_id}/{self.task_id}/{self.map_index}"
+        if self.index is not None:
+            name += f"#{self.index}"
+        return f"{name}~{self.after[:8]}" if self.after else name
 
     @property
     def tz(self) -> tzinfo:

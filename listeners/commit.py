@@ -59,6 +59,7 @@ class Record:
         taken it by then. None is never.
     :param receipt: what the sender of an event that was sent to the wait was told; None of all others.
     :param recorded_at: when the event was recorded first, ISO 8601 in UTC; empty in records of earlier versions.
+    :param after: the wait's `airflow_events.listeners.base.Wait.after` when it claimed the event.
     """
 
     event: Any
@@ -67,6 +68,7 @@ class Record:
     until: datetime | None = None
     receipt: dict[str, Any] | None = None
     recorded_at: str = field(default_factory=_now, compare=False)
+    after: str = field(default="", compare=False)
 
     @property
     def lapsed(self) -> bool:
@@ -83,7 +85,7 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Write the record as it is stored."""
-        optional = {"until": self.until, "receipt": self.receipt}
+        optional = {"until": self.until, "receipt": self.receipt, "after": self.after or None}
         # The phase comes first: the page finds uncommitted records in the database by how they begin.
         return {
             "phase": self.phase.value,
@@ -103,11 +105,16 @@ class Record:
             until=stored.get("until"),
             receipt=stored.get("receipt"),
             recorded_at=stored.get("recorded_at", ""),
+            after=stored.get("after", ""),
         )
 
 
 class RecordStore(Protocol):
     """Where the record of one wait is kept. Each method is durable when it returns."""
+
+    @property
+    def after(self) -> str:
+        """The id of the record that was dropped last, as `read` has found it; empty if none was."""
 
     async def read(self) -> Record | None:
         """Return the record, or None if no event has been recorded, or one that has lapsed."""
@@ -136,7 +143,8 @@ async def settle(
 
     :param args: what ``event`` was polled with, for `EventListener.event_released`; ``kwargs`` likewise.
     :param arrived: when it was polled, in seconds since the epoch, for the metrics; None if nobody knows.
-    :raises EventLost: another wait has the event; the record is dropped, and the wait should go on.
+    :raises EventLost: another wait has the event; the record is dropped, and the wait should go on, under the
+        name that it has then. Or ``event`` was polled under a name that the wait has no more.
     :raises EventRejected: the wait was rejected meanwhile.
     :raises EventNotSerializable: before anything was recorded.
     :raises CommitFailed: the event is recorded and not committed.
@@ -145,10 +153,14 @@ async def settle(
     if record is not None and record.phase is Phase.REJECTED:
         raise EventRejected(record.event["reason"], record.event["by"])
     superfluous = record is not None and record.event != event
+    polled_by = wait
     if record is None:
+        if store.after != wait.after:
+            await release(listener, wait, event, args, kwargs or {})
+            raise EventLost(f"{wait.id} has lost an event since it claimed this one, and has another name now")
         check(event)
         phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
-        record = Record(event, phase, uuid.uuid4().hex)
+        record = Record(event, phase, uuid.uuid4().hex, after=wait.after)
         await store.write(record)
         metrics.count(metrics.RECORDED, **_tags(listener, wait))
         metrics.since(metrics.TO_RECORD, arrived, **_tags(listener, wait))
@@ -156,13 +168,14 @@ async def settle(
         record = record.taken()
         await store.write(record)
     if record.phase is Phase.RECORDED:
+        wait = dataclasses.replace(wait, after=record.after)
         try:
             await commit(listener, wait, record.event)
         except EventLost:
             await store.drop(record)
             metrics.count(metrics.LOST, **_tags(listener, wait))
             if superfluous:
-                await release(listener, wait, event, args, kwargs or {})
+                await release(listener, polled_by, event, args, kwargs or {})
             raise
         metrics.count(metrics.COMMITTED, **_tags(listener, wait))
         record = record.committed()
@@ -170,7 +183,7 @@ async def settle(
     if superfluous:
         # Only now: should it be the same event in another form, it is committed and releasing it
         # changes nothing.
-        await release(listener, wait, event, args, kwargs or {})
+        await release(listener, polled_by, event, args, kwargs or {})
     return record.event
 
 

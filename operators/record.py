@@ -34,6 +34,13 @@ class WorkerRecord:
     store: TaskStateStoreAccessor
     replay: bool = True
 
+    @property
+    def after(self) -> str:
+        """The id of the record that was dropped last, by a worker or a trigger; empty if none was."""
+        # As the trigger reads it, which reaches XComs alone: those go with each try that starts on a worker.
+        by_trigger = self._pull(LOST_KEY) if self._pull(RECORD_KEY) is not None else None
+        return by_trigger or self._get(LOST_KEY) or ""
+
     async def read(self) -> Record | None:
         stored = self._get(RECORD_KEY)
         if stored is None:
@@ -57,6 +64,7 @@ class WorkerRecord:
 
     async def drop(self, record: Record) -> None:
         self.store.delete(RECORD_KEY)
+        self._set(LOST_KEY, record.id)
         self.ti.xcom_push(LOST_KEY, record.id)
 
     def deadline(self, timeout: timedelta, now: datetime) -> datetime:

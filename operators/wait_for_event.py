@@ -326,6 +326,7 @@ class WaitForEventOperator(BaseOperator):
             map_index=ti.map_index if ti.map_index is not None else -1,
             run_start=context["dag_run"].start_date,
             timezone=timezone_name(self),
+            after=self._record(context).after,
         )
 
     def _trigger_arguments(self, *, started_on_worker: bool) -> dict[str, Any]:

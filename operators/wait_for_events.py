@@ -153,7 +153,8 @@ class WaitForEventsOperator(WaitForEventOperator):
 
         async def one(index: int, event: Any) -> None:
             args, kwargs = calls.of(index)
-            store = EventRecord(journal, index, calls.digest(index))
+            # The trigger, which polled, cannot read this journal.
+            store = EventRecord(journal, index, calls.digest(index), renames=False)
             async with at_once:
                 try:
                     of_index = replace(wait, index=index)

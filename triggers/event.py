@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -97,6 +98,7 @@ class EventTrigger(BaseTrigger):
         self.mapped_over = mapped_over
         self._dag_result = False
         self._retries = 0
+        self._after = ""  # of the wait, as it polls
         self._polled: list[Any] = []  # the event, while it is not recorded
         self._arrived: float | None = None  # when it was polled, in seconds since the epoch
         self._recording = False
@@ -155,7 +157,10 @@ class EventTrigger(BaseTrigger):
         with stalls.told_to(self._poll_anew):
             while True:
                 self._arrived = None
-                if (stored := await record.read()) is not None:
+                stored = await record.read()
+                wait = dataclasses.replace(wait, after=record.after)
+                self._after = record.after
+                if stored is not None:
                     self.log.info(
                         "The event of %s is %s already; the wait is %s",
                         self._call,
@@ -228,7 +233,7 @@ class EventTrigger(BaseTrigger):
     async def _let_go(self) -> None:
         if self.wait is None or self.task_instance is None:
             return
-        wait = Wait(**self.wait)
+        wait = dataclasses.replace(Wait(**self.wait), after=self._after)
         # What is recorded stays the wait's, for a clear, unless the record has gone with the run.
         if self._recording and await self._state(wait) != "removed":
             return

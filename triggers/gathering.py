@@ -152,15 +152,16 @@ class Gathering:
         return self.journal is not None and self.journal.records.of(index, self.calls.digest(index)) is not None
 
     def _wait_of(self, index: int) -> Wait:
-        return dataclasses.replace(self.wait, index=index)
+        after = "" if self.journal is None else self.journal.records.after(index)
+        return dataclasses.replace(self.wait, index=index, after=after)
 
     async def _one(self, index: int) -> None:
         try:
-            with working_for(self._wait_of(index)):
-                if self.journal is None:
+            if self.journal is None:
+                with working_for(self._wait_of(index)):
                     self._keep(index, await self._poll(index))
-                else:
-                    await self._poll_and_settle(index, EventRecord(self.journal, index, self.calls.digest(index)))
+            else:
+                await self._poll_and_settle(index, EventRecord(self.journal, index, self.calls.digest(index)))
         except Exception as error:
             self.error = self.error or error
         finally:
@@ -170,7 +171,9 @@ class Gathering:
     async def _poll_and_settle(self, index: int, store: EventRecord) -> None:
         while True:
             record = store.journal.records.of(index, store.call)
-            event = await self._poll(index) if record is None else record.event
+            wait = self._wait_of(index)
+            with working_for(wait):
+                event = await self._poll(index) if record is None else record.event
             self._keep(index, event)
             await self._admit(index)
             async with self._room:
@@ -178,7 +181,7 @@ class Gathering:
                 await inherit_portal(self._has_portal and commits(self.listener))
                 args, kwargs = self.calls.of(index)
                 try:
-                    await settle(self.listener, self._wait_of(index), store, event, args=args, kwargs=kwargs)
+                    await settle(self.listener, wait, store, event, args=args, kwargs=kwargs)
                 except EventLost as lost:
                     log.warning("Event %d went to another wait, and is waited for anew: %s", index, lost)
                     del self.arrived[index]

@@ -15,6 +15,7 @@ page is a request to Airflow, what comes at once is written at once.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Set
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class Records:
         self._open: set[str] = set()  # those recorded and not committed, as first read
         self._committed: set[str] = set()
         self._lost: set[str] = set()
+        self._lost_at: dict[int, set[str]] = {}
 
     def add(self, entry: Entry) -> None:
         """Take an entry in."""
@@ -109,6 +111,12 @@ class Records:
             self._committed.add(entry.committed)
         if entry.lost is not None:
             self._lost.add(entry.lost)
+            self._lost_at.setdefault(entry.index, set()).add(entry.lost)
+
+    def after(self, index: int) -> str:
+        """Name what an event has lost by now, in another way after each loss; empty if it has lost nothing."""
+        lost = self._lost_at.get(index)
+        return hashlib.sha256("".join(sorted(lost)).encode()).hexdigest() if lost else ""
 
     def __iter__(self) -> Iterator[int]:
         """Go through the indexes of which something is recorded."""
@@ -245,11 +253,20 @@ class Journal:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """The record of one of the events: what `airflow_events.listeners.commit.settle` writes to."""
+    """
+    The record of one of the events: what `airflow_events.listeners.commit.settle` writes to.
+
+    :param renames: whether an event is polled in the name that the losses in the journal give it.
+    """
 
     journal: Journal
     index: int
     call: str
+    renames: bool = True
+
+    @property
+    def after(self) -> str:
+        return self.journal.records.after(self.index) if self.renames else ""
 
     async def read(self) -> Record | None:
         await self.journal.read()

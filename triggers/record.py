@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ DEADLINE_KEY = "event_deadline"
 PROGRESS_KEY = "event_progress"
 
 
-@dataclass(frozen=True)
+@dataclass
 class XComRecord:
     """
     The record of a wait in Airflow's XCom table.
@@ -26,17 +26,25 @@ class XComRecord:
 
     An XCom has no compare-and-set. So a record is not deleted when it is dropped, which a triggerer that
     stood still might do to another's: its id is noted as lost.
+
+    :param wait: as it was when its trigger was made.
+    :param after: the id of the record that was dropped last, as far as was read.
     """
 
     wait: Wait
+    after: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.after = self.wait.after
 
     async def read(self) -> Record | None:
         stored = await self._get(RECORD_KEY)
         if stored is None:
             return None
         record = Record.from_dict(stored)
-        lost = record.id and record.id == await self._get(LOST_KEY)
-        return None if lost or record.lapsed else record
+        dropped = await self._get(LOST_KEY) if record.id else None
+        self.after = dropped or self.after
+        return None if record.lapsed or dropped == record.id != "" else record
 
     async def write(self, record: Record) -> None:
         await self._set(RECORD_KEY, record.as_dict())

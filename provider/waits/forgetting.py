@@ -51,7 +51,7 @@ def forget(session: Session, key: Key) -> Forgotten | None:
     )
     session.execute(
         delete(TaskStateStoreModel).where(
-            *tables.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
+            *tables.is_(TaskStateStoreModel, key), TaskStateStoreModel.key.in_((RECORD_KEY, LOST_KEY))
         )
     )
     many.forget(session, key)

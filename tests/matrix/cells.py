@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
 from typing import Any
 
@@ -163,7 +163,9 @@ class Cell:
         if len(delivered) != 1:
             return [f"delivered: {delivered}"]
         [(run_id, event)] = delivered
-        mine = {event: self.source.holder(self.wait)} if self.source.commits else {}
+        record = self._record() or {}
+        holder = self.source.holder(replace(self.wait, after=record.get("after", "")))
+        mine = {event: holder} if self.source.commits else {}
         if self.deleted:  # it may have committed an event, which went with the run
             went = (self.deleted, UNKNOWN)
             committed = {event: by for event, by in committed.items() if by not in went or event in mine}
@@ -174,7 +176,7 @@ class Cell:
             ("delivered by", run_id, self.run.run_id),
             ("committed", committed, mine),
             ("free", self._free(free), free),
-            ("recorded", self._recorded(), "committed"),
+            ("recorded", record.get("phase"), "committed"),
         )
 
     @property
@@ -182,10 +184,9 @@ class Cell:
         gap = self.gap.name
         return gap in BEFORE_THE_RECORD or (gap == "handed over" and self.path.ends_on_worker)
 
-    def _recorded(self) -> Any:
-        """Return the phase of the record: a worker's store has it, or the triggerer's XCom."""
-        stored = self.run.state_store("wait", "event_record") or self.run.xcom("wait", "event_record")
-        return stored and stored["phase"]
+    def _record(self) -> Any:
+        """Return the record: a worker's store has it, or the triggerer's XCom."""
+        return self.run.state_store("wait", "event_record") or self.run.xcom("wait", "event_record")
 
     def _free(self, expected: Any) -> set[str]:
         """What is free in the end; a claim that lapses may take a moment."""

@@ -70,6 +70,7 @@ class Task:
     wait: Wait
     state: str = "deferred"
     trigger: int = 0  # which trigger it is deferred to; two processes may run the same
+    told: str = ""  # what the worker that deferred it knew to be lost
     instance: int = 0  # its id in Airflow, another for each try
     arrived: Any = None
     xcoms: dict[str, str] = field(default_factory=dict)
@@ -85,8 +86,11 @@ class Task:
 class World:
     """Everything that outlives a process."""
 
-    def __init__(self, *, repeatable: bool, waits: int = 2, compare_and_set: bool = True) -> None:
+    def __init__(
+        self, *, repeatable: bool, finish_on_worker: bool, waits: int = 2, compare_and_set: bool = True
+    ) -> None:
         self.repeatable, self.compare_and_set = repeatable, compare_and_set
+        self.finish_on_worker = finish_on_worker
         self.events: dict[str, Event] = {}
         self.tasks = [Task(Wait("dag", f"run{number}", "task")) for number in range(waits)]
         self.processes: list[Process] = []
@@ -168,7 +172,9 @@ class World:
 
     async def _run_trigger(self, task: Task, trigger_id: int) -> None:
         trigger = EventTrigger(
-            listener="model", finish_on_worker=not self.repeatable, wait=dataclasses.asdict(task.wait)
+            listener="model",
+            finish_on_worker=self.finish_on_worker,
+            wait=dataclasses.asdict(dataclasses.replace(task.wait, after=task.told)),
         )
         trigger.task_instance = SimpleNamespace(task_id="task", try_number=1)  # type: ignore[assignment]
         async for event in trigger.run():
@@ -188,12 +194,13 @@ class World:
         arrived = outcome.decode(task.arrived)
         assert isinstance(arrived, outcome.Arrived)
         record = SteppedWorkerRecord(FakeTaskInstance(task), FakeStore(task, instance))  # type: ignore[arg-type]
+        wait = dataclasses.replace(task.wait, after=record.after)
         try:
-            event = await commit.settle(self.source, task.wait, record, arrived.event)
+            event = await commit.settle(self.source, wait, record, arrived.event)
         except EventLost:
             await step("defer")
             if task.instance == instance:
-                self.retry(task)
+                self.retry(task, after=record.after)
             return
         except OutlivedError:
             return
@@ -201,9 +208,10 @@ class World:
         if task.instance == instance and task.state == "running":
             self._succeed(task, event)
 
-    def retry(self, task: Task) -> None:
+    def retry(self, task: Task, after: str = "") -> None:
         """Begin another try, or go on after a clear: deferred to a new trigger, under a new id."""
         task.state, task.trigger, task.instance = "deferred", task.trigger + 1, task.instance + 1
+        task.told = after
 
     def violation(self) -> str | None:
         """Say which promise is broken, if one is."""
@@ -277,19 +285,24 @@ class SteppedWorkerRecord(WorkerRecord):
         await super().drop(record)
 
 
+def name_of(wait: str) -> str:
+    """Return a wait's name without what its losses added."""
+    return wait.partition("~")[0]
+
+
 def violation(world: World) -> str | None:
     """Say which promise is broken, if one is."""
     for name, event in world.events.items():
         if len({task.wait.id for task in world.tasks if name in task.delivered}) > 1:
             return f"{name} was delivered by two waits"
         if event.committed_by:
-            task = next(task for task in world.tasks if task.wait.id == event.committed_by)
+            task = next(task for task in world.tasks if task.wait.id == name_of(event.committed_by))
             if task.record is None or task.record.event["name"] != name:
                 return f"{name} is committed by {task.wait.id}, which has {task.record}"
     for task in world.tasks:
         if len(set(task.delivered)) > 1:
             return f"{task.wait.id} delivered {task.delivered}"
         for name in task.delivered:
-            if world.events[name].committed_by != task.wait.id:
+            if name_of(world.events[name].committed_by or "") != task.wait.id:
                 return f"{task.wait.id} delivered {name}, which it has not committed"
     return None

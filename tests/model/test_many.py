@@ -18,7 +18,7 @@ from airflow_events.triggers.events import EventsTrigger
 from airflow_events.triggers.journal import Entry, Records, is_page
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from protocol import Task, World, step
+from protocol import Task, World, name_of, step
 from test_protocol import MODEL, MUTANT, Protocol
 
 PLACES = 2
@@ -55,7 +55,7 @@ class ManyWorld(World):
     def violation(self):
         for name, event in self.events.items():
             if event.committed_by:
-                wait, _, index = event.committed_by.rpartition("#")
+                wait, _, index = name_of(event.committed_by).rpartition("#")
                 [task] = [task for task in self.tasks if task.wait.id == wait]
                 record = records_of(task).of(int(index))
                 if record is None or record.event["name"] != name:
@@ -66,7 +66,7 @@ class ManyWorld(World):
                 return f"{task.wait.id} delivered {task.delivered}"
             for names in set(task.delivered):
                 for index, name in enumerate(names):
-                    if self.events[name].committed_by != f"{task.wait.id}#{index}":
+                    if name_of(self.events[name].committed_by or "") != f"{task.wait.id}#{index}":
                         return f"{task.wait.id} delivered {name}, which it has not committed"
                     if delivered.setdefault(name, (task.wait.id, index)) != (task.wait.id, index):
                         return f"{name} was delivered to two places"

@@ -33,6 +33,7 @@ pick = st.integers(0, 99)
 
 class Protocol(RuleBasedStateMachine):
     repeatable = True
+    finish_on_worker = False
     compare_and_set = True
     world_class = World
     turns = 25
@@ -41,7 +42,11 @@ class Protocol(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.loop = asyncio.new_event_loop()
-        self.world = self.world_class(repeatable=self.repeatable, compare_and_set=self.compare_and_set)
+        self.world = self.world_class(
+            repeatable=self.repeatable,
+            finish_on_worker=self.finish_on_worker,
+            compare_and_set=self.compare_and_set,
+        )
         self.before = (task_runner.__dict__.get("SUPERVISOR_COMMS"), reference.load)
         task_runner.SUPERVISOR_COMMS = self.world
         reference.load = lambda name: self.world.source
@@ -109,6 +114,14 @@ class Protocol(RuleBasedStateMachine):
             if process.at:
                 self.in_loop(lambda: process.gates[0][1].set_result(None))
             self.promises_hold()
+
+    def go_on_until(self, process, at):
+        for _ in range(100):
+            if process.at == at:
+                return
+            self.in_loop(lambda: process.gates[0][1].set_result(None))
+            self.promises_hold()
+        raise AssertionError(f"{process.name} does not come to {at!r}")
 
     # Several rules for the same, since Hypothesis chooses among rules: most of what happens is that work goes on.
     @precondition(lambda self: self.alive)
@@ -185,7 +198,13 @@ class Protocol(RuleBasedStateMachine):
         raise AssertionError(f"{[task.state for task in self.world.tasks]}, {[p.at for p in self.alive]}")
 
 
-class Leased(Protocol):
+class OnWorkers(Protocol):
+    """As where a plugin listens to task states."""
+
+    finish_on_worker = True
+
+
+class Leased(OnWorkers):
     repeatable = False
 
 
@@ -199,7 +218,7 @@ MODEL = settings(
 MUTANT = settings(MODEL, max_examples=3000, phases=[Phase.generate], derandomize=True)
 
 
-@pytest.mark.parametrize("machine", [Protocol, Leased])
+@pytest.mark.parametrize("machine", [Protocol, OnWorkers, Leased])
 def test_the_promises_hold(machine):
     run_state_machine_as_test(machine, settings=MODEL)
 
@@ -227,7 +246,7 @@ async def poll_wins_over_record(listener, wait, store, event, **kwargs):
     """The mutant that does not look whether the wait has an event."""
 
     class Blind:
-        write, drop = store.write, store.drop
+        write, drop, after = store.write, store.drop, wait.after
 
         async def read(self):
             return None
@@ -260,6 +279,29 @@ def test_a_source_without_compare_and_set_is_caught(machine):
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Mutant, settings=MUTANT)
+
+
+def test_nobody_commits_what_was_lost_and_then_claimed_anew():
+    """One triggerer loses the event and claims it again, and dies; another still has the lost record."""
+    machine = Protocol()
+    machine.begin()
+    try:
+        [task, _] = machine.world.tasks
+        for _ in range(2):
+            machine.in_loop(lambda: machine.world.start_triggerer(task))
+        first, second = machine.world.processes
+        machine.go_on_until(first, "commit")
+        machine.go_on_until(second, "commit")
+        assert task.record.event["name"] == "e0"
+        machine.world.lapse(machine.world.events["e0"])
+        machine.go_on_until(first, "GetTaskStates")
+        assert machine.world.events["e0"].claim is not None
+        first.dead = True
+        machine.go_on_until(second, "GetTaskStates")
+        assert machine.world.events["e0"].committed_by is None
+    finally:
+        machine.teardown()
+    assert task.delivered == ["e0"]
 
 
 @pytest.mark.parametrize("listening", [False, True])

@@ -16,6 +16,8 @@ WAIT = Wait("dag", "run", "task")
 
 
 class Store:
+    after = ""
+
     def __init__(self, log: list, record: Record | None = None) -> None:
         self.log, self.record = log, record
 

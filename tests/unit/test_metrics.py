@@ -19,6 +19,7 @@ from airflow_events.listeners.base import EventListener, Wait
 from airflow_events.listeners.commit import delivered, settle
 
 class Store:
+    after = ""
     record = None
     async def read(self): return self.record
     async def write(self, record): self.record = record
