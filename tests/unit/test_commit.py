@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -101,6 +102,24 @@ async def test_a_lost_event_is_dropped(listener, log):
     assert log[-1] == ("drop",)
 
 
+async def test_what_was_polled_before_a_loss_is_given_back(listener, log):
+    """It is claimed in a name that the wait has no more; a record of it would have no claim of its own."""
+    store = Store(log)
+    store.after = "0123456789"
+    with pytest.raises(EventLost, match="has another name now"):
+        await settle(listener, WAIT, store, "e", args=("a",))
+    assert log == [("release", "e", ("a",), {})]
+
+
+async def test_after_a_loss_an_event_is_committed_in_the_name_in_which_it_was_claimed(listener, log):
+    store = Store(log)
+    store.after = "0123456789"
+    await settle(listener, dataclasses.replace(WAIT, after="0123456789"), store, "e")
+    assert store.record.after == "0123456789"
+    await settle(listener, WAIT, Store(log, dataclasses.replace(store.record, phase=Phase.RECORDED)), "e")
+    assert [step for step in log if step[0] == "commit"] == [("commit", "e", "dag/run/task/-1~01234567")] * 2
+
+
 async def test_the_record_of_another_triggerer_is_not_dropped(listener, log):
     """This one stood still between reading the record and learning that its event is lost."""
     store = Store(log)
@@ -192,7 +211,9 @@ async def test_a_record_that_is_dropped_late_takes_no_later_one_with_it(monkeypa
     await store.write(lost)
     assert await store.read() == lost
     await store.drop(lost)
+    assert store.after == ""
     assert await store.read() is None
+    assert store.after == "1"
     await store.write(later)
     await store.drop(lost)
     assert await store.read() == later

@@ -155,10 +155,16 @@ async def test_a_record_that_is_lost_makes_room_for_another():
     memory = Memory()
     store = EventRecord(Journal(memory), 0, "c")
     await store.write(record("a"))
+    assert store.after == ""
     await store.drop(record("a"))
     assert await read(memory) == {}
+    names = {store.after}
     await store.write(record("b"))
     assert (await read(memory))[0].event == "b"
+    await store.drop(record("b"))
+    names.add(store.after)
+    assert len(names - {""}) == 2
+    assert EventRecord(Journal(memory), 1, "c").after == ""
 
 
 def test_records_say_the_same_in_whatever_order_they_are_read():

@@ -125,7 +125,7 @@ class Airflow:
             timestamp=NOW + timedelta(seconds=3),
         )
 
-    def stored(self, key, phase):
+    def stored(self, key, phase, *, name="event_record"):
         """As a worker does through the API server."""
         dag_id, run_id, task_id, map_index = key
         record = {**Record(EVENT, phase, "1", recorded_at=NOW.isoformat()).as_dict(), "generation": 3}
@@ -137,7 +137,7 @@ class Airflow:
             run_id=run_id,
             task_id=task_id,
             map_index=map_index,
-            key="event_record",
+            key=name,
             value=json.dumps(serialize(record)),
             updated_at=NOW,
         )
@@ -295,6 +295,7 @@ def test_forgetting_drops_all_of_the_record_and_the_value_that_came_of_it(airflo
         airflow.record(one, id="7")
         airflow.xcom(one, "return_value", 1)
     airflow.stored(key, Phase.RECORDED)
+    airflow.stored(key, Phase.RECORDED, name="event_lost")
     forgotten = waits.forget(airflow.session, key)
     assert forgotten.record.phase == "recorded"
     assert airflow.names(key) == {"event_lost"}
