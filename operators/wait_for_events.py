@@ -187,25 +187,27 @@ class WaitForEventsOperator(WaitForEventOperator):
 
     def _events(self, context: Context) -> dict[int, Any]:
         """Return all events that are recorded and committed, by whomever."""
+        by_trigger = self._recorded_by(self._journal_of_trigger(context))
+        return {**by_trigger, **asyncio.run(self._settle(context, {}))}
 
-        async def read() -> dict[int, Any]:
-            by_trigger = Journal(PulledPages(context["ti"]))
-            await by_trigger.read()
-            return {**self._recorded_by(by_trigger), **await self._settle(context, {})}
-
-        return asyncio.run(read())
+    def _journal_of_trigger(self, context: Context) -> Journal:
+        journal = Journal(PulledPages(context["ti"]))
+        asyncio.run(journal.read())
+        return journal
 
     def _release(self, context: Context, event: Any | None) -> None:
         """Give back what is claimed for the indexes of which no event is recorded."""
         if not releases(self.listener):
             return
         calls, wait, events = self._calls, self._wait(context), self._events(context)
+        after = self._journal_of_trigger(context).records.after
         at_once = asyncio.Semaphore(_SETTLING)
 
         async def one(index: int) -> None:
             args, kwargs = calls.of(index)
             async with at_once:
-                await release(self.listener, replace(wait, index=index), event, args, kwargs)
+                of_index = replace(wait, index=index, after=after(index))
+                await release(self.listener, of_index, event, args, kwargs)
 
         async def all_of_them() -> None:
             await asyncio.gather(*(one(index) for index in range(len(calls)) if index not in events))

@@ -78,7 +78,12 @@ def _of_worker_record(phase: str) -> Callable[[Any, Any], str | None]:
 
 def _half(phase: str) -> Callable[[Any, Any], str | None]:
     """Find the run in ``WorkerRecord._set``, the second of the two writes of ``WorkerRecord.write``."""
-    return lambda record, args: record.ti.run_id if args[1].get("phase") == phase else None
+
+    def run_of(record: Any, args: Any) -> str | None:
+        key, value = args
+        return str(record.ti.run_id) if key == "event_record" and value["phase"] == phase else None
+
+    return run_of
 
 
 def _of_trigger(trigger: Any, args: Any) -> str:
