@@ -1,0 +1,197 @@
+"""What the triggerer and the scheduler ask Airflow's database, with more and more waits in it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from parts import Part, Rows, Stage
+from parts.processes import end, fresh_triggerer, open_waits, settle, until_open
+
+# Waits that the triggerer has itself, meanwhile.
+OWN = 10
+# Ids of copies are from here on.
+COPIES = 1_000_000_000
+# Of the copies, each triggerer has so many: Airflow's default of `[triggerer] capacity`.
+EACH = 1000
+# What a query is for, by what only it has.
+KINDS = {
+    "triggerer": {
+        "count its waits": r"SELECT count\(trigger\.id\)",
+        "look for waits that nobody has": r"FROM trigger .*JOIN task_instance",
+        "the same, callbacks and assets": r"FROM trigger .*(JOIN callback|asset_trigger|asset_watcher)",
+        "list its waits": r"SELECT trigger\.id .*FROM trigger .*WHERE trigger\.triggerer_id",
+        "let go of waits that ended": r"UPDATE task_instance SET .*trigger_id",
+        "delete what nobody waits for": r"DELETE FROM trigger",
+    },
+    "scheduler": {
+        "choose runs to look at": r"FROM dag_run JOIN dag .*dag_run\.state = 'running'.*FOR UPDATE",
+        "find waits whose time is over": r"UPDATE task_instance .*trigger_timeout",
+        "delete what nobody waits for": r"DELETE FROM trigger",
+    },
+}
+# Once in each loop.
+LOOPS = {"triggerer": "delete what nobody waits for", "scheduler": "choose runs to look at"}
+LINE = re.compile(r"^QUERY \d+ LOG:  duration: ([\d.]+) ms  (?:statement|execute \S+): (.*)", re.DOTALL)
+
+
+def database(stage: Stage) -> Rows:
+    airflow, postgres = stage.airflow, stage.postgres
+    triggerer = fresh_triggerer(airflow)
+    runs = open_waits(airflow, "ours_10", 10, OWN)
+    until_open(triggerer, OWN)
+    settle()
+    airflow.stop()
+    found: Rows = []
+    there = 0
+    try:
+        for others in stage.options.others:
+            if others > there:
+                copy_waits(postgres, runs[0], there, others)
+                there = others
+            for name in KINDS:
+                airflow.start_one(name)
+                settle()
+                settle()
+                seen = _look(postgres, name, stage.options.look)
+                airflow.components[name].stop()
+                found.append({"name": name, "others": others, **seen})
+                print(found[-1], flush=True)
+    finally:
+        delete_copies(postgres)
+        airflow.components = {name: each for name, each in airflow.components.items() if name not in KINDS}
+        airflow.start()
+        end(airflow, runs)
+    return found
+
+
+def _look(postgres: Any, name: str, look: float) -> dict[str, Any]:
+    """Write down the queries of a while, and return their number and the server's time for each loop."""
+    log = Path(postgres.folder) / "postgres.log"
+    _set(postgres, "log_line_prefix = 'QUERY %p '", "log_min_duration_statement = 0")
+    read = log.stat().st_size
+    began = time.monotonic()
+    time.sleep(look)
+    seconds = time.monotonic() - began
+    with log.open(errors="replace") as lines:
+        lines.seek(read)
+        text = lines.read()
+    _set(postgres, "log_min_duration_statement = -1")
+    queries = [found for entry in re.split(r"(?m)^(?=QUERY )", text) if (found := LINE.match(entry))]
+    count: Counter[str] = Counter()
+    milliseconds: defaultdict[str, float] = defaultdict(float)
+    for query in queries:
+        kind = kind_of(name, query[2])
+        count[kind] += 1
+        milliseconds[kind] += float(query[1])
+    loops = count[LOOPS[name]]
+    assert loops, f"the {name} has asked nothing within {look} s"
+    return {
+        "seconds": round(seconds, 1),
+        "loops": loops,
+        "queries": round(sum(count.values()) / loops, 1),
+        "ms": round(sum(milliseconds.values()) / loops, 3),
+        "of it": {kind: round(milliseconds[kind] / loops, 3) for kind in [*KINDS[name], "the rest"]},
+    }
+
+
+def kind_of(name: str, query: str) -> str:
+    text = " ".join(query.split())
+    return next((kind for kind, pattern in KINDS[name].items() if re.search(pattern, text)), "the rest")
+
+
+def _set(postgres: Any, *settings: str) -> None:
+    with connect(postgres) as connection:
+        for setting in settings:
+            connection.execute(f"ALTER SYSTEM SET {setting}")
+        connection.execute("SELECT pg_reload_conf()")
+    time.sleep(1)
+
+
+def connect(postgres: Any) -> Any:
+    import psycopg
+
+    return psycopg.connect(f"postgresql://airflow@127.0.0.1:{postgres.port}/postgres", autocommit=True)
+
+
+def copy_waits(postgres: Any, run: Any, first: int, last: int) -> None:
+    """
+    Put waits of other triggerers, which are alive, into Airflow's own tables: copies of a run that waits.
+
+    :param first: how many there are.
+    :param last: how many there will be.
+    """
+    ours = f"dag_id = '{run.dag_id}' AND run_id = '{run.run_id}'"
+    runs = f"generate_series({first // OWN}, {last // OWN - 1}) AS copy"
+    jobs = f"generate_series({-(-first // EACH)}, {-(-last // EACH) - 1}) AS copy"
+    # Of the run's waits each has a number, by which its copies and those of its trigger find each other.
+    number = f"{COPIES} + copy * {OWN} + nth"
+    with connect(postgres) as connection:
+
+        def copy(table: str, copies: str, where: str, order: str, **changes: str) -> None:
+            query = (
+                "SELECT column_name FROM information_schema.columns "
+                "WHERE table_schema = 'public' AND table_name = %s AND is_generated = 'NEVER'"
+            )
+            columns = [name for [name] in connection.execute(query, (table,))]
+            assert changes.keys() <= set(columns), f"{table} has {columns}"
+            names = ", ".join(f'"{name}"' for name in columns)
+            values = ", ".join(changes.get(name, f'"{name}"') for name in columns)
+            connection.execute(
+                f"INSERT INTO {table} ({names}) SELECT {values} FROM {copies}, "
+                f"(SELECT *, row_number() OVER (ORDER BY {order}) - 1 AS nth FROM {table} WHERE {where}) AS one"
+            )
+
+        job = "id = (SELECT max(id) FROM job WHERE job_type = 'TriggererJob')"
+        copy(
+            "job", jobs, job, "id",
+            id=f"{COPIES} + copy", state="'running'", end_date="NULL", latest_heartbeat="now() + interval '1 day'",
+        )  # fmt: skip
+        copy("dag_run", runs, ours, "id", id=f"{COPIES} + copy", run_id="'copy' || copy")
+        waits = f"id IN (SELECT trigger_id FROM task_instance WHERE {ours})"
+        copy("trigger", runs, waits, "id", id=number, triggerer_id=f"{COPIES} + copy * {OWN} / {EACH}")
+        copy(
+            "task_instance", runs, ours, "trigger_id",
+            id="gen_random_uuid()", run_id="'copy' || copy", trigger_id=number,
+        )  # fmt: skip
+        connection.execute("VACUUM ANALYZE")
+
+
+def delete_copies(postgres: Any) -> None:
+    with connect(postgres) as connection:
+        for table, column in (
+            ("task_instance", "trigger_id"),
+            ("trigger", "id"),
+            ("dag_run", "id"),
+            ("job", "id"),
+        ):
+            connection.execute(f"DELETE FROM {table} WHERE {column} >= {COPIES}")
+
+
+def table(rows: Rows) -> str:
+    lines = [
+        "| alone with the database | waits of others in it | loops a second | queries in each "
+        "| the server's time for each | most of it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kind, most = max(row["of it"].items(), key=lambda item: float(item[1]))
+        lines.append(
+            f"| {row['name']} | {row['others']:,} | {row['loops'] / row['seconds']:.2f} | {row['queries']:.0f} "
+            f"| {row['ms']:,.1f} ms | {kind}: {most:,.1f} ms |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Measured: the queries of {rows[0]['seconds']:.0f} s, as PostgreSQL wrote them down with their "
+            f"time. The triggerer has {OWN} waits itself; the others' are rows of Airflow's own tables, {EACH:,} to a "
+            f"triggerer that is alive and {OWN} to a run. Nothing happens meanwhile.",
+        ]
+    )
+
+
+PARTS = {"database": Part(database, table, ("ours_10",))}

@@ -1,0 +1,75 @@
+"""A projection to more waits than were measured, from what was."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from parts.plots import size
+
+# Waits in all, in each triggerer, and in each run.
+CASES = (
+    (1_000, 1_000, 10),
+    (10_000, 1_000, 10),
+    (10_000, 10_000, 10),
+    (100_000, 1_000, 10),
+    (100_000, 10_000, 10),
+    (1_000_000, 1_000, 10),
+    (1_000_000, 10_000, 10),
+    (1_000_000, 10_000, 1),
+)
+# Airflow's own: seconds between two loops, and `[scheduler] max_dagruns_per_loop_to_schedule`.
+PAUSE = 1.0
+RUNS_A_LOOP = 20
+
+
+def projection(results: dict[str, Any]) -> str:
+    if not {"database", "memory"} <= results.keys():
+        return "Not measured yet."
+    rows = [row for row in results["memory"]["rows"] if row["name"] == "ours" and row["in_dag"] == 10]
+    one = max(rows, key=lambda row: row["waits"])
+    each = (one["runner"] + one["supervisor"]) / one["waits"]
+    asked = results["database"]["rows"]
+    lines = [
+        "| waits | triggerers | memory of all triggerers | database: cores that their idle loops take "
+        "| scheduler: until it has looked at each run once |",
+        "|---|---|---|---|---|",
+    ]
+    for waits, in_each, in_run in CASES:
+        triggerers = -(-waits // in_each)
+        loop = milliseconds(asked, "triggerer", waits) / 1000
+        cores = triggerers * loop / (PAUSE + loop)
+        round_ = waits / in_run / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits) / 1000)
+        lines.append(
+            f"| {waits:,}, {in_run} to a run | {triggerers:,} with {in_each:,} each | {size(each * waits)} "
+            f"| {cores:,.2f} | {duration(round_)} |"
+        )
+    most = max(row["others"] for row in asked)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Projected, all of it: {each:.0f} KB for each wait, as measured with {one['waits']:,} of ours in "
+            "DAGs of 10 tasks; the time of a loop in the database between and beyond the measured points on "
+            f"straight lines (measured up to {most:,} waits); {PAUSE:.0f} s between two loops; {RUNS_A_LOOP} runs "
+            "in a loop of one scheduler. What the events themselves cost, and what the queries of many triggerers "
+            "do to each other, is not in it.",
+        ]
+    )
+
+
+def milliseconds(rows: list[dict[str, Any]], name: str, waits: int) -> float:
+    """Return the database's time for a loop: on a line between the measured points, and on the last one beyond."""
+    points = sorted((row["others"], row["ms"]) for row in rows if row["name"] == name)
+    if len(points) == 1:
+        return float(points[0][1])
+    left, right = next(
+        (pair for pair in itertools.pairwise(points) if pair[1][0] >= waits), (points[-2], points[-1])
+    )
+    return float(left[1] + (right[1] - left[1]) * (waits - left[0]) / (right[0] - left[0]))
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,213 @@
+"""A timer of ours, Airflow's own as it comes and as it starts and ends in the triggerer, and the floor."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from parts import Part, Rows, Stage
+from parts.processes import busy, end, fresh_triggerer, open_files, open_waits, pss, settle, until_open
+
+NAMES = {
+    "ours": "ours: `TimerListener`",
+    "peer": "`DateTimeSensorAsync`",
+    "peer_in_triggerer": "`DateTimeSensorAsync`, `start_from_trigger`, `end_from_trigger`",
+    "floor": "the floor: a trigger that awaits forever",
+}
+TIMED = [name for name in NAMES if name != "floor"]
+# Seconds.
+AHEAD = 15
+
+
+def latency(stage: Stage) -> Rows:
+    """From the moment that a timer is for to the wait's success, and to the next task's start."""
+    found: Rows = [{"name": name, "success": [], "running": [], "workers": []} for name in TIMED]
+    due_at_once(stage.airflow, "ours", 1, "warm-up")
+    for turn in range(stage.options.repeat):
+        for row in found:
+            for key, values in due_at_once(stage.airflow, row["name"], stage.options.at_once, f"{turn}").items():
+                row[key] += values
+    return [{**row, "rounds": stage.options.repeat} for row in found]
+
+
+def due_at_once(airflow: Any, name: str, count: int, label: str) -> dict[str, list[float]]:
+    """Start runs that are due in a moment, and return when each wait succeeded and what followed it ran."""
+    due = datetime.now(timezone.utc) + timedelta(seconds=AHEAD)
+    conf = {"due": due.isoformat()}
+    label = f"{label}-{time.time():.0f}"
+    runs = [airflow.run(f"{name}_1", conf, run_id=f"{label}-{number}") for number in range(count)]
+    found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
+    for run in runs:
+        assert run.finished() == "success", run
+        tasks = run.tasks()
+        began = datetime.fromisoformat(tasks["wait"]["start_date"])
+        assert began < due, f"{run} began to wait {began - due} after it was due"
+        found["success"].append(since(due, tasks["wait"]["end_date"]))
+        found["running"].append(since(due, tasks["downstream"]["start_date"]))
+        found["workers"].append(run.worker_starts("wait"))
+    return found
+
+
+def since(begin: datetime, moment: str) -> float:
+    return round((datetime.fromisoformat(moment) - begin).total_seconds(), 3)
+
+
+def latency_table(rows: Rows) -> str:
+    ours = statistics.median(rows[0]["running"])
+    lines = [
+        "| timer | due to success | due to downstream running | in ours | worker processes per wait |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {NAMES[row['name']]} | {spread(row['success'])} | {spread(row['running'])} "
+        f"| {statistics.median(row['running']) / ours:.2f} | {statistics.mean(row['workers']):.2f} |"
+        for row in rows
+    ]
+    at_once = len(rows[0]["success"]) // rows[0]["rounds"]
+    return "\n".join(
+        [*lines, "", f"Median (least to most); {rows[0]['rounds']} rounds by turns, {at_once} waits due at once."]
+    )
+
+
+def memory(stage: Stage) -> Rows:
+    """What an open wait costs the triggerer, above one that has none."""
+    found = []
+    for waits, count in [*((10, count) for count in stage.options.waits), (300, stage.options.in_one_dag)]:
+        for name in ("floor", "ours", "peer_in_triggerer"):
+            cost = _cost(stage, f"{name}_{waits}", waits, count)
+            found.append({"name": name, "in_dag": waits, "waits": count, "look": stage.options.look, **cost})
+            print(found[-1], flush=True)
+    return found
+
+
+def _cost(stage: Stage, dag_id: str, waits: int, count: int) -> dict[str, float]:
+    """Return the KB and files that the waits add to runner and supervisor, and the cores that these idle with."""
+    airflow, look = stage.airflow, stage.options.look
+    triggerer = fresh_triggerer(airflow)
+    before = [pss(process.pid) for process in triggerer]
+    files = open_files(triggerer[0])
+    runs = open_waits(airflow, dag_id, waits, count)
+    until_open(triggerer, count)
+    settle()
+    after = [pss(process.pid) for process in triggerer]
+    files = open_files(triggerer[0]) - files
+    worked = [busy(process) for process in triggerer]
+    time.sleep(look)
+    cores = sum(busy(process) - was for process, was in zip(triggerer, worked, strict=True)) / look
+    end(airflow, runs)
+    supervisor, runner = (now - was for now, was in zip(after, before, strict=True))
+    return {"runner": runner, "supervisor": supervisor, "files": files, "cores": round(cores, 4)}
+
+
+def memory_table(rows: Rows) -> str:
+    lines = [
+        "| open waits, each started in the triggerer | memory of the runner per wait | above the floor "
+        "| memory of its supervisor per wait | open files per wait | processor time while nothing happens "
+        "| of the floor's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        count, in_dag = row["waits"], row["in_dag"]
+        floor = floor_of(rows, row)
+        lines.append(
+            f"| {NAMES[row['name']]}; {count:,}, in DAGs of {in_dag} tasks | {row['runner'] / count:.1f} KB "
+            f"| {(row['runner'] - floor['runner']) / count:+.1f} KB | {row['supervisor'] / count:.1f} KB "
+            f"| {row['files'] / count:.2f} | {row['cores']:.3f} cores | {row['cores'] / floor['cores']:.2f} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"PSS after a collection; processor time of runner and supervisor over {rows[0]['look']:g} s.",
+        ]
+    )
+
+
+def floor_of(rows: Rows, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the floor's row of the same number of waits."""
+    same = [each for each in rows if (each["in_dag"], each["waits"]) == (row["in_dag"], row["waits"])]
+    return next(each for each in same if each["name"] == "floor")
+
+
+def start(stage: Stage) -> Rows:
+    """How long it takes until many waits wait."""
+    most = max(stage.options.waits)
+    found = []
+    # Airflow starts two or three workers a second: a tenth is enough of those that begin on one.
+    for name, count in (
+        ("floor", most),
+        ("ours", most),
+        ("peer_in_triggerer", most),
+        ("peer", max(most // 100, 1) * 10),
+    ):
+        triggerer = fresh_triggerer(stage.airflow)
+        began = time.monotonic()
+        runs = open_waits(stage.airflow, f"{name}_10", 10, count)
+        until_open(triggerer, count)
+        found.append({"name": name, "waits": count, "seconds": round(time.monotonic() - began, 2)})
+        end(stage.airflow, runs)
+        print(found[-1], flush=True)
+    return found
+
+
+def start_table(rows: Rows) -> str:
+    lines = ["| waits | until all wait | per second |", "|---|---|---|"]
+    lines += [
+        f"| {NAMES[row['name']]}; {row['waits']:,} | {row['seconds']:.1f} s "
+        f"| {row['waits'] / row['seconds']:.1f} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, "", "From the first request that makes a run; runs of a DAG with 10 waits."])
+
+
+def burst(stage: Stage) -> Rows:
+    """How fast many waits end that are due at once."""
+    count = max(stage.options.waits)
+    found = []
+    for name in ("ours", "peer_in_triggerer"):
+        triggerer = fresh_triggerer(stage.airflow)
+        due = datetime.now(timezone.utc) + timedelta(seconds=45 + count // 10)
+        runs = open_waits(stage.airflow, f"{name}_10", 10, count, due)
+        until_open(triggerer, count)
+        assert datetime.now(timezone.utc) < due, "they are due before all wait"
+        ends = []
+        for run in runs:
+            assert run.finished(timeout=600) == "success", run
+            ends += [task["end_date"] for task in run.tasks().values()]
+        found.append({"name": name, "waits": count, "ends": sorted(since(due, moment) for moment in ends)})
+        print(name, found[-1]["ends"][-1], flush=True)
+    return found
+
+
+def burst_table(rows: Rows) -> str:
+    lines = [
+        "| waits due at once | due to the first success | the median | the last | per second |",
+        "|---" * 5 + "|",
+    ]
+    lines += [
+        f"| {NAMES[row['name']]}; {row['waits']:,} | {row['ends'][0]:.1f} s "
+        f"| {statistics.median(row['ends']):.1f} s | {row['ends'][-1]:.1f} s "
+        f"| {row['waits'] / row['ends'][-1]:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(
+        [*lines, "", "Runs of a DAG with 10 waits; a wait's success is the end of its task instance."]
+    )
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def _dags(names: list[str], *waits: int) -> tuple[str, ...]:
+    return tuple(f"{name}_{number}" for name in names for number in waits)
+
+
+PARTS = {
+    "latency": Part(latency, latency_table, _dags(TIMED, 1)),
+    "memory": Part(memory, memory_table, _dags(["floor", "ours", "peer_in_triggerer"], 10, 300)),
+    "start": Part(start, start_table, _dags(list(NAMES), 10)),
+    "burst": Part(burst, burst_table, _dags(["ours", "peer_in_triggerer"], 10)),
+}
