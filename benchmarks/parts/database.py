@@ -21,14 +21,14 @@ EACH = 1000
 KINDS = {
     "triggerer": {
         "count its waits": r"SELECT count\(trigger\.id\)",
-        "look for waits that nobody has": r"FROM trigger .*JOIN task_instance",
-        "the same, callbacks and assets": r"FROM trigger .*(JOIN callback|asset_trigger|asset_watcher)",
-        "list its waits": r"SELECT trigger\.id .*FROM trigger .*WHERE trigger\.triggerer_id",
+        "look for waits that nobody has": r"SELECT trigger\.id FROM trigger JOIN task_instance",
+        "the same, callbacks and assets": r"SELECT trigger\.id FROM trigger (JOIN callback|WHERE \(EXISTS)",
+        "list its waits": r"SELECT trigger\.id FROM trigger WHERE trigger\.triggerer_id",
         "let go of waits that ended": r"UPDATE task_instance SET .*trigger_id",
         "delete what nobody waits for": r"DELETE FROM trigger",
     },
     "scheduler": {
-        "choose runs to look at": r"FROM dag_run JOIN dag .*dag_run\.state = 'running'.*FOR UPDATE",
+        "choose runs to look at": r"SELECT dag_run\..* FROM dag_run JOIN dag .* LIMIT \d+ FOR",
         "find waits whose time is over": r"UPDATE task_instance .*trigger_timeout",
         "delete what nobody waits for": r"DELETE FROM trigger",
     },
@@ -100,7 +100,7 @@ def _look(postgres: Any, name: str, look: float) -> dict[str, Any]:
 
 def kind_of(name: str, query: str) -> str:
     text = " ".join(query.split())
-    return next((kind for kind, pattern in KINDS[name].items() if re.search(pattern, text)), "the rest")
+    return next((kind for kind, pattern in KINDS[name].items() if re.match(pattern, text)), "the rest")
 
 
 def _set(postgres: Any, *settings: str) -> None:
@@ -188,8 +188,8 @@ def table(rows: Rows) -> str:
             *lines,
             "",
             f"Measured: the queries of {rows[0]['seconds']:.0f} s, as PostgreSQL wrote them down with their "
-            f"time. The triggerer has {OWN} waits itself; the others' are rows of Airflow's own tables, {EACH:,} to a "
-            f"triggerer that is alive and {OWN} to a run. Nothing happens meanwhile.",
+            f"time. The triggerer has {OWN} waits itself; the others' are rows of Airflow's own tables, {EACH:,} "
+            f"to a triggerer that is alive and {OWN} to a run. Nothing happens meanwhile.",
         ]
     )
 

@@ -87,7 +87,7 @@ def table(rows: Rows) -> str:
             f"| {statistics.mean(ray['slots']):.2f} | {statistics.median(ray['pss']) / 1000:.0f} MB |",
             "",
             f"{ours['rounds']} rounds by turns, {len(ours['running']) // ours['rounds']} waits due at once "
-            "in each; a slot is a CPU of those that Ray, or Airflow's executor, has to give. PSS, after a collection.",
+            "in each; a slot is a CPU that Ray, or Airflow's executor, has to give. PSS after a collection.",
         ]
     )
 
