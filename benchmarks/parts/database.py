@@ -28,7 +28,7 @@ KINDS = {
         "delete what nobody waits for": r"DELETE FROM trigger",
     },
     "scheduler": {
-        "choose runs to look at": r"SELECT dag_run\..* FROM dag_run JOIN dag .* LIMIT \d+ FOR",
+        "choose runs to look at": r"(?!.*'queued')SELECT dag_run\..* FROM dag_run JOIN dag .* LIMIT \d+ FOR",
         "find waits whose time is over": r"UPDATE task_instance .*trigger_timeout",
         "delete what nobody waits for": r"DELETE FROM trigger",
     },
