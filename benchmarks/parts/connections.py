@@ -13,7 +13,6 @@ REDIS = ("of_redis", "Valkey")
 NAMES = {
     "redis_ours": "ours: `RedisListener`, Valkey",
     "redis_watch": "ours: `RedisWatchListener`, Valkey",
-    "redis_peer": "`AwaitMessageTrigger` of the Redis provider, Valkey",
     "sqs_ours": "ours: `SqsListener`, emulator",
     "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`, emulator",
 }
@@ -48,7 +47,12 @@ def connections(stage: Stage) -> Rows:
 
 def _count(name: str, broker: Any) -> int:
     if name.startswith("sqs"):
-        return int(broker.clients())
+        import psutil
+
+        own = {each.laddr.port for each in psutil.Process().net_connections("tcp")}
+        theirs = psutil.Process(broker.server.process.pid).net_connections("tcp")
+        there = [each for each in theirs if each.status == "ESTABLISHED" and each.laddr.port == broker.server.port]
+        return sum(each.raddr.port not in own for each in there)
     with broker.client as client:
         return len(client.client_list()) - 1
 
