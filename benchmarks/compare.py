@@ -15,6 +15,7 @@ import importlib
 import json
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -76,6 +77,7 @@ def main() -> None:
     bootstrap.run_inside("[test,benchmark]")
     from parts import plots
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # not without ending what it started
     failed = []
     if not options.draw:
         # One open log file a wait.
@@ -92,7 +94,7 @@ def main() -> None:
                     continue
                 pages.keep(name, rows, options.note)
                 print(f"\n{PARTS[name].table(rows)}\n", flush=True)
-    for page, text in pages.made({name: part.table for name, part in PARTS.items()}).items():
+    for page, text in pages.made(PARTS).items():
         page.write_text(text)
     print("Drawn:", *plots.draw(pages.kept()))
     if failed:

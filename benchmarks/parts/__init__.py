@@ -29,9 +29,11 @@ class Part:
     :param table: makes Markdown of what ``measure`` returned.
     :param dags: that must be there.
     :param brokers: modules of tests/sources, and the class in each, that must run.
+    :param plot: what the plot shows that stands above the table; None if there is none.
     """
 
     measure: Callable[[Stage], Rows]
     table: Callable[[Rows], str]
     dags: tuple[str, ...] = ()
     brokers: tuple[tuple[str, str], ...] = ()
+    plot: str | None = None

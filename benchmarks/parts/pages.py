@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from parts import Rows, sizing
+from parts import Part, Rows, sizing
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "benchmarks.json"
@@ -40,16 +40,19 @@ def _lines(part: str, result: dict[str, Any]) -> str:
     return f' {json.dumps(part)}: {{\n  "run": {json.dumps(result["run"])},\n  "rows": [\n   {rows}\n  ]\n }}'
 
 
-def made(tables: Mapping[str, Callable[[Rows], str]]) -> dict[Path, str]:
+def made(parts: Mapping[str, Part]) -> dict[Path, str]:
     """
     Return the pages' texts with the tables of what was measured in place of those that are there.
 
     A table stands between its markers, ``<!-- name -->``; one that was never measured stays as it is.
     """
     results = kept()
-    contents = {
-        part: f"{tables[part](result['rows'])}\n\nRun on {result['run']}." for part, result in results.items()
-    }
+    contents = {}
+    for name, result in results.items():
+        shown = [parts[name].table(result["rows"]), f"Run on {result['run']}."]
+        if parts[name].plot:
+            shown.insert(0, f"![{parts[name].plot}](images/benchmark-{name}.svg)")
+        contents[name] = "\n\n".join(shown)
     contents["projection"] = sizing.projection(results)
     texts = {page: page.read_text() for page in PAGES}
     for part, content in contents.items():

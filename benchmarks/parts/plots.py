@@ -106,7 +106,10 @@ def _memory(results: dict[str, Any]) -> Any:
 
 
 def size(kilobytes: float) -> str:
-    return f"{kilobytes:.0f} KB" if kilobytes < 1000 else f"{kilobytes / 1000:.1f} MB"
+    for unit, of_it in (("GB", 1e6), ("MB", 1e3)):
+        if kilobytes >= of_it:
+            return f"{kilobytes / of_it:.1f} {unit}"
+    return f"{kilobytes:.0f} KB"
 
 
 def plain(name: str) -> str:

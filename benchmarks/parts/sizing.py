@@ -18,6 +18,9 @@ CASES = (
     (1_000_000, 10_000, 10),
     (1_000_000, 10_000, 1),
 )
+# The same as places in tasks of `wait_for_events`.
+PLACES = 1_000_000
+IN_ONE = 10_000
 # Airflow's own: seconds between two loops, and `[scheduler] max_dagruns_per_loop_to_schedule`.
 PAUSE = 1.0
 RUNS_A_LOOP = 20
@@ -31,19 +34,21 @@ def projection(results: dict[str, Any]) -> str:
     each = (one["runner"] + one["supervisor"]) / one["waits"]
     asked = results["database"]["rows"]
     lines = [
-        "| waits | triggerers | memory of all triggerers | database: cores that their idle loops take "
-        "| scheduler: until it has looked at each run once |",
-        "|---|---|---|---|---|",
+        "| waits | triggerers | memory of all triggerers | a triggerer's loop comes every "
+        "| cores of the database that the loops take, idle | the scheduler has looked at each run once after |",
+        "|---|---|---|---|---|---|",
     ]
     for waits, in_each, in_run in CASES:
         triggerers = -(-waits // in_each)
-        loop = milliseconds(asked, "triggerer", waits) / 1000
-        cores = triggerers * loop / (PAUSE + loop)
-        round_ = waits / in_run / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits) / 1000)
         lines.append(
             f"| {waits:,}, {in_run} to a run | {triggerers:,} with {in_each:,} each | {size(each * waits)} "
-            f"| {cores:,.2f} | {duration(round_)} |"
+            f"| {_loops(asked, waits, triggerers, waits // in_run)} |"
         )
+    tasks = PLACES // IN_ONE
+    lines.append(
+        f"| {PLACES:,} in {tasks:,} tasks of `wait_for_events` | 1 "
+        f"| [{IN_ONE:,} in one](many-events.md#what-it-costs) | {_loops(asked, tasks, 1, tasks)} |"
+    )
     most = max(row["others"] for row in asked)
     return "\n".join(
         [
@@ -56,6 +61,12 @@ def projection(results: dict[str, Any]) -> str:
             "do to each other, is not in it.",
         ]
     )
+
+
+def _loops(asked: list[dict[str, Any]], waits: int, triggerers: int, runs: int) -> str:
+    loop = milliseconds(asked, "triggerer", waits) / 1000
+    looked = runs / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits) / 1000)
+    return f"{PAUSE + loop:.1f} s | {triggerers * loop / (PAUSE + loop):,.2f} | {duration(looked)}"
 
 
 def milliseconds(rows: list[dict[str, Any]], name: str, waits: int) -> float:

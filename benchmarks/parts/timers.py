@@ -206,8 +206,18 @@ def _dags(names: list[str], *waits: int) -> tuple[str, ...]:
 
 
 PARTS = {
-    "latency": Part(latency, latency_table, _dags(TIMED, 1)),
-    "memory": Part(memory, memory_table, _dags(["floor", "ours", "peer_in_triggerer"], 10, 300)),
+    "latency": Part(
+        latency,
+        latency_table,
+        _dags(TIMED, 1),
+        plot="From when a timer was due until its wait had succeeded, and until the next task ran",
+    ),
+    "memory": Part(
+        memory,
+        memory_table,
+        _dags(["floor", "ours", "peer_in_triggerer"], 10, 300),
+        plot="Memory that each open wait takes in the triggerer",
+    ),
     "start": Part(start, start_table, _dags(list(NAMES), 10)),
     "burst": Part(burst, burst_table, _dags(["ours", "peer_in_triggerer"], 10)),
 }

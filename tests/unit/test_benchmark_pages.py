@@ -24,7 +24,7 @@ def compare():
 
 
 def test_the_pages_are_made_of_what_was_measured(compare):
-    made = compare.pages.made({name: part.table for name, part in compare.PARTS.items()})
+    made = compare.pages.made(compare.PARTS)
     for page, text in made.items():
         assert page.read_text() == text, f"{page.name} is not what benchmarks/compare.py --draw makes"
 
