@@ -35,8 +35,9 @@ def projection(results: dict[str, Any]) -> str:
     asked = results["database"]["rows"]
     lines = [
         "| waits | triggerers | memory of all triggerers | a triggerer's loop comes every "
-        "| cores of the database that the loops take, idle | the scheduler has looked at each run once after |",
-        "|---|---|---|---|---|---|",
+        "| requests that it answers in a second, at most | cores of the database that the loops take, idle "
+        "| the scheduler has looked at each run once after |",
+        "|---|---|---|---|---|---|---|",
     ]
     for waits, in_each, in_run in CASES:
         triggerers = -(-waits // in_each)
@@ -56,7 +57,8 @@ def projection(results: dict[str, Any]) -> str:
             "",
             f"Projected, all of it: {each:.0f} KB for each wait, as measured with {one['waits']:,} of ours in "
             "DAGs of 10 tasks; the time of a loop in the database between and beyond the measured points on "
-            f"straight lines (measured up to {most:,} waits); {PAUSE:.0f} s between two loops; {RUNS_A_LOOP} runs "
+            f"straight lines (measured up to {most:,} waits); {PAUSE:.0f} s between two loops, and none where "
+            f"requests come, of which each takes one; {RUNS_A_LOOP} runs "
             "in a loop of one scheduler. What the events themselves cost, and what the queries of many triggerers "
             "do to each other, is not in it.",
         ]
@@ -66,7 +68,7 @@ def projection(results: dict[str, Any]) -> str:
 def _loops(asked: list[dict[str, Any]], waits: int, triggerers: int, runs: int) -> str:
     loop = milliseconds(asked, "triggerer", waits) / 1000
     looked = runs / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits) / 1000)
-    return f"{PAUSE + loop:.1f} s | {triggerers * loop / (PAUSE + loop):,.2f} | {duration(looked)}"
+    return f"{PAUSE + loop:.1f} s | {1 / loop:,.{1 if loop > 0.1 else 0}f} | {triggerers * loop / (PAUSE + loop):,.2f} | {duration(looked)}"
 
 
 def milliseconds(rows: list[dict[str, Any]], name: str, waits: int) -> float:
