@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.processes import end, fresh_triggerer, open_waits, settle, until_open
+from parts.processes import fresh_triggerer, open_waits, settle, until_open
 
 # Waits that the triggerer has itself, meanwhile.
 OWN = 10
@@ -39,32 +39,28 @@ LINE = re.compile(r"^QUERY \d+ LOG:  duration: ([\d.]+) ms  (?:statement|execute
 
 
 def database(stage: Stage) -> Rows:
+    """Ask with more and more waits in the database. Comes last: it leaves Airflow ended, its tables full."""
     airflow, postgres = stage.airflow, stage.postgres
     triggerer = fresh_triggerer(airflow)
-    runs = open_waits(airflow, "ours_10", 10, OWN)
+    [run] = open_waits(airflow, "ours_10", OWN, OWN)
     until_open(triggerer, OWN)
     settle()
     airflow.stop()
     found: Rows = []
     there = 0
-    try:
-        for others in stage.options.others:
-            if others > there:
-                copy_waits(postgres, runs[0], there, others)
-                there = others
-            for name in KINDS:
-                airflow.start_one(name)
+    for others in sorted(stage.options.others):
+        copy_waits(postgres, run, there, others)
+        there = others
+        for name in KINDS:
+            component = airflow.start_one(name)
+            try:
                 settle()
                 settle()
                 seen = _look(postgres, name, stage.options.look)
-                airflow.components[name].stop()
-                found.append({"name": name, "others": others, **seen})
-                print(found[-1], flush=True)
-    finally:
-        delete_copies(postgres)
-        airflow.components = {name: each for name, each in airflow.components.items() if name not in KINDS}
-        airflow.start()
-        end(airflow, runs)
+            finally:
+                component.stop()
+            found.append({"name": name, "others": others, **seen})
+            print(found[-1], flush=True)
     return found
 
 
@@ -158,17 +154,6 @@ def copy_waits(postgres: Any, run: Any, first: int, last: int) -> None:
             id="gen_random_uuid()", run_id="'copy' || copy", trigger_id=number,
         )  # fmt: skip
         connection.execute("VACUUM ANALYZE")
-
-
-def delete_copies(postgres: Any) -> None:
-    with connect(postgres) as connection:
-        for table, column in (
-            ("task_instance", "trigger_id"),
-            ("trigger", "id"),
-            ("dag_run", "id"),
-            ("job", "id"),
-        ):
-            connection.execute(f"DELETE FROM {table} WHERE {column} >= {COPIES}")
 
 
 def table(rows: Rows) -> str:

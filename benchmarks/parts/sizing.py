@@ -68,7 +68,9 @@ def projection(results: dict[str, Any]) -> str:
 def _loops(asked: list[dict[str, Any]], waits: int, triggerers: int, runs: int) -> str:
     loop = milliseconds(asked, "triggerer", waits) / 1000
     looked = runs / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits) / 1000)
-    return f"{PAUSE + loop:.1f} s | {1 / loop:,.{1 if loop > 0.1 else 0}f} | {triggerers * loop / (PAUSE + loop):,.2f} | {duration(looked)}"
+    cores = triggerers * loop / (PAUSE + loop)
+    answers = f"{1 / loop:,.0f}" if loop < 0.1 else f"{1 / loop:.1f}"
+    return f"{PAUSE + loop:.1f} s | {answers} | {cores:,.2f} | {duration(looked)}"
 
 
 def milliseconds(rows: list[dict[str, Any]], name: str, waits: int) -> float:
