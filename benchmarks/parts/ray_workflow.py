@@ -22,7 +22,7 @@ PYTHON = (3, 11)
 # Each is a process of 142 MB.
 MOST = 8
 # Seconds: Ray takes a while to start a process for each wait.
-AHEAD = 60
+AHEAD = 90
 SETTLED = 10
 
 
