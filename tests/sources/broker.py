@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import pytest
 import servers
 from airflow_events import EventListener
 
@@ -83,6 +85,14 @@ class Broker(ABC):
     def clients(self) -> int:
         """Say how many connections of ours the server has (where it cannot tell: how many clients we have)."""
         raise NotImplementedError
+
+
+def running(server: Any, missing: str) -> Iterator[Any]:
+    """Yield a server of a module's own, for its fixture, from start to stop; skip its tests where it is None."""
+    if server is None:
+        pytest.skip(missing)
+    with server:
+        yield server
 
 
 async def until_told(caplog: Any, text: str, seconds: float = 120) -> None:

@@ -111,14 +111,23 @@ def _lists(settings: dict[str, Any]) -> bool:
         return False
 
 
+MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+
+
 class Guarded(servers.Server):
     """
     Kafka with users, of whom all but ``admin`` need to be allowed what they do; a password is NAME-secret.
+
+    ``admin`` may prove it by any of `MECHANISMS`, the others by ``PLAIN`` alone.
 
     :ivar tls_port: where it speaks TLS, with a certificate that ``ca.pem`` in its folder has signed.
     """
 
     tls_port: int
+
+    def start(self) -> None:
+        super().start()
+        _let_scram(self)
 
 
 def guarded() -> Guarded | None:
@@ -142,7 +151,7 @@ def guarded() -> Guarded | None:
                 "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer\n"
                 "super.users=User:admin;User:ANONYMOUS\n"
                 "inter.broker.listener.name=SASL_PLAINTEXT\n"
-                "sasl.enabled.mechanisms=PLAIN\nsasl.mechanism.inter.broker.protocol=PLAIN\n"
+                f"sasl.enabled.mechanisms={','.join(MECHANISMS)}\nsasl.mechanism.inter.broker.protocol=PLAIN\n"
                 f"ssl.keystore.type=PEM\nssl.keystore.location={server.folder}/broker.pem\n"
             )
             for listener in ("sasl_plaintext", "sasl_ssl"):
@@ -151,6 +160,11 @@ def guarded() -> Guarded | None:
                     "org.apache.kafka.common.security.plain.PlainLoginModule required "
                     f'username="admin" password="admin-secret" {users};\n'
                 )
+                for mechanism in MECHANISMS[1:]:
+                    text += (
+                        f"listener.name.{listener}.{mechanism.lower()}.sasl.jaas.config="
+                        "org.apache.kafka.common.security.scram.ScramLoginModule required;\n"
+                    )
             file.write_text(text)
         return line
 
@@ -173,6 +187,25 @@ def _certify(folder: Path) -> None:
     (folder / "broker.pem").write_bytes(key + chain)
     (folder / "ca.pem").write_bytes(ca.cert_pem.bytes())
     (folder / "other.pem").write_bytes(trustme.CA().cert_pem.bytes())
+
+
+def _let_scram(server: servers.Server) -> None:
+    """Give ``admin`` what SCRAM needs, as an operator does."""
+    from confluent_kafka.admin import (
+        AdminClient,
+        ScramCredentialInfo,
+        ScramMechanism,
+        UserScramCredentialUpsertion,
+    )
+
+    wanted = [
+        UserScramCredentialUpsertion(
+            "admin", ScramCredentialInfo(ScramMechanism[mechanism.replace("-", "_")], 4096), b"admin-secret"
+        )
+        for mechanism in MECHANISMS[1:]
+    ]
+    for asked in AdminClient(as_admin(server)).alter_user_scram_credentials(wanted).values():
+        asked.result(30)
 
 
 def as_admin(server: servers.Server) -> dict[str, Any]:

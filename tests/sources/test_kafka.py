@@ -14,7 +14,7 @@ import kafka_server
 import pytest
 from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit, SourceUnreachable
 from airflow_events.listeners.kafka import ledger, state, watch
-from broker import nothing, soon
+from broker import nothing, running, soon
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, NewTopic, ResourceType
 from kafka_process import STEPS, Process
@@ -670,11 +670,7 @@ async def test_a_watch_that_looks_from_before_what_is_kept_is_warned(broker, wai
 
 @pytest.fixture(scope="module")
 def guarded():
-    server = kafka_server.guarded()
-    if server is None:
-        pytest.skip(kafka_server.MISSING)
-    with server:
-        yield server
+    yield from running(kafka_server.guarded(), kafka_server.MISSING)
 
 
 @pytest.mark.parametrize(
@@ -699,17 +695,18 @@ async def test_a_user_who_may_not(guarded, waits, monkeypatch, user, password, m
     assert password not in str(caught.value)
 
 
-def over_tls(guarded, ca, password="admin-secret", **more):
+def over_tls(guarded, ca, password="admin-secret", mechanism="PLAIN", **more):
     extra = {
         "bootstrap.servers": f"127.0.0.1:{guarded.tls_port}", "security.protocol": "SASL_SSL",
-        "sasl.mechanism": "PLAIN", "ssl.ca.location": f"{guarded.folder}/{ca}.pem", **more,
+        "sasl.mechanism": mechanism, "ssl.ca.location": f"{guarded.folder}/{ca}.pem", **more,
     }  # fmt: skip
     return json.dumps({"conn_type": "kafka", "login": "admin", "password": password, "extra": extra})
 
 
-async def test_tls_and_sasl(guarded, broker, waits, monkeypatch):
+@pytest.mark.parametrize("mechanism", kafka_server.MECHANISMS)
+async def test_tls_and_sasl(guarded, broker, waits, monkeypatch, mechanism):
     kafka_server.allow(guarded, "reader", broker.queue)
-    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, "ca"))
+    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, "ca", mechanism=mechanism))
     since = datetime.now(timezone.utc) - timedelta(minutes=1)
     task = waits.poll(kafka_config_id="tls")
     watched = waits.watch(1, kafka_config_id="tls", match={"id": 7}, since=since)
@@ -724,15 +721,17 @@ async def test_tls_and_sasl(guarded, broker, waits, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ca", "password", "message"),
+    ("ca", "password", "mechanism", "message"),
     [
-        ("other", "admin-secret", "certificate verify failed"),
-        ("ca", "s3cret", "Authentication failed"),
-        ("none", "admin-secret", r"ssl\.ca\.location"),
+        ("other", "admin-secret", "PLAIN", "certificate verify failed"),
+        ("none", "admin-secret", "PLAIN", r"ssl\.ca\.location"),
+        *(("ca", "s3cret", mechanism, "Authentication failed") for mechanism in kafka_server.MECHANISMS),
     ],
 )
-async def test_a_wrong_certificate_or_password(guarded, broker, waits, monkeypatch, caplog, ca, password, message):
-    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, ca, password))
+async def test_a_wrong_certificate_or_password(
+    guarded, broker, waits, monkeypatch, caplog, ca, password, mechanism, message
+):
+    monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, ca, password, mechanism))
     since = datetime.now(timezone.utc)
     for task in (waits.poll(kafka_config_id="tls"), waits.watch(kafka_config_id="tls", since=since)):
         with pytest.raises(SourceUnfit, match=f"the topic '{broker.queue}'.*'tls'.*{message}") as caught:

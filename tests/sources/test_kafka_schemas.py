@@ -14,7 +14,7 @@ import pytest
 import registry_server
 from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
 from airflow_events.listeners.serde import check
-from broker import nothing, soon
+from broker import nothing, running, soon
 from of_kafka import Kafka
 
 from deployment import free_port
@@ -58,11 +58,7 @@ POSITIVE = {
 
 @pytest.fixture(scope="module")
 def registry():
-    found = registry_server.server()
-    if found is None:
-        pytest.skip(registry_server.MISSING)
-    with found:
-        yield found
+    yield from running(registry_server.server(), registry_server.MISSING)
 
 
 @pytest.fixture
