@@ -128,7 +128,8 @@ def measure(options, broker, name: str) -> dict[str, object]:
 def make_topic(broker, name: str) -> None:
     from confluent_kafka.admin import AdminClient, NewTopic
 
-    AdminClient(broker.bootstrap).create_topics([NewTopic(name, PARTITIONS)])[name].result(60)
+    admin = AdminClient(broker.bootstrap)  # what it was asked ends with it
+    admin.create_topics([NewTopic(name, PARTITIONS)])[name].result(60)
 
 
 class Course:

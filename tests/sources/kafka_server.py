@@ -204,7 +204,8 @@ def _let_scram(server: servers.Server) -> None:
         )
         for mechanism in MECHANISMS[1:]
     ]
-    for asked in AdminClient(as_admin(server)).alter_user_scram_credentials(wanted).values():
+    admin = AdminClient(as_admin(server))  # what it was asked ends with it
+    for asked in admin.alter_user_scram_credentials(wanted).values():
         asked.result(30)
 
 
