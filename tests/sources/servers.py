@@ -68,7 +68,11 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Server:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # it may run, and nobody would end it
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
