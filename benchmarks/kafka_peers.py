@@ -2,11 +2,10 @@
 """
 The same messages and kills for our wait and others': python3 benchmarks/kafka_peers.py [--only NAME] ...
 
-For each message there is one run that waits for one: with ``KafkaListener``, with the Kafka provider's
-``AwaitMessageSensor``, and with the same where it leaves the commit to a later task. Each has an Airflow, a topic
-and a group of its own, and the same seed decides what is killed with SIGKILL. All the while the broker is asked
-what is committed, and then Airflow's database what it has; in the end it is counted what became of each message.
-Writes a row for each to docs/sources/kafka.md.
+For each message there is one run that waits for one: with the Kafka provider's ``AwaitMessageSensor``, or with
+``KafkaListener``. Each of the two has an Airflow, a topic and a group of its own, and the same seed decides what
+is killed with SIGKILL. All the while the broker is asked what is committed, and then Airflow's database what it
+has; in the end it is counted what became of each message. Writes a row for each to docs/sources/kafka.md.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ PROVIDER = "apache-airflow-providers-apache-kafka"
 # The DAG, which its topic, connection and group are named as, and what it is.
 CONTENDERS = {
     "await_message": f"`AwaitMessageSensor` of {PROVIDER} {{provider}}",
-    "await_message_late": "the same, `commit_offset=False`, and a task after the delivery that commits",
     "kafka_listener": "`KafkaListener`",
 }
 # What is killed, and how often by comparison.
@@ -87,7 +85,7 @@ def main() -> None:
 
 
 def measure(options, broker, name: str) -> dict[str, object]:
-    """Let the messages be taken by one of them, in an Airflow of its own."""
+    """Let the messages be taken by one of the two, in an Airflow of its own."""
     from proof import SETTINGS
 
     from deployment import Deployment
@@ -133,7 +131,7 @@ def make_topic(broker, name: str) -> None:
 
 
 class Course:
-    """One of them, from the first message to the last."""
+    """One of the two, from the first message to the last."""
 
     def __init__(self, options, broker, airflow, name: str) -> None:
         import psycopg

@@ -6,9 +6,4 @@ import json
 
 
 def take(message):
-    return {
-        "value": json.loads(message.value()),
-        "topic": message.topic(),
-        "partition": message.partition(),
-        "offset": message.offset(),
-    }
+    return json.loads(message.value())
