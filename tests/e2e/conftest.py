@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,18 @@ from deployment import Deployment, free_port, until
 from postgres import Postgres
 
 TESTS = Path(__file__).parents[1]
+# What only makes the tests wait.
+SOONER = {
+    "events.commit_timeout": "4",
+    "scheduler.scheduler_idle_sleep_time": "0.3",
+    # Here no API server is away for longer, as it is in the whole matrix.
+    "scheduler.task_instance_heartbeat_timeout": "30",
+}
+
+
+def runs_the_matrix(session):
+    """Whether a test asks for the sources that are servers, which only the matrix does."""
+    return any("stage" in getattr(item, "fixturenames", ()) for item in session.items)
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +61,8 @@ def airflow(request, postgres, receiver):
         if not keep:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
         database = postgres.url if postgres else None
-        settings = {**SETTINGS, "events.commit_timeout": "4", **receiver.settings}
-        variables = stack.enter_context(served())
+        settings = {**SETTINGS, **SOONER, **receiver.settings}
+        variables = stack.enter_context(served()) if runs_the_matrix(request.session) else {}
         deployment = stack.enter_context(
             Deployment(home, database=database, settings=settings, variables=variables)
         )
@@ -62,6 +76,31 @@ def airflow(request, postgres, receiver):
         yield deployment
         if keep:
             print(f"\nkept: {home}")
+
+
+@pytest.fixture(scope="session")
+def terminal(airflow):
+    """Run ``airflow`` commands as `Deployment.airflow` does, and without its imports for each of them."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("commands.py"))],
+        env=airflow.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def command(*arguments, typed=""):
+        print(json.dumps([arguments, typed]), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        assert answer, f"commands.py has ended with {process.wait()}"
+        code, output, errors = json.loads(answer)
+        if code:
+            raise RuntimeError(f"airflow {' '.join(arguments)} failed:\n{output}\n{errors}")
+        return output
+
+    with process:
+        yield command
+        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

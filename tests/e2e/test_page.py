@@ -101,42 +101,42 @@ def test_who_has_no_permission_sees_and_does_nothing_and_a_viewer_only_sees(airf
     assert run.xcom("wait")["name"] == "second.csv"
 
 
-def test_the_terminal_does_what_the_page_does(airflow, base):
+def test_the_terminal_does_what_the_page_does(airflow, terminal, base):
     run = airflow.run("one_worker", base.conf)
     run.until_task("wait", "deferred")
     listed = json.loads(airflow.airflow("events", "list", "--dag-id", "one_worker", "--output", "json"))
     [wait] = [wait for wait in listed if wait["run_id"] == run.run_id]
     assert (wait["state"], wait["waits_for"]) == ("deferred", "LeasedQueue('{{ params.base }}')")
     with pytest.raises(RuntimeError, match="Nothing is recorded"):
-        airflow.airflow("events", "forget", "--yes", "one_worker", run.run_id, "wait")
+        terminal("events", "forget", "--yes", "one_worker", run.run_id, "wait")
     base.send("a")
     run.finished()
-    shown = json.loads(airflow.airflow("events", "show", "one_worker", run.run_id, "wait", "--output", "json"))
+    shown = json.loads(terminal("events", "show", "one_worker", run.run_id, "wait", "--output", "json"))
     assert json.loads(shown[0]["event"])["message"] == "a"
-    assert "Forgotten" in airflow.airflow("events", "forget", "--yes", "one_worker", run.run_id, "wait")
+    assert "Forgotten" in terminal("events", "forget", "--yes", "one_worker", run.run_id, "wait")
     assert run.state_store("wait", "event_record") is None
     with pytest.raises(RuntimeError, match="no task instance that waits"):
-        airflow.airflow("events", "show", "one_worker", "nobody", "wait")
+        terminal("events", "show", "one_worker", "nobody", "wait")
 
 
-def test_the_terminal_asks_before_it_forgets(airflow, base):
+def test_the_terminal_asks_before_it_forgets(airflow, terminal, base):
     base.send("a")
     run = airflow.run("one_worker", base.conf)
     run.finished()
     forget = ("events", "forget", "one_worker", run.run_id, "wait")
     with pytest.raises(RuntimeError, match="Nothing was forgotten"):
-        airflow.airflow(*forget, typed="maybe\nn\n")
+        terminal(*forget, typed="maybe\nn\n")
     assert run.state_store("wait", "event_record")["phase"] == "committed"
-    assert "Forgotten" in airflow.airflow(*forget, typed="y\n")
+    assert "Forgotten" in terminal(*forget, typed="y\n")
     assert run.state_store("wait", "event_record") is None
 
 
-def test_the_terminal_sends_and_rejects(airflow):
+def test_the_terminal_sends_and_rejects(airflow, terminal):
     run = airflow.run("http")
     run.until_task("plain", "deferred")
 
     def send(task, payload, *options, typed=""):
-        return airflow.airflow(
+        return terminal(
             "events", "send", "http", run.run_id, *task.split(), "--payload", payload, *options, typed=typed
         )
 
@@ -159,7 +159,7 @@ def test_the_terminal_sends_and_rejects(airflow):
 
     run.until_task("starts_on_worker", "deferred")
     reject = ("events", "reject", "http", run.run_id, "starts_on_worker", "--reason", "no budget")
-    assert "The task fails now" in airflow.airflow(*reject)
+    assert "The task fails now" in terminal(*reject)
     assert run.until_task("starts_on_worker", "failed", "up_for_retry", "success") == "failed"
     assert "no budget" in run.logs("starts_on_worker")
     with pytest.raises(RuntimeError, match="was rejected"):
