@@ -74,7 +74,7 @@ def main() -> int:
             struck = time.time()
             cells = []
             for part in parts(options.sources):
-                cells += endure(stage, fault, lambda source, _, part=part: source.name in part)
+                cells += endure(stage, fault, lambda source, *_, part=part: source.name in part)
             bad = [cell for cell in cells if cell.problems]
             print(f"{fault.name}: {len(cells)} cells, {len(bad)} bad, {time.time() - struck:.0f} s", flush=True)
             for cell in bad:

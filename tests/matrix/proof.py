@@ -61,16 +61,16 @@ def furnish(airflow: Deployment, *, gaps: bool = True) -> None:
     airflow.add_dags(TESTS / "dags" / "matrix.py")
 
 
-def endure(stage: Stage, fault: Fault, part: Callable[[Source, Path], bool] = lambda *_: True) -> list[Cell]:
+def endure(stage: Stage, fault: Fault, part: Callable[[Source, Path, Gap], bool] = lambda *_: True) -> list[Cell]:
     """
     Let every wait stand in its gap, let the fault strike all of them at once, and judge each.
 
-    :param part: of which sources and paths.
+    :param part: of which sources, paths and gaps.
     """
     cells = [
         Cell(source, path, gap, fault.name, stage.folder / fault.id / f"{number}", fault.has_deadline)
         for number, (source, path, gap) in enumerate(ways())
-        if gap.place in fault.places and source.is_there and part(source, path)
+        if gap.place in fault.places and source.is_there and part(source, path, gap)
     ]
     for cell in cells:
         cell.begin(stage, f"{fault.id}-{cell.base.name}")
