@@ -2,32 +2,110 @@
 """
 Run the tests against the built wheel: python3 scripts/test.py [arguments of pytest].
 
-Without arguments the quick ones come first, then those of the sources (which mostly wait, so several at once),
-then those with a real Airflow. With arguments, pytest gets them as they are.
+Without arguments the quick ones come first. The others mostly wait, for a source or for Airflow's loops, so they
+run beside one another: those of the sources, and those with a real Airflow in two parts, which have an Airflow
+each. What a part says is printed when it has ended. With arguments, pytest gets them as they are.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import IO
 
 import bootstrap
 
-STAGES = (
-    ["tests/unit", "tests/model"],
-    ["tests/sources", "-n", "4", "--dist", "loadgroup"],
-    ["tests/chaos", "tests/e2e"],
+# Each kills much of its Airflow, or starts one of its own.
+WITH_FAULTS = ("tests/chaos", "tests/e2e/test_matrix.py", "tests/e2e/test_crashes.py")
+
+
+@dataclass
+class Part:
+    """
+    Tests that have a pytest of their own, as if they were the only ones.
+
+    :param patience: how far it stands back where processors are short, as ``nice`` counts it. Who waits for a
+        source for seconds goes first, who waits for a whole matrix of workers can wait longer.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    patience: int = 0
+    _process: subprocess.Popen[bytes] | None = None
+    _said: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+    _began: float = 0
+
+    def begin(self, pytest: list[str], *, quietly: bool = True) -> None:
+        self._began = time.monotonic()
+        self._process = subprocess.Popen(
+            [*pytest, *self.arguments],
+            cwd=bootstrap.ROOT,
+            stdout=self._said if quietly else None,
+            stderr=subprocess.STDOUT if quietly else None,
+            preexec_fn=lambda: os.nice(self.patience),
+        )
+
+    @property
+    def is_done(self) -> bool:
+        assert self._process is not None
+        return self._process.poll() is not None
+
+    def end(self) -> int:
+        """Wait for it, print what it said, and return its exit code."""
+        assert self._process is not None
+        code = self._process.wait()
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace")
+        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
+        how = "passed" if code == 0 else f"FAILED (exit code {code})"
+        print(f"{said}== tests: {self.name}: {how}, {minutes} min {seconds:02} s", flush=True)
+        return code
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+
+QUICK = Part("quick", ("tests/unit", "tests/model", "-n", "logical", "--maxprocesses", "4"))
+PARTS = (
+    Part("sources", ("tests/sources", "-n", "4")),
+    Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in WITH_FAULTS)), 5),
+    Part("a real Airflow under faults", WITH_FAULTS, 10),
 )
+
+
+def run_all(pytest: list[str]) -> int:
+    """Run all parts, say in the end which have failed, and return the exit code of the first of these."""
+    QUICK.begin(pytest, quietly=False)
+    if code := QUICK.end():
+        return code
+    print(f"== tests: {', '.join(part.name for part in PARTS)}, beside one another", flush=True)
+    running, failed = list(PARTS), {}
+    try:
+        for part in running:
+            part.begin(pytest)
+        while running:
+            for part in [part for part in running if part.is_done]:
+                running.remove(part)
+                if code := part.end():
+                    failed[part.name] = code
+            time.sleep(0.5)
+    finally:
+        for part in running:
+            part.stop()
+    print(f"== tests: {'FAILED: ' + ', '.join(failed) if failed else 'all passed'}", flush=True)
+    return next(iter(failed.values()), 0)
+
 
 if __name__ == "__main__":
     bootstrap.run_inside("[test]")
-    import pytest
-
     project = ["-c", str(bootstrap.ROOT / "pyproject.toml"), "--rootdir", str(bootstrap.ROOT), "--durations=10"]
     if len(sys.argv) > 1:
+        import pytest
+
         sys.exit(pytest.main([*project, *sys.argv[1:]]))
-    for stage in STAGES:
-        # Each in a process of its own, as if it were the only one.
-        done = subprocess.run([sys.executable, "-m", "pytest", *project, *stage], cwd=bootstrap.ROOT)
-        if done.returncode:
-            sys.exit(done.returncode)
+    sys.exit(run_all([sys.executable, "-m", "pytest", *project]))
