@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEven
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
-from airflow_events.listeners.commit import Phase, delivered, inherit_portal, release, settle
+from airflow_events.listeners.commit import Phase, delivered, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.record import XComRecord
-from airflow_events.triggers.watchdog import timed
+from airflow_events.triggers.watchdog import Steps
 
 if TYPE_CHECKING:
     import jinja2
@@ -99,11 +100,10 @@ class EventTrigger(BaseTrigger):
         self._dag_result = False
         self._retries = 0
         self._after = ""  # of the wait, as it polls
-        self._polled: list[Any] = []  # the event, while it is not recorded
         self._arrived: float | None = None  # when it was polled, in seconds since the epoch
         self._recording = False
         self._again = False
-        self._poll_task: asyncio.Task[Any] | None = None
+        self._poll_task: asyncio.Task[Any] | None = None  # which holds the event, while it is not recorded
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return (
@@ -273,32 +273,45 @@ class EventTrigger(BaseTrigger):
         :raises _TimeIsUp: the deadline has passed, and no event came while the poll ended.
         :raises _PollAnew: see `_poll_anew`.
         """
-        self._polled = []
         self._again = False
-        with working_for(wait):
-            poll = self._poll_task = asyncio.create_task(self._poll_and_check(listener, greenback.has_portal()))
-        try:
-            while not poll.done() and (pause := self._remaining()) > 0:
-                await asyncio.wait({poll}, timeout=min(pause, _LONGEST_PAUSE))
-        finally:
-            # A task of its own, so that a listener which swallows its cancellation cannot end the wait.
-            if not poll.done():
-                poll.cancel()
-                await asyncio.wait({poll}, timeout=_LONGEST_GOODBYE)
+        loop = asyncio.get_running_loop()
+        with working_for(wait):  # all the while, since the poll's context is then no copy of this one
+            poll = self._poll_task = asyncio.create_task(
+                poll_once(
+                    listener,
+                    self.listener_args,
+                    self.listener_kwargs,
+                    blocking_threshold(),
+                    portal=greenback.has_portal(),
+                )
+            )
+            try:
+                while not poll.done() and (pause := self._remaining()) > 0:
+                    # What asyncio.wait does, in a quarter of its memory.
+                    woken = loop.create_future()
+                    wake = functools.partial(_wake, woken)
+                    poll.add_done_callback(wake)
+                    alarm = loop.call_later(min(pause, _LONGEST_PAUSE), wake) if self.deadline else None
+                    try:
+                        await woken
+                    finally:
+                        poll.remove_done_callback(wake)
+                        if alarm is not None:
+                            alarm.cancel()
+            finally:
+                # A task of its own, so that a listener which swallows its cancellation cannot end the wait.
+                if not poll.done():
+                    poll.cancel()
+                    await asyncio.wait({poll}, timeout=_LONGEST_GOODBYE)
         if poll.done() and not poll.cancelled():
-            return poll.result()
+            event = poll.result()
+            self._arrived = time.time()
+            return as_recorded(event)
         if self._again:
             raise _PollAnew
         if self._remaining() > 0:
             raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
         raise _TimeIsUp
-
-    async def _poll_and_check(self, listener: type[EventListener], has_portal: bool) -> Any:
-        await inherit_portal(has_portal)
-        event = await poll_once(listener, self.listener_args, self.listener_kwargs, blocking_threshold())
-        self._arrived = time.time()
-        self._polled = [event]
-        return as_recorded(event)
 
     def _remaining(self) -> float:
         return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
@@ -319,7 +332,7 @@ class EventTrigger(BaseTrigger):
             self._recording = False  # and so a user who ends the wait later releases what it claims then
             raise
         self._recording = False
-        self._polled = []
+        self._poll_task = None
         self.log.info("The event is recorded and committed")
         return event
 
@@ -346,7 +359,9 @@ class EventTrigger(BaseTrigger):
         return TaskSkippedEvent()
 
     async def _release(self, listener: type[EventListener], wait: Wait) -> None:
-        event = self._polled[0] if self._polled else None
+        poll = self._poll_task
+        polled = poll is not None and poll.done() and not poll.cancelled() and poll.exception() is None
+        event = poll.result() if poll is not None and polled else None
         await release(listener, wait, event, self.listener_args, self.listener_kwargs)
 
     async def _has_ended(self, wait: Wait) -> bool:
@@ -389,18 +404,32 @@ def blocking_threshold() -> float:
     return float(conf.getfloat("triggerer", "blocked_main_thread_warning_threshold", fallback=0.2))
 
 
-async def poll_once(listener: type[EventListener], args: Any, kwargs: Any, threshold: float) -> Any:
-    """Return what a fresh listener polls; that it blocks the loop for longer than ``threshold`` is logged."""
+def poll_once(
+    listener: type[EventListener], args: Any, kwargs: Any, threshold: float, *, portal: bool
+) -> Steps[Any]:
+    """
+    Return what a fresh listener polls, to be awaited; that it blocks the loop is logged.
 
-    def blocked(seconds: float) -> None:
-        log.warning(
-            "%s.poll_for_event has blocked the triggerer for %.2f seconds, and with it every other "
-            "trigger; use the source's async client, or asyncio.to_thread",
-            listener.__qualname__,
-            seconds,
-        )
+    :param threshold: for longer than so many seconds.
+    :param portal: whether it can make Airflow's synchronous calls.
+    """
+    poll = listener().poll_for_event(*args, **kwargs)
+    return Steps(poll, threshold, _complaint(listener.__qualname__), portal=portal)
 
-    return await timed(listener().poll_for_event(*args, **kwargs), threshold, blocked)
+
+@functools.lru_cache(maxsize=256)
+def _complaint(listener: str) -> Callable[[float], None]:
+    return functools.partial(
+        log.warning,
+        "%s.poll_for_event has blocked the triggerer for %.2f seconds, and with it every other trigger; use the "
+        "source's async client, or asyncio.to_thread",
+        listener,
+    )
+
+
+def _wake(woken: asyncio.Future[None], *_: object) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 def as_recorded(event: Any) -> Any:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import greenback
@@ -68,10 +68,7 @@ class Gathering:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._settling: set[int] = set()
         self._threshold = blocking_threshold()
-        # A portal takes more memory than all else of a wait, and few listeners need it: those that make
-        # synchronous calls to Airflow.
         self._has_portal = greenback.has_portal()
-        self._needs_portal = False
         self._changed = asyncio.Event()
 
     @property
@@ -215,17 +212,4 @@ class Gathering:
     async def _poll(self, index: int) -> Any:
         args, kwargs = self.calls.of(index)
 
-        def poll() -> Coroutine[Any, Any, Any]:
-            return poll_once(self.listener, args, kwargs, self._threshold)
-
-        if not self._needs_portal:
-            try:
-                return as_recorded(await poll())
-            except RuntimeError:
-                if not self._has_portal:
-                    raise
-        # What Airflow raises for a synchronous call without a portal; should it have been something else, it
-        # comes again.
-        self._needs_portal = True
-        await inherit_portal(self._has_portal)
-        return as_recorded(await poll())
+        return as_recorded(await poll_once(self.listener, args, kwargs, self._threshold, portal=self._has_portal))
