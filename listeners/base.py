@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -80,14 +79,23 @@ def current_wait() -> Wait:
         raise LookupError("current_wait() has an answer only while a listener works for a wait") from None
 
 
-@contextlib.contextmanager
-def working_for(wait: Wait) -> Iterator[None]:
-    """Make ``wait`` the answer of `current_wait`, for this context and the tasks started in it."""
-    token = _current_wait.set(wait)
-    try:
-        yield
-    finally:
-        _current_wait.reset(token)
+class working_for:
+    """
+    Make ``wait`` the answer of `current_wait`, for this context and the tasks started in it.
+
+    No generator, since one is held by each open wait.
+    """
+
+    __slots__ = ("_token", "_wait")
+
+    def __init__(self, wait: Wait) -> None:
+        self._wait = wait
+
+    def __enter__(self) -> None:
+        self._token = _current_wait.set(self._wait)
+
+    def __exit__(self, *_: object) -> None:
+        _current_wait.reset(self._token)
 
 
 class EventListener(abc.ABC):

@@ -86,6 +86,7 @@ class EventTrigger(BaseTrigger):
         mapped_over: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.logger()  # the class's, which its instances then share: one of its own is 1 KB
         self.listener = listener
         self.listener_args = listener_args or []
         self.listener_kwargs = listener_kwargs or {}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from airflow_events.listeners.shared import background
 
@@ -16,21 +15,30 @@ _INTERVAL = 1.0
 _told: dict[asyncio.AbstractEventLoop, tuple[asyncio.Task[None], set[Callable[[], None]]]] = {}
 
 
-@contextlib.contextmanager
-def told_to(begin_again: Callable[[], None]) -> Iterator[None]:
-    """Call ``begin_again`` after each stall of this process, from the event loop."""
-    loop = asyncio.get_running_loop()
-    if loop not in _told:
-        told: set[Callable[[], None]] = set()
-        _told[loop] = (background(_watch(told, time.time()), "stalls of this process"), told)
-    task, told = _told[loop]
-    told.add(begin_again)
-    try:
-        yield
-    finally:
-        told.discard(begin_again)
+class told_to:
+    """
+    Call ``begin_again`` after each stall of this process, from the event loop.
+
+    No generator, since one is held by each open wait.
+    """
+
+    __slots__ = ("_begin_again", "_loop")
+
+    def __init__(self, begin_again: Callable[[], None]) -> None:
+        self._begin_again = begin_again
+
+    def __enter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        if self._loop not in _told:
+            told: set[Callable[[], None]] = set()
+            _told[self._loop] = (background(_watch(told, time.time()), "stalls of this process"), told)
+        _told[self._loop][1].add(self._begin_again)
+
+    def __exit__(self, *_: object) -> None:
+        task, told = _told[self._loop]
+        told.discard(self._begin_again)
         if not told:
-            del _told[loop]
+            del _told[self._loop]
             task.cancel()
 
 
