@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """
-What an open wait costs the process that runs the triggers: python3 benchmarks/runner.py [--tasks 10 300] [--waits N].
+What an open wait costs the process that runs the triggers: python3 benchmarks/runner.py [--tasks 0 10 300].
 
-Airflow's own ``TriggerRunner`` in a process of its own, spoken to as its supervisor does, by somebody who has no
-database and finds no XCom. So it takes seconds, and what it shows is the runner's alone. Each row is a fresh process.
+Airflow's own ``TriggerRunner`` in a process of its own, spoken to as its supervisor does, by somebody who has
+no database and finds no XCom. So it takes a minute, and what it shows is the runner's alone. Each row is a
+fresh process.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks" / "plugins")]
 
 import bootstrap  # noqa: E402
 
-# As many as Airflow's supervisor takes on at once, by default.
-BATCH = 50
 # What is imported with the first of them is no part of a wait.
 WARM_UP = 20
 SETTLED = 8
@@ -49,6 +48,13 @@ def main() -> None:
     parser.add_argument("--waits", type=int, default=300, help="open waits (default: 300)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--again", type=int, default=1, help="how often the waits are opened, ended before")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=50,
+        help="how many the supervisor sends at once (default: 50, which is what Airflow's takes on in a second; "
+        "while its runner is busy they add up)",
+    )
     options = parser.parse_args()
     bootstrap.run_inside("[test]")
 
@@ -62,7 +68,7 @@ def main() -> None:
         for tasks in options.tasks:
             floor = None
             for name in options.only:
-                kept, most, cores = cost(name, tasks, options.waits, options.again)
+                kept, most, cores = cost(name, tasks, options)
                 floor = kept if floor is None else floor
                 print(
                     f"| {LABELS[name]}; {options.waits}, in DAGs of {tasks} tasks | {kept:.1f} | {kept - floor:+.1f} "
@@ -71,9 +77,10 @@ def main() -> None:
                 )
 
 
-def cost(name: str, tasks: int, waits: int, again: int) -> tuple[float, float, float]:
+def cost(name: str, tasks: int, options: argparse.Namespace) -> tuple[float, float, float]:
     """Return the KB per wait that the process keeps, the most that it had, and the cores that it idles with."""
-    with Runner() as runner:
+    waits, again = options.waits, options.again
+    with Runner(options.batch) as runner:
         runner.serve(workloads(name, tasks, range(100_000, 100_000 + WARM_UP)), seconds=SETTLED)
         before = runner.pss()
         for turn in range(again):
@@ -169,6 +176,9 @@ DEFERRED: dict[str, Callable[[str], dict[str, Any]]] = {
 class Runner:
     """A process with Airflow's ``TriggerRunner``, and what its supervisor would answer."""
 
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+
     def __enter__(self) -> Runner:
         ours, theirs = socket.socketpair()
         code = "import sys; sys.path.insert(0, sys.argv[1]); import runner; runner.run()"
@@ -176,7 +186,6 @@ class Runner:
         self._process = subprocess.Popen(command, stdin=theirs)
         theirs.close()
         self._socket = ours
-        self._open = 0
         self._send(0, {"type": "StartTriggerer"})
         self.serve([], seconds=SETTLED)
         return self
@@ -200,7 +209,7 @@ class Runner:
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         match body["type"]:
             case "TriggerStateChanges":
-                batch, self._create = self._create[:BATCH], self._create[BATCH:]
+                batch, self._create = self._create[: self._batch], self._create[self._batch :]
                 return {
                     "type": "TriggerStateSync",
                     "to_create": [workload.model_dump() for workload in batch],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import tracemalloc
 import uuid
 import weakref
 from datetime import datetime, timezone
@@ -11,9 +12,12 @@ from datetime import datetime, timezone
 from airflow.executors.workloads import TaskInstance
 from airflow.jobs.triggerer_job_runner import TriggerRunner
 from airflow.sdk import DAG
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import GetXCom, XComResult
 from airflow.serialization.serialized_objects import DagSerialization
+from airflow.triggers.base import BaseTrigger
 from airflow_events import wait_for_event
-from airflow_events.listeners.timer import TimerListener
+from airflow_events.listeners.timer import Clock, TimerListener
 from airflow_events.triggers.event import EventTrigger
 
 NOW = datetime.now(timezone.utc)
@@ -60,3 +64,79 @@ async def test_the_dag_is_not_held_while_a_trigger_runs():
     assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+class Floor(BaseTrigger):
+    def serialize(self):
+        return "Floor", {}
+
+    async def run(self):
+        await asyncio.Event().wait()
+        yield
+
+
+def wait(number):
+    place = {"dag_id": "d", "run_id": f"run{number}", "task_id": "wait", "map_index": -1, "run_start": NOW}
+    listener = "airflow_events.listeners.timer:TimerListener"
+    return EventTrigger(listener=listener, listener_args=["2100-01-01T00:00:00Z"], wait=place)
+
+
+async def opened(runner, make, count):
+    """Start triggers that a worker has deferred to, and return their tasks."""
+    tasks = []
+    for number in range(count):
+        trigger = make(number)
+        trigger.task_instance = TaskInstance.model_construct(
+            id=uuid.uuid4(), dag_id="d", run_id=f"run{number}", task_id="wait", map_index=-1, try_number=1,
+            context_carrier=None,
+        )  # fmt: skip
+        runner.triggers[number] = {"name": f"wait{number}", "is_watcher": False, "events": 0}
+        tasks.append(asyncio.create_task(runner.run_trigger(number, trigger)))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+    return tasks
+
+
+async def end(tasks):
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def bytes_of_each(runner, make, count=300):
+    await end(await opened(runner, make, 10))  # what is imported and cached with the first of them
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tasks = await opened(runner, make, count)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return tasks, (after - before) / count
+
+
+class Supervisor:
+    """Finds nothing."""
+
+    async def asend(self, message):
+        assert isinstance(message, GetXCom)
+        return XComResult(key=message.key, value=None)
+
+
+async def test_an_open_wait_holds_little_more_than_an_empty_trigger(monkeypatch):
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", Supervisor(), raising=False)
+    runner = TriggerRunner()
+    floor, empty = await bytes_of_each(runner, lambda number: Floor())
+    ours, each = await bytes_of_each(runner, wait)
+    print(f"{empty:.0f} bytes of an empty trigger, {each:.0f} of a wait")
+    assert len(Clock.of_loop()) == len(ours)
+    # 2.2 KB was seen; a portal of greenback's that is kept would double it, and takes more that Python does not count.
+    assert each - empty < 3_500
+    # Each has a task for the trigger and one for its poll, and nothing that wakes up.
+    assert len(asyncio.all_tasks()) == len(floor) + 2 * len(ours) + len({"this test", "the watch for stalls"})
+    timers = [handle for handle in asyncio.get_running_loop()._scheduled if not handle.cancelled()]
+    assert len(timers) <= 2  # that watch, and the clock of all the timers
+    await end(floor + ours)
