@@ -44,7 +44,9 @@ LABELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What an open wait costs the process that runs the triggers.")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[10, 300], help="in a DAG (default: 10 300)")
+    parser.add_argument(
+        "--tasks", type=int, nargs="+", default=[10, 300], help="in a DAG; 0: no DAG (default: 10 300)"
+    )
     parser.add_argument("--waits", type=int, default=300, help="open waits (default: 300)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--again", type=int, default=1, help="how often the waits are opened, ended before")
@@ -70,9 +72,10 @@ def main() -> None:
             for name in options.only:
                 kept, most, cores = cost(name, tasks, options)
                 floor = kept if floor is None else floor
+                where = f"in DAGs of {tasks} tasks" if tasks else "deferred by a worker"
                 print(
-                    f"| {LABELS[name]}; {options.waits}, in DAGs of {tasks} tasks | {kept:.1f} | {kept - floor:+.1f} "
-                    f"| {most:.1f} | {cores:.4f} cores |",
+                    f"| {LABELS[name]}; {options.waits}, {where} | {kept:.1f} | {kept - floor:+.1f} | {most:.1f} "
+                    f"| {cores:.4f} cores |",
                     flush=True,
                 )
 
@@ -270,10 +273,9 @@ def run() -> None:
     from airflow.sdk.log import configure_logging, reset_logging
 
     reset_logging()
-    configure_logging(json_output=True, output=open(os.devnull, "wb", buffering=0), sending_to_supervisor=True)  # noqa: SIM115
-    if hook := os.environ.get("RUNNER_HOOK"):
-        exec(open(hook).read(), {})
-    TriggerRunner().run()
+    with open(os.devnull, "wb", buffering=0) as nowhere:
+        configure_logging(json_output=True, output=nowhere, sending_to_supervisor=True)
+        TriggerRunner().run()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ async def test_an_open_wait_holds_little_more_than_an_empty_trigger(monkeypatch)
     ours, each = await bytes_of_each(runner, wait)
     print(f"{empty:.0f} bytes of an empty trigger, {each:.0f} of a wait")
     assert len(Clock.of_loop()) == len(ours)
-    # 2.2 KB was seen; a portal of greenback's that is kept would double it, and takes more that Python does not count.
+    # 2.2 KB was seen; a portal of greenback's that is kept would double it, and take more that is not counted.
     assert each - empty < 3_500
     # Each has a task for the trigger and one for its poll, and nothing that wakes up.
     assert len(asyncio.all_tasks()) == len(floor) + 2 * len(ours) + len({"this test", "the watch for stalls"})
