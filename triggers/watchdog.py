@@ -41,7 +41,7 @@ class Steps(Coroutine[Any, Any, _T], Iterator[Any]):
         # The step that is within a synchronous call, for which the event loop has its turn.
         self._step: Coroutine[Any, Any, tuple[Any, StopIteration | None]] | None = None
 
-    def __await__(self) -> Steps[_T]:
+    def __await__(self) -> Any:
         return self
 
     def __next__(self) -> Any:
