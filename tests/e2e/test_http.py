@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import hmac
 import json
+import signal
 import time
 import uuid
 from dataclasses import dataclass
@@ -46,6 +48,12 @@ class Sender:
 
 def address(run: Run, task: str) -> str:
     return f"/dags/{run.dag_id}/runs/{quote(run.run_id, safe='')}/tasks/{task}"
+
+
+@pytest.fixture(autouse=True)
+def both_api_servers_live(strict):
+    """Each test finds the second API server alive, too."""
+    live_again(strict)
 
 
 @pytest.fixture
@@ -300,33 +308,178 @@ def test_a_sender_without_an_answer_sends_again(airflow, strict, sender):
         )
     said(ursula.send(runs[0], "wait", "once", key="k"), 200)
 
-    (airflow.home / "kill-before-the-commit").touch()
-    with pytest.raises(httpx.TransportError):
+    with dies(strict, "before-the-commit", "Receipt"), pytest.raises(httpx.TransportError):
         ursula.send(runs[2], "wait", "once", key="k")
-    assert not (airflow.home / "kill-before-the-commit").exists()
-    strict.components["api-server"].kill()
     assert runs[2].task_state("wait") == "deferred"
     assert runs[2].xcom("wait", "event_record") is None
-    strict.restart("api-server")
-    until(strict.answers, "the second API server answers again")
+    live_again(strict)
     said(ursula.send(runs[2], "wait", "once", key="k"), 200)
 
-    (airflow.home / "kill-before-the-reply").touch()
-    with pytest.raises(httpx.TransportError):
+    with dies(strict, "before-the-reply", "Receipt"), pytest.raises(httpx.TransportError):
         ursula.send(runs[1], "wait", "once", key="k")
-    assert not (airflow.home / "kill-before-the-reply").exists()
-    strict.components["api-server"].kill()
-    try:
-        # Another API server, for which the transaction has decided as well.
-        first = said(sender.send(runs[1], "wait", "once", key="k"), 200)
-        said(sender.send(runs[1], "wait", "twice", key="other"), 409)
-        assert said(sender.send(runs[1], "wait", "once", key="k"), 200) == first
+    # Another API server, for which the transaction has decided as well.
+    first = said(sender.send(runs[1], "wait", "once", key="k"), 200)
+    said(sender.send(runs[1], "wait", "twice", key="other"), 409)
+    assert said(sender.send(runs[1], "wait", "once", key="k"), 200) == first
+    for run in runs:
+        assert run.finished() == "success"
+        assert run.xcom("gather") == ["once"]
+
+
+# Within the transaction, before it is committed, and after that.
+POINTS = [("within", "0"), ("within", "1"), ("before-the-commit", "{}"), ("before-the-reply", "{}")]
+
+
+@pytest.mark.parametrize(("point", "what"), POINTS)
+@pytest.mark.parametrize("ttl", [None, 600])
+def test_an_api_server_that_dies_as_it_gives_an_event_to_all(airflow, strict, sender, point, what, ttl):
+    """None of the waits has it, or all have: the sender repeats, and each has it once."""
+    key = uuid.uuid4().hex
+    runs = waiting_for(airflow, key, 3)
+    sending = {
+        "payload": "for all",
+        "headers": {"Idempotency-Key": "k"},
+        "params": {"to": "all", **({"ttl": ttl} if ttl else {})},
+    }
+    ursula = logged_in(strict, "ursula")
+    with dies(strict, point, what.format("KeyReceipt")), pytest.raises(httpx.TransportError):
+        ursula.post(f"/keys/{key}", **sending)
+    committed = point == "before-the-reply"
+    assert [bool(run.xcom("wait", "event_record")) for run in runs] == [committed] * 3
+    assert [run.task_state("wait") for run in runs] == ["success" if committed else "deferred"] * 3
+    late = waiting_for(airflow, key, 1, told=not (committed and ttl))
+
+    answer = said(sender.post(f"/keys/{key}", **sending), 200)
+    assert said(sender.post(f"/keys/{key}", **sending), 200) == answer
+    reached = runs if committed else runs + late
+    assert sorted(answer["waits"]) == sorted(f"http_one/{run.run_id}/wait/-1" for run in reached)
+    if ttl:
+        live_again(strict)
+        reached = runs + late + waiting_for(airflow, key, 1, told=False)
+    for run in reached:
+        had_once(airflow, run, answer["event_id"], "for all")
+    if committed and not ttl:
+        assert late[0].task_state("wait") == "deferred"
+        said(sender.send(late[0], "wait", "its own"), 200)
+        assert late[0].finished() == "success"
+
+
+@pytest.mark.parametrize(("point", "what"), POINTS)
+@pytest.mark.parametrize("to", ["one", "all"])
+def test_an_api_server_that_dies_as_it_gives_a_kept_event(airflow, strict, sender, point, what, to):
+    """Another API server finds the event as it was kept, and the waits that have it already; each has it once."""
+    if (point, what, to) == ("within", "1", "one"):
+        pytest.skip("one wait is given it, and no other")
+    key = uuid.uuid4().hex
+    with no_matching(airflow), no_matching(strict) as hold:
+        sending = {"payload": "kept", "headers": {"Idempotency-Key": "k"}, "params": {"to": to, "ttl": 600}}
+        early = said(sender.post(f"/keys/{key}", **sending), 202)
+        runs = waiting_for(airflow, key, 2)
+        with dies(strict, point, what.format("dict")):
+            hold.unlink()
+            until(lambda: strict.components["api-server"].alive is False, "the matcher's API server dies")
+        committed = point == "before-the-reply"
+        wanted = {"one": [True, False], "all": [True, True]}[to] if committed else [False, False]
+        assert sorted((bool(run.xcom("wait", "event_record")) for run in runs), reverse=True) == wanted
+        assert said(sender.post(f"/keys/{key}", **sending), 202) == early
+    if to == "all":
         for run in runs:
+            had_once(airflow, run, early["event_id"], "kept")
+    else:
+        until(lambda: any(run.state == "success" for run in runs), "one of them gets it")
+    live_again(strict)
+    assert said(sender.post(f"/keys/{key}", **sending), 202) == early
+    time.sleep(5)  # some passes of the matchers
+    if to == "one":
+        [winner] = [run for run in runs if run.state == "success"]
+        [loser] = [run for run in runs if run != winner]
+        had_once(airflow, winner, early["event_id"], "kept")
+        assert loser.task_state("wait") == "deferred"
+        said(sender.send(loser, "wait", "its own"), 200)
+        assert loser.finished() == "success"
+    else:
+        for run in runs:
+            had_once(airflow, run, early["event_id"], "kept")
+
+
+@pytest.mark.parametrize("then", ["it is killed too", "it goes on"])
+def test_a_triggerer_that_does_not_learn_that_the_wait_has_its_event(airflow, strict, sender, then):
+    """The API server dies right after the commit, while the triggerer that has the trigger stands still."""
+    key = uuid.uuid4().hex
+    triggerer = airflow.components["triggerer"]
+    with no_matching(airflow), no_matching(strict) as hold:
+        early = said(sender.post(f"/keys/{key}", "kept"), 202)
+        [run] = waiting_for(airflow, key, 1)
+        airflow.freeze(triggerer)
+        try:
+            with dies(strict, "before-the-reply", "dict"):
+                hold.unlink()
+                until(lambda: strict.components["api-server"].alive is False, "the matcher's API server dies")
+            assert run.task_state("wait") == "success"
             assert run.finished() == "success"
-            assert run.xcom("gather") == ["once"]
+        finally:
+            if then == "it goes on":
+                triggerer.signal(signal.SIGCONT)
+            else:
+                triggerer.kill()
+    if then == "it is killed too":
+        airflow.restart("triggerer")
+    # Whatever runs the trigger last ends before another wait begins.
+    other = airflow.run("http_one")
+    other.until_task("wait", "deferred")
+    said(sender.send(other, "wait", 1), 200)
+    assert other.finished() == "success"
+    had_once(airflow, run, early["event_id"], "kept")
+
+
+def waiting_for(airflow, key, number, *, told=True):
+    """Start runs whose waits have a key, and wait until they have told it if they live that long."""
+    runs = [airflow.run("http_one", {"key": key}) for _ in range(number)]
+    for run in runs:
+        if told:
+            until(lambda run=run: run.xcom("wait", "event_key"), "the wait has told its key")
+    return runs
+
+
+def had_once(airflow, run, event_id, payload):
+    """See that one event, and one only, came to a run, and was delivered at the first try."""
+    assert run.finished() == "success"
+    assert run.xcom("gather") == [payload]
+    assert run.xcom("wait", "event_record")["id"] == event_id
+    assert [task["try_number"] for task in run.tasks().values()] == [1, 1]
+    audit = airflow.api("GET", f"/eventLogs?run_id={quote(run.run_id)}&event=event%20sent")["event_logs"]
+    assert [json.loads(entry["extra"])["event_id"] for entry in audit] == [event_id]
+
+
+@contextlib.contextmanager
+def dies(server, point, what):
+    """Let an API server die, and see that it did, of this (tests/plugins/http_kill.py)."""
+    order = server.home / f"kill-{point}-{server.port}"
+    order.write_text(what)
+    try:
+        yield
+        assert not order.exists(), "it never got there"
+        until(lambda: not server.components["api-server"].alive, "the API server is dead")
+        assert server.components["api-server"].process.returncode == -signal.SIGKILL
     finally:
-        strict.restart("api-server")
-        until(strict.answers, "the second API server answers again")
+        order.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def no_matching(server):
+    """Let an API server's matcher pass over, until the file is gone."""
+    hold = server.home / f"no-matching-{server.port}"
+    hold.touch()
+    try:
+        yield hold
+    finally:
+        hold.unlink(missing_ok=True)
+
+
+def live_again(server):
+    if not server.components["api-server"].alive:
+        server.restart("api-server")
+    until(server.answers, "the API server answers again")
 
 
 @pytest.mark.parametrize("gap", ["worker-resumed", "worker-succeeded"])
