@@ -138,8 +138,9 @@ def reject(session: Session, wait: Wait, reason: str, *, by: str) -> Status:
     The task fails on a worker, where its callbacks are run and its log has the reason.
 
     :return: ``delivered`` if the wait had begun, ``kept`` if it will fail when it begins.
-    :raises Refusal: it has an event, or cannot take one any more.
+    :raises Refusal: it has an event, or cannot take one any more; or the reason is none.
     """
+    check_reason(reason)
     row = WaitRow.lock(session, wait)
     if (stored := row.record()) is not None:
         if stored.phase is Phase.REJECTED and stored.event["reason"] == reason:
@@ -228,6 +229,20 @@ def check_payload(payload: Any) -> None:
         raise Unfit(str(error)) from error
     except RecursionError as error:
         raise Unfit("the payload is nested too deeply") from error
+
+
+def check_reason(reason: str) -> None:
+    """
+    Check why there will be no event.
+
+    :raises Unfit: it is empty, or Airflow cannot store it.
+    """
+    if not reason.strip():
+        raise Unfit("a rejection needs a reason")
+    try:
+        serde.check(reason, "reason")
+    except EventNotSerializable as error:
+        raise Unfit(str(error)) from error
 
 
 def _has_nul(value: Any) -> bool:

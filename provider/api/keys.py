@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -34,6 +35,8 @@ from airflow_events.listeners.base import Wait
 from airflow_events.listeners.http import HttpListener, check_key, key_entry
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
+
+log = logging.getLogger(__name__)
 
 To = Literal["one", "all"]
 
@@ -187,7 +190,8 @@ def _match(
         )
     ).all()
     for row in rows:
-        kept = _Kept(**json.loads(row.get_val()))
+        if (kept := _read(row)) is None:
+            continue
         event = serde.decode(kept.event)
         for wait in _waits(session, kept, lock=kept.to == "one"):
             waiting = _still_waiting(session, wait, key)
@@ -293,12 +297,26 @@ def _kept_keys(session: Session) -> set[str]:
         if digest not in _keys:
             row = session.scalar(select(Variable).where(Variable.key == name))
             if row is not None:
-                _keys[digest] = json.loads(row.get_val())["key"]
-    return {_keys[digest] for digest in by_digest if digest in _keys}
+                kept = _read(row)
+                _keys[digest] = None if kept is None else kept.key
+    return {key for digest in by_digest if (key := _keys.get(digest)) is not None}
 
 
-# The key of each digest, so that not all kept events need to be decrypted again and again.
-_keys: dict[str, str] = {}
+# The key of each digest, so that not all kept events need to be decrypted again and again. None: nobody can tell.
+_keys: dict[str, str | None] = {}
+
+
+def _read(row: Variable) -> _Kept | None:
+    """Return what a Variable holds; None if that is no event, which must not hold up the others."""
+    try:
+        return _Kept(**json.loads(row.get_val()))
+    except (TypeError, ValueError):
+        log.exception(
+            "The Variable %s cannot be read, and nobody gets the event that was kept in it: it was encrypted with "
+            "another Fernet key, changed by hand, or written by another version of this provider",
+            row.key,
+        )
+        return None
 
 
 def _keep(session: Session, kept: _Kept) -> None:

@@ -10,6 +10,7 @@ import logging
 from airflow_events import settings
 from airflow_events.api import gauges, keys
 from airflow_events.api.requests import in_transaction
+from sqlalchemy.exc import OperationalError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,23 @@ class Matcher:
 
 
 def match_once() -> dict[str, list[str]]:
-    """Match all keys, each in a transaction of its own; return which waits each event reached."""
+    """
+    Match all keys, each in a transaction of its own; return which waits each event reached.
+
+    :raises RuntimeError: a key could not be matched; the others were.
+    """
     reached: dict[str, list[str]] = {}
+    failed: tuple[str, Exception] | None = None
     for key in in_transaction(keys.wanted):
-        reached.update(in_transaction(lambda session, key=key: keys.match(session, key)))  # type: ignore[misc]
+        try:
+            reached.update(in_transaction(lambda session, key=key: keys.match(session, key)))  # type: ignore[misc]
+        except OperationalError:  # the database is away, for the others as well
+            raise
+        except Exception as error:
+            failed = key, error
     for event_id, waits in reached.items():
         log.info("The kept event %s went to %s", event_id, ", ".join(waits))
+    if failed is not None:
+        key, error = failed
+        raise RuntimeError(f"those of the key {key!r} could not") from error
     return reached

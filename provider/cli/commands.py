@@ -43,7 +43,7 @@ def list_waits(args: argparse.Namespace) -> None:
             limit=args.limit,
             offset=args.offset,
         )
-    AirflowConsole().print_as(data=page.waits, output=args.output, mapper=_row)
+    _print([_row(wait) for wait in page.waits], args.output)
     if args.output == "table" and page.more:
         left = f"of {page.total}" if page.total is not None else "and there are more"
         print(f"{len(page.waits)} {left}; see --limit and --offset")
@@ -59,8 +59,8 @@ def show_wait(args: argparse.Namespace) -> None:
         raise SystemExit(f"{_name(args)} is no task instance that waits for an event")
     rows = [_facts(detail)]
     if args.output in ("table", "plain"):
-        rows = [{"what": name, "value": value} for name, value in rows[0].items()]
-    AirflowConsole().print_as(data=rows, output=args.output)
+        rows = [{"what": name, "value": value} for name, value in rows[0].items() if value is not None]
+    _print(rows, args.output)
 
 
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
@@ -103,7 +103,8 @@ def send_event(args: argparse.Namespace) -> None:
             idempotency_key=args.idempotency_key,
         )
     )
-    print("The wait has it" if receipt.status == "delivered" else "It is kept until the wait begins")
+    has_it = "The wait has it" if receipt.status == "delivered" else "It is kept until the wait begins"
+    print(f"{has_it}: event {receipt.event_id}")
 
 
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
@@ -124,7 +125,8 @@ def _in_inbox(work: Callable[[Session], _T]) -> _T:
     try:
         return in_transaction(work)
     except Refusal as refusal:
-        raise SystemExit(str(refusal)) from None
+        again = "" if refusal.retry_after is None else f"; try again in {refusal.retry_after} s"
+        raise SystemExit(f"{refusal}{again}") from None
 
 
 def _key(args: argparse.Namespace) -> tuple[str, str, str, int]:
@@ -133,6 +135,14 @@ def _key(args: argparse.Namespace) -> tuple[str, str, str, int]:
 
 def _name(args: argparse.Namespace) -> str:
     return "/".join(str(part) for part in _key(args))
+
+
+def _print(rows: list[dict[str, Any]], output: str) -> None:
+    """Print rows; for people without the columns that none of them has."""
+    if output in ("table", "plain") and rows:
+        names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+        rows = [{name: "" if row[name] is None else row[name] for name in names} for row in rows]
+    AirflowConsole().print_as(data=rows, output=output)
 
 
 def _row(wait: Summary) -> dict[str, Any]:
@@ -148,9 +158,18 @@ def _row(wait: Summary) -> dict[str, Any]:
         "since": _moment(wait.since),
         "deadline": _moment(wait.deadline),
         "triggerer": wait.triggerer and wait.triggerer.hostname,
+        "triggerer_alive": _has_triggerer(wait),
         "sign_of_life": _moment(wait.sign_of_life),
         "ended": _moment(wait.ended),
+        "dag": wait.dag_state and wait.dag_state.value,
     }
+
+
+def _has_triggerer(wait: Summary) -> bool | None:
+    """Whether a living triggerer has a deferred wait; None of others."""
+    if wait.state != "deferred":
+        return None
+    return wait.triggerer is not None and wait.triggerer.alive
 
 
 def _facts(detail: Detail) -> dict[str, Any]:
@@ -165,7 +184,8 @@ def _facts(detail: Detail) -> dict[str, Any]:
         "stage": detail.summary.stage.value,
         "try_number": detail.summary.try_number,
         **steps,
-        "event": None if record is None else (record.preview or json.dumps(record.event)),
+        "event": None if record is None else (record.preview or json.dumps(record.event, ensure_ascii=False)),
+        "event_cut_from": record.length if record and record.preview else None,
         "trigger_error": detail.error,
         "can_be_forgotten": detail.cannot_forget or "yes",
     }

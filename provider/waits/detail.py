@@ -60,6 +60,7 @@ class Record:
 
     :param event: as JSON shapes; None if it is too long, see ``preview``.
     :param preview: the beginning of its JSON if that has more than 50,000 characters.
+    :param length: how many characters of JSON the event is.
     :param committed: when the commit was noted; None if it was not.
     :param kept_by: ``worker`` if a worker has stored it, otherwise ``triggerer``.
     """
@@ -67,6 +68,7 @@ class Record:
     phase: str
     event: Any
     preview: str | None
+    length: int
     recorded: datetime | None
     committed: datetime | None
     kept_by: str
@@ -168,7 +170,7 @@ def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
         event = arguments.jsonable(redact(deserialize(stored["event"])))
     except Exception:  # a class that this process may not or cannot make: as it is stored
         event = arguments.jsonable(redact(stored["event"]))
-    text = json.dumps(event)
+    text = json.dumps(event, ensure_ascii=False)
     is_long = len(text) > _LONGEST_EVENT
     recorded_at = stored.get("recorded_at")
     committed = stored["phase"] == Phase.COMMITTED.value
@@ -176,6 +178,7 @@ def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
         phase=stored["phase"],
         event=None if is_long else event,
         preview=text[:_LONGEST_EVENT] if is_long else None,
+        length=len(text),
         recorded=datetime.fromisoformat(recorded_at) if recorded_at else (None if committed else at),
         committed=at if committed else None,
         kept_by=kept_by,
@@ -194,7 +197,7 @@ def _steps(summary: Summary, trigger: Trigger | None, record: Record | None) -> 
     ended = state in tables.ENDED
     steps = [Step("Begun", begun, summary.since if begun else None, f"try {summary.try_number}" if begun else "")]
     if begun and record is None and not ended:
-        where = f"in the triggerer on {summary.triggerer.hostname}" if summary.triggerer else ""
+        where = _where(summary)
         if summary.wanted is not None:
             where = f"{summary.arrived:,} of {summary.wanted:,} arrived; {where}".rstrip("; ")
         steps.append(Step("Waiting", True, trigger.created_date if trigger else None, where))
@@ -214,6 +217,15 @@ def _steps(summary: Summary, trigger: Trigger | None, record: Record | None) -> 
         f"{summary.seconds_to_delivery:.1f} s after the record" if summary.seconds_to_delivery is not None else ""
     )
     return [*steps, Step("Delivered", state == "success", summary.ended if state == "success" else None, note)]
+
+
+def _where(summary: Summary) -> str:
+    if summary.state != "deferred":
+        return ""
+    if summary.triggerer is None:
+        return "no triggerer has taken it on"
+    where = f"in the triggerer on {summary.triggerer.hostname}"
+    return where if summary.triggerer.alive else f"{where}, which gives no sign of life"
 
 
 def _tries(session: Session, ti: TaskInstance, key: Key) -> list[Try]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from airflow.configuration import conf
 from airflow.jobs.job import Job
+from airflow.models.dag import DagModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
@@ -63,6 +64,14 @@ class Triggerer:
     alive: bool
 
 
+class DagState(str, enum.Enum):
+    """Why nothing of a DAG is started, though its waits take their events."""
+
+    PAUSED = "paused"
+    GONE = "gone"
+    """Its file is, or no DAG in it has this id any more."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """
@@ -82,6 +91,7 @@ class Summary:
     :param seconds_to_delivery: from the record to the end of the task.
     :param arrived: of a task that waits for many events: how many have come; None of others.
     :param wanted: how many it waits for; likewise.
+    :param dag_state: None if its DAG is as it should be.
     """
 
     dag_id: str
@@ -103,6 +113,7 @@ class Summary:
     seconds_to_delivery: float | None
     arrived: int | None = None
     wanted: int | None = None
+    dag_state: DagState | None = None
 
     @property
     def key(self) -> Key:
@@ -296,10 +307,19 @@ class _Kept:
 
 def _summaries(session: Session, stage: Stage, rows: Sequence[Any]) -> list[Summary]:
     kept = _kept(session, [(row.dag_id, row.run_id, row.task_id, row.map_index) for row in rows])
-    return [_summary(stage, row, kept) for row in rows]
+    dags = _dag_states(session, {row.dag_id for row in rows})
+    return [_summary(stage, row, kept, dags[row.dag_id]) for row in rows]
 
 
-def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept]) -> Summary:
+def _dag_states(session: Session, dag_ids: Collection[str]) -> dict[str, DagState | None]:
+    states: dict[str, DagState | None] = dict.fromkeys(dag_ids, DagState.GONE)
+    columns = select(DagModel.dag_id, DagModel.is_paused, DagModel.is_stale)
+    for dag_id, is_paused, is_stale in session.execute(columns.where(DagModel.dag_id.in_(dag_ids))):
+        states[dag_id] = DagState.GONE if is_stale else DagState.PAUSED if is_paused else None
+    return states
+
+
+def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept], dag_state: DagState | None) -> Summary:
     kept = all_kept.get((row.dag_id, row.run_id, row.task_id, row.map_index), _Kept())
     deferred = arguments.read(row.encrypted_kwargs, in_full=False) if row.encrypted_kwargs else None
     listener = row.custom_operator_name if row.custom_operator_name != row.operator else None
@@ -328,6 +348,7 @@ def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept]) -> Summary:
         seconds_to_delivery=seconds,
         arrived=None if wanted is None else kept.arrived or 0,
         wanted=wanted,
+        dag_state=dag_state,
     )
 
 

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 import uuid6
-from airflow import models
 from airflow.jobs.job import Job
-from airflow.models.base import Base
+from airflow.models.dag import DagModel
+from airflow.models.dagbundle import DagBundleModel
 from airflow.models.dagrun import DagRun
 from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
@@ -22,41 +22,17 @@ from airflow_events.listeners.commit import Phase, Record
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.journal import Entry
 from airflow_events.waits import Order, Stage
-from sqlalchemy import create_engine, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
-
-from postgres import Postgres
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=timezone.utc)
 EVENT = {"order": 42, "at": NOW}
 
 
-@pytest.fixture(scope="module")
-def postgres():
-    with Postgres() as server:
-        yield server
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
-def engine(request, tmp_path_factory):
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path_factory.mktemp('waits')}/airflow.db"
-    else:
-        url = request.getfixturevalue("postgres").url
-    engine = create_engine(url)
-    models.import_all_models()
-    Base.metadata.create_all(engine)
-    yield engine
-    engine.dispose()
-
-
 @pytest.fixture
-def airflow(engine):
-    """An Airflow with nothing in it, in a transaction that is never committed."""
-    with engine.connect() as connection, connection.begin() as transaction, Session(connection) as session:
-        yield Airflow(session)
-        session.close()
-        transaction.rollback()
+def airflow(session):
+    """An Airflow with nothing in it."""
+    return Airflow(session)
 
 
 @dataclass
@@ -279,7 +255,40 @@ def test_a_long_event_is_cut(airflow):
     airflow.record(key, Phase.COMMITTED, event="x" * 60_000)
     record = waits.show(airflow.session, key).record
     assert record.event is None
-    assert len(record.preview) == 50_000
+    assert (len(record.preview), record.length) == (50_000, 60_002)
+    airflow.record(airflow.task("success", task_id="other"), Phase.COMMITTED, event="é" * 40_000)
+    [other] = waits.find(airflow.session, Stage.ENDED, task_id="other").waits
+    assert waits.show(airflow.session, other.key).record.event == "é" * 40_000
+
+
+def test_it_says_whether_a_living_triggerer_has_the_wait(airflow):
+    fresh = airflow.triggerer(datetime.now(timezone.utc))
+    stale = airflow.triggerer(NOW - timedelta(days=1))
+    keys = [airflow.deferred(triggerer=triggerer) for triggerer in (fresh, stale, None)]
+    keys.append(airflow.task("up_for_retry"))
+    notes = [[s.note for s in waits.show(airflow.session, key).steps if s.name == "Waiting"] for key in keys]
+    on_box = "in the triggerer on box"
+    assert notes == [
+        [on_box],
+        [f"{on_box}, which gives no sign of life"],
+        ["no triggerer has taken it on"],
+        [""],
+    ]
+
+
+def test_it_says_why_nothing_goes_on_after_a_wait(airflow):
+    airflow.session.add(DagBundleModel(name="dags"))
+    airflow.session.flush()
+    states = {"fine": (False, False), "paused": (True, False), "stale": (True, True), "deleted": None}
+    for dag_id, state in states.items():
+        airflow.deferred(dag_id=dag_id)
+        if state is not None:
+            is_paused, is_stale = state
+            dag = DagModel(dag_id=dag_id, bundle_name="dags", is_paused=is_paused, is_stale=is_stale)
+            airflow.session.add(dag)
+    airflow.session.flush()
+    found = {wait.dag_id: wait.dag_state for wait in waits.find(airflow.session, Stage.OPEN).waits}
+    assert found == {"fine": None, "paused": "paused", "stale": "gone", "deleted": "gone"}
 
 
 def test_the_error_of_a_failed_trigger_is_shown(airflow):
@@ -349,7 +358,8 @@ def test_a_task_that_waits_for_many_shows_how_many_have_arrived(airflow):
     assert {wait.key: (wait.arrived, wait.wanted) for wait in page.waits} == {begun: (0, 3), some: (1, 3)}
     assert {wait.call for wait in page.waits} == {"DirectoryListener, 3 times"}
     detail = waits.show(airflow.session, some)
-    assert [step.note for step in detail.steps if step.name == "Waiting"] == ["1 of 3 arrived"]
+    [note] = [step.note for step in detail.steps if step.name == "Waiting"]
+    assert note == "1 of 3 arrived; no triggerer has taken it on"
     assert not any(step.done for step in detail.steps if step.name in ("Recorded", "Committed", "Delivered"))
     assert list(detail.record.event) == ["2"]
     assert detail.record.event["2"]["order"] == 42

@@ -194,20 +194,36 @@ function arrived(wait) {
     : h("div", { class: "quiet arrived" }, `${wait.arrived.toLocaleString("en")} of ${wait.wanted.toLocaleString("en")} arrived`);
 }
 
+const LONG_WITHOUT = 60_000; // milliseconds that a wait may be without a triggerer before that is marked
+
+/** Where a wait's trigger is; null for a wait that has none. */
+function triggerer(wait) {
+  if (wait.triggerer) {
+    return h("span", { class: wait.triggerer.alive ? null : "late", title: `job ${wait.triggerer.id}` }, wait.triggerer.hostname,
+      wait.triggerer.alive ? null : h("small", {}, "no sign of life"));
+  }
+  if (wait.state !== "deferred") return null;
+  return h("span", { class: Date.now() - new Date(wait.since) > LONG_WITHOUT ? "late" : "quiet" }, "none has it");
+}
+
+const DAG_STATES = {
+  paused: ["The DAG is paused", "The DAG is paused: the wait takes its event, but until it is unpaused no worker starts, and nothing that comes after the wait."],
+  gone: ["The DAG is gone", "The DAG's file is gone: the wait takes its event, but until it is back no worker starts, and nothing that comes after the wait."],
+};
+
 // ---- the list
 
 const COLUMNS = {
   wait: { title: "Wait", order: "dag_id", cell: (wait) => h("td", { class: "name" },
     h("a", { class: "cut", href: address(wait), title: `${wait.dag_id} · ${taskName(wait)}` }, `${wait.dag_id} · ${taskName(wait)}`),
-    h("span", { class: "cut", title: wait.run_id }, wait.run_id)) },
+    h("span", { class: "cut", title: wait.run_id }, wait.run_id),
+    wait.dag_state && h("span", { class: "cut warn", title: DAG_STATES[wait.dag_state][1] }, DAG_STATES[wait.dag_state][0])) },
   call: { title: "Waits for", order: "listener", cell: (wait) => h("td", { class: "call" },
     h("code", { title: wait.call ?? "" }, wait.call ?? wait.listener ?? "–"), arrived(wait)) },
   state: { title: "State", order: "state", cell: (wait) => h("td", {}, badge(wait)) },
   since: { title: "Since", order: "since", cell: (wait) => h("td", { class: "time" }, relative(wait.since)) },
   deadline: { title: "Deadline", order: "deadline", cell: (wait) => h("td", { class: "time" }, relative(wait.deadline, "none")) },
-  where: { title: "Triggerer", order: "triggerer", cell: (wait) => h("td", {},
-    wait.triggerer ? h("span", { class: wait.triggerer.alive ? null : "late", title: `job ${wait.triggerer.id}` }, wait.triggerer.hostname)
-      : h("span", { class: "quiet" }, wait.state === "deferred" ? "none has it" : "–")) },
+  where: { title: "Triggerer", order: "triggerer", cell: (wait) => h("td", {}, triggerer(wait) ?? h("span", { class: "quiet" }, "–")) },
   life: { title: "Sign of life", order: "sign_of_life", cell: (wait) => h("td", { class: `time ${wait.triggerer && !wait.triggerer.alive ? "late" : ""}` }, relative(wait.sign_of_life)) },
   recorded: { title: "Recorded", cell: (wait) => h("td", { class: "time" }, relative(wait.recorded)) },
   ended: { title: "Ended", order: "ended", cell: (wait) => h("td", { class: "time" }, relative(wait.ended)) },
@@ -324,7 +340,7 @@ function detail(query) {
     } catch (error) {
       const none = error.status === 404;
       shown = "";
-      show(h("div", { class: "stack" }, back(), none ? empty("This task waits for no event", "It is no wait_for_event task, or its run is gone.") : notice(error)));
+      show(h("div", { class: "stack" }, back(), none ? empty("There is no such wait", "The task is no wait_for_event task, or its run, or its DAG, has been deleted.") : notice(error)));
       return;
     }
     const news = JSON.stringify(answer);
@@ -350,6 +366,7 @@ function detail(query) {
           h("div", { class: "row" }, isTab ? null : h("h1", {}, `${summary.dag_id} · ${taskName(summary)}`), badge(summary)),
           isTab ? null : h("p", { class: "quiet mono" }, summary.run_id)),
         ...actions(detail, may_edit).filter(Boolean)),
+      summary.dag_state && summary.stage !== "ended" && h("div", { class: "notice warn" }, DAG_STATES[summary.dag_state][1]),
       h("section", { class: "card", "aria-label": "Life" }, steps(detail)),
       detail.error && h("section", { class: "card" }, h("header", {}, h("h2", { class: "late" }, "The trigger failed")), h("pre", {}, detail.error)),
       h("div", { class: "cards" }, facts(detail), eventCard(detail, may_see_event)),
@@ -387,7 +404,7 @@ function detail(query) {
       ["Arrived", arrived(summary)],
       ["Since", summary.since && [moment(summary.since), " · ", relative(summary.since)]],
       ["Deadline", summary.deadline ? [moment(summary.deadline), " · ", relative(summary.deadline)] : "none"],
-      ["Triggerer", summary.triggerer && [summary.triggerer.hostname, summary.triggerer.alive ? null : h("strong", { class: "late" }, " (no sign of life)")]],
+      ["Triggerer", triggerer(summary)],
       ["Sign of life", summary.sign_of_life && relative(summary.sign_of_life)],
       ["Ends", told && (told.finish_on_worker ? "on a worker" : "in the triggerer, without a worker")],
       ["Ended", summary.ended && [moment(summary.ended), " · ", relative(summary.ended)]],
@@ -401,8 +418,10 @@ function detail(query) {
     if (!record) content = h("div", { class: "body quiet" }, "No event has been recorded.");
     else if (!may_see_event) content = h("div", { class: "body quiet" }, "You may not read this DAG's XComs.");
     else content = h("pre", { id: "event" }, record.preview === null ? JSON.stringify(record.event, null, 2) : `${record.preview}…`);
+    const cut = record?.preview && h("span", { class: "quiet" },
+      `the first ${record.preview.length.toLocaleString("en")} of ${record.length.toLocaleString("en")} characters`);
     const phase = record && h("span", { class: `badge is-${record.phase === "committed" ? "success" : "recorded"}` }, record.phase);
-    return h("section", { class: "card" }, h("header", {}, h("h2", {}, "The event"), phase), content);
+    return h("section", { class: "card" }, h("header", {}, h("h2", {}, "The event"), phase, cut), content);
   }
 
   function tries({ tries }) {
@@ -459,7 +478,8 @@ function detail(query) {
     const parts = ["dags", wait.dag_id, "runs", wait.run_id, "tasks", wait.task_id, ...rest].map(encodeURIComponent);
     return new URL(`${parts.join("/")}?map_index=${wait.map_index}`, new URL("../", API));
   };
-  const post = (address, body) => call(address, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const post = (address, body, headers = {}) =>
+    call(address, { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body: JSON.stringify(body) });
 
   function forget(summary) {
     ask("forget", "Forget this event?", [
@@ -468,11 +488,19 @@ function detail(query) {
     ], { text: "Forget it", properties: { class: "danger" } }, () => call(new URL(`waits/${path(wait, "forget")}`, API), { method: "POST" }));
   }
 
-  function send() {
+  function send(summary) {
+    // Should no answer come, the same event once more learns what became of the first.
+    const keys = new Map();
+    const keyOf = (text) => {
+      if (!keys.has(text)) keys.set(text, Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(16)).join("-"));
+      return keys.get(text);
+    };
     const payload = h("textarea", { id: "payload", spellcheck: "false", "aria-label": "The event, as JSON" });
     payload.value = "{}";
     ask("send", "Send an event", [
-      h("p", {}, "The task ends with it at once, and what comes after it goes on. This cannot be taken back."), payload,
+      h("p", {}, summary.state === "deferred"
+        ? "The task ends with it at once, and what comes after it goes on. This cannot be taken back."
+        : "It is kept, and the task ends with it when it begins. This cannot be taken back."), payload,
     ], { text: "Send", properties: { class: "primary" } }, () => {
       let event;
       try {
@@ -480,7 +508,7 @@ function detail(query) {
       } catch (error) {
         throw new Error(`This is no JSON: ${error.message}`);
       }
-      return post(httpAddress(), event);
+      return post(httpAddress(), event, { "Idempotency-Key": keyOf(payload.value) });
     });
   }
 
