@@ -16,8 +16,9 @@ def missing() -> str | None:
     """Say in one line what is missing for a MySQL server, or return None."""
     if shutil.which("mysqld") is None:
         return "no mysqld on PATH (Debian unstable: apt install mysql-server-core; MariaDB's will not do)"
-    if importlib.util.find_spec("pymysql") is None:
-        return "no pymysql (pip install pymysql aiomysql cryptography)"
+    for module, package in (("pymysql", "pymysql"), ("aiomysql", "aiomysql"), ("MySQLdb", "mysqlclient")):
+        if importlib.util.find_spec(module) is None:
+            return f"no {package} (pip install pymysql aiomysql mysqlclient)"
     return None
 
 
