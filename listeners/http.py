@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
@@ -12,10 +13,18 @@ from airflow_events.listeners.base import EventListener, current_wait
 # The key that a wait has is the value of one XCom, and part of the name of another, by which it is found.
 KEY = "event_key"
 LONGEST_KEY = 256
+_LAST_IN_NAMES = "\uffff"
 
 
 def key_entry(key: str) -> str:
-    """Return the name of the XCom by which the waits with a key are found."""
+    """
+    Return the name of the XCom by which the waits with a key are found.
+
+    MySQL has names without the characters beyond U+FFFF, by the collation that Airflow gives them there. A key
+    with such a one goes by its digest.
+    """
+    if max(key) > _LAST_IN_NAMES:
+        key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{KEY}:{key}"
 
 

@@ -62,7 +62,7 @@ class Record:
     :param preview: the beginning of its JSON if that has more than 50,000 characters.
     :param length: how many characters of JSON the event is.
     :param committed: when the commit was noted; None if it was not.
-    :param kept_by: ``worker`` if a worker has stored it, otherwise ``triggerer``.
+    :param kept_by: ``API server`` if it came by HTTP, ``worker`` if a worker has stored it, else ``triggerer``.
     """
 
     phase: str
@@ -181,7 +181,7 @@ def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
         length=len(text),
         recorded=datetime.fromisoformat(recorded_at) if recorded_at else (None if committed else at),
         committed=at if committed else None,
-        kept_by=kept_by,
+        kept_by="API server" if stored.get("receipt") else kept_by,
         id=stored.get("id", ""),
     )
 

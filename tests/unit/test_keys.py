@@ -22,7 +22,7 @@ def kept(session):
     return session.scalar(select(func.count()).select_from(Variable).where(where))
 
 
-@pytest.mark.parametrize("key", ["order-1", "a%b_c/d", "größe", "注文"])
+@pytest.mark.parametrize("key", ["order-1", "a%b_c/d", "größe", "注文", "🎉"])
 def test_it_is_kept_and_the_same_again_is_the_same(session, key):
     receipt = send(session, key, {"n": 1}, idempotency_key="k")
     assert (receipt.status, receipt.waits) == ("kept", [])

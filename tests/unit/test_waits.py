@@ -241,6 +241,13 @@ def test_one_wait_is_shown_with_its_steps_and_its_event(airflow):
     assert waits.show(airflow.session, other).record.phase == "committed"
 
 
+def test_an_event_that_came_by_http_was_recorded_by_the_api_server(airflow):
+    key = airflow.task("success", end_date=NOW, custom_operator_name="HttpListener")
+    record = Record(EVENT, Phase.COMMITTED, "1", recorded_at=NOW.isoformat(), receipt={"status": "delivered"})
+    airflow.xcom(key, "event_record", serialize(record.as_dict()))
+    assert waits.show(airflow.session, key).steps[1].note == "by the API server"
+
+
 def test_a_rejected_wait_says_by_whom_and_why(airflow):
     key = airflow.task("failed", end_date=NOW, custom_operator_name="HttpListener")
     airflow.record(key, Phase.REJECTED, event={"reason": "not ours", "by": "ada", "generation": 3})

@@ -208,7 +208,7 @@ function triggerer(wait) {
 
 const DAG_STATES = {
   paused: ["The DAG is paused", "The DAG is paused: the wait takes its event, but until it is unpaused no worker starts, and nothing that comes after the wait."],
-  gone: ["The DAG is gone", "The DAG's file is gone: the wait takes its event, but until it is back no worker starts, and nothing that comes after the wait."],
+  gone: ["The DAG is gone", "The DAG is gone from its file, or the file is: the wait takes its event, but until it is back nothing that comes after the wait starts, and a worker does not find it."],
 };
 
 // ---- the list
@@ -406,7 +406,7 @@ function detail(query) {
       ["Deadline", summary.deadline ? [moment(summary.deadline), " · ", relative(summary.deadline)] : "none"],
       ["Triggerer", triggerer(summary)],
       ["Sign of life", summary.sign_of_life && relative(summary.sign_of_life)],
-      ["Ends", told && (told.finish_on_worker ? "on a worker" : "in the triggerer, without a worker")],
+      ["Ends", told && (told.finish_on_worker ? "on a worker" : `${summary.listener === "HttpListener" ? "with the request" : "in the triggerer"}, without a worker`)],
       ["Ended", summary.ended && [moment(summary.ended), " · ", relative(summary.ended)]],
     ].filter(([, value]) => value);
     return h("section", { class: "card" }, h("header", {}, h("h2", {}, "The wait")),
