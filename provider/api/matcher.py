@@ -89,6 +89,5 @@ def match_once() -> dict[str, list[str]]:
     for event_id, waits in reached.items():
         log.info("The kept event %s went to %s", event_id, ", ".join(waits))
     if failed is not None:
-        key, error = failed
-        raise RuntimeError(f"those of the key {key!r} could not") from error
+        raise RuntimeError(f"those of the key {failed[0]!r} could not") from failed[1]
     return reached

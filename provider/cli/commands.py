@@ -24,6 +24,9 @@ from sqlalchemy.orm import Session
 
 _T = TypeVar("_T")
 
+_LONGEST_CALL = 100
+"""Characters of a call in a list for people; ``show`` has all of them."""
+
 
 @suppress_logs_and_warning
 @providers_configuration_loaded
@@ -43,7 +46,10 @@ def list_waits(args: argparse.Namespace) -> None:
             limit=args.limit,
             offset=args.offset,
         )
-    _print([_row(wait) for wait in page.waits], args.output)
+    rows = [_row(wait) for wait in page.waits]
+    if args.output in ("table", "plain"):
+        rows = [{**row, "waits_for": _cut(row["waits_for"])} for row in rows]
+    _print(rows, args.output)
     if args.output == "table" and page.more:
         left = f"of {page.total}" if page.total is not None else "and there are more"
         print(f"{len(page.waits)} {left}; see --limit and --offset")
@@ -143,6 +149,10 @@ def _print(rows: list[dict[str, Any]], output: str) -> None:
         names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
         rows = [{name: "" if row[name] is None else row[name] for name in names} for row in rows]
     AirflowConsole().print_as(data=rows, output=output)
+
+
+def _cut(text: str | None) -> str | None:
+    return text if text is None or len(text) <= _LONGEST_CALL else f"{text[: _LONGEST_CALL - 1]}…"
 
 
 def _row(wait: Summary) -> dict[str, Any]:
