@@ -119,6 +119,13 @@ class EventListener(abc.ABC):
     until it is committed, in whatever process. Such a wait needs no worker.
     """
 
+    event_is_certain: ClassVar[bool] = False
+    """
+    True promises, of a listener that has nothing to commit, that all polls for the same wait return an equal
+    event, whenever and wherever: it follows from the arguments, as a moment does. Its record is then written
+    without a look at what another triggerer has recorded meanwhile.
+    """
+
     recorded_from_outside: ClassVar[bool] = False
     """
     True says that somebody else than the wait itself may record its event, at any moment, and end the task.

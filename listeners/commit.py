@@ -135,6 +135,7 @@ async def settle(
     args: Any = (),
     kwargs: Any = None,
     arrived: float | None = None,
+    is_first: bool = False,
 ) -> Any:
     """
     Record and commit ``event`` for ``wait``, and return the event to deliver.
@@ -143,13 +144,14 @@ async def settle(
 
     :param args: what ``event`` was polled with, for `EventListener.event_released`; ``kwargs`` likewise.
     :param arrived: when it was polled, in seconds since the epoch, for the metrics; None if nobody knows.
+    :param is_first: whether it is known that there is no record of another event, so that none is read.
     :raises EventLost: another wait has the event; the record is dropped, and the wait should go on, under the
         name that it has then. Or ``event`` was polled under a name that the wait has no more.
     :raises EventRejected: the wait was rejected meanwhile.
     :raises EventNotSerializable: before anything was recorded.
     :raises CommitFailed: the event is recorded and not committed.
     """
-    record = await store.read()
+    record = None if is_first else await store.read()
     if record is not None and record.phase is Phase.REJECTED:
         raise EventRejected(record.event["reason"], record.event["by"])
     superfluous = record is not None and record.event != event

@@ -26,6 +26,7 @@ class TimerListener(EventListener):
     """
 
     repeatable_poll: ClassVar[bool] = True
+    event_is_certain: ClassVar[bool] = True
 
     async def poll_for_event(self, moment: float | str | datetime | timedelta) -> datetime:
         """

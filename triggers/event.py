@@ -190,8 +190,9 @@ class EventTrigger(BaseTrigger):
                 if self.finish_on_worker or airflow_has_listeners():
                     yield TriggerEvent(outcome.encode(outcome.Arrived(event, self._arrived)))
                     return
+                is_first = stored is None and listener.event_is_certain and not commits(listener)
                 try:
-                    event = await self._settle(listener, wait, record, event)
+                    event = await self._settle(listener, wait, record, event, is_first=is_first)
                 except EventLost as lost:
                     self.log.warning("The event went to another wait, and this one waits on: %s", lost)
                     continue
@@ -317,7 +318,9 @@ class EventTrigger(BaseTrigger):
     def _remaining(self) -> float:
         return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
 
-    async def _settle(self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any) -> Any:
+    async def _settle(
+        self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any, *, is_first: bool
+    ) -> Any:
         self._recording = True  # from here on the claim may stand in a record, which the next try needs
         try:
             event = await settle(
@@ -328,6 +331,7 @@ class EventTrigger(BaseTrigger):
                 args=self.listener_args,
                 kwargs=self.listener_kwargs,
                 arrived=self._arrived,
+                is_first=is_first,
             )
         except EventLost:
             self._recording = False  # and so a user who ends the wait later releases what it claims then
