@@ -2,14 +2,14 @@
 """
 Run the tests against the built wheel: python3 scripts/test.py [arguments of pytest].
 
-Without arguments the quick ones come first. The others mostly wait, for a source or for Airflow's loops, so they
-run beside one another: those of the sources, and those with a real Airflow in two parts, which have an Airflow
-each. What a part says is printed when it has ended. With arguments, pytest gets them as they are.
+Without arguments the quick ones come first. The others mostly wait, for a source or for Airflow's loops, so two
+run beside one another: those with a real Airflow, and those of the sources, after which come those that kill much
+of theirs. Three at once starve each other on two processors. What a part says is printed when it has ended. With
+arguments, pytest gets them as they are.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,28 +25,22 @@ WITH_FAULTS = ("tests/chaos", "tests/e2e/test_matrix.py", "tests/e2e/test_crashe
 
 @dataclass
 class Part:
-    """
-    Tests that have a pytest of their own, as if they were the only ones.
-
-    :param patience: how far it stands back where processors are short, as ``nice`` counts it. Who waits for a
-        source for seconds goes first, who waits for a whole matrix of workers can wait longer.
-    """
+    """Tests that have a pytest of their own, as if they were the only ones."""
 
     name: str
     arguments: tuple[str, ...]
-    patience: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _said: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     _began: float = 0
 
     def begin(self, pytest: list[str], *, quietly: bool = True) -> None:
+        print(f"== tests: {self.name}: begun", flush=True)
         self._began = time.monotonic()
         self._process = subprocess.Popen(
             [*pytest, *self.arguments],
             cwd=bootstrap.ROOT,
             stdout=self._said if quietly else None,
             stderr=subprocess.STDOUT if quietly else None,
-            preexec_fn=lambda: os.nice(self.patience),
         )
 
     @property
@@ -71,11 +65,11 @@ class Part:
 
 
 QUICK = Part("quick", ("tests/unit", "tests/model", "-n", "logical", "--maxprocesses", "4"))
-PARTS = (
-    Part("sources", ("tests/sources", "-n", "4")),
-    Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in WITH_FAULTS)), 5),
-    Part("a real Airflow under faults", WITH_FAULTS, 10),
-)
+SOURCES = Part("sources", ("tests/sources", "-n", "4"))
+AIRFLOW = Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in WITH_FAULTS)))
+FAULTS = Part("a real Airflow under faults", WITH_FAULTS)
+# Those of a lane run one after another.
+LANES = ((AIRFLOW,), (SOURCES, FAULTS))
 
 
 def run_all(pytest: list[str]) -> int:
@@ -83,19 +77,21 @@ def run_all(pytest: list[str]) -> int:
     QUICK.begin(pytest, quietly=False)
     if code := QUICK.end():
         return code
-    print(f"== tests: {', '.join(part.name for part in PARTS)}, beside one another", flush=True)
-    running, failed = list(PARTS), {}
+    lanes, failed = [list(lane) for lane in LANES], {}
     try:
-        for part in running:
-            part.begin(pytest)
-        while running:
-            for part in [part for part in running if part.is_done]:
-                running.remove(part)
+        for first, *_ in lanes:
+            first.begin(pytest)
+        while lanes:
+            for lane in [lane for lane in lanes if lane[0].is_done]:
+                part = lane.pop(0)
                 if code := part.end():
                     failed[part.name] = code
+                if lane:
+                    lane[0].begin(pytest)
+            lanes = [lane for lane in lanes if lane]
             time.sleep(0.5)
     finally:
-        for part in running:
+        for part in [part for lane in lanes for part in lane]:
             part.stop()
     print(f"== tests: {'FAILED: ' + ', '.join(failed) if failed else 'all passed'}", flush=True)
     return next(iter(failed.values()), 0)
