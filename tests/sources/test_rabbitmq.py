@@ -215,7 +215,7 @@ async def test_a_server_that_is_killed_at_once_loses_nothing(broker, waits):
     event = await soon(waits.poll())
     broker.server.kill(pause=0)
     broker.server.start()
-    again = await soon(waits.poll(), 30)
+    again = await soon(waits.poll(), 90)
     assert {**again, "claim": ""} == {**event, "claim": ""}
     if again != event:  # killed before it had written down what it had acknowledged, it gives the message out anew
         with pytest.raises(EventLost, match="is not claimed by"):
