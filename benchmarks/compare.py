@@ -124,7 +124,8 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
         airflow = Deployment(home, database=postgres.url, settings=SETTINGS, variables=connections)
         stack.enter_context(airflow)
         airflow.prepare()
-        shutil.copy(BENCHMARKS / "plugins" / "floor.py", airflow.plugins)
+        for plugin in ("floor", "contenders"):
+            shutil.copy(BENCHMARKS / "plugins" / f"{plugin}.py", airflow.plugins)
         airflow.add_dags(*(BENCHMARKS / "dags" / f"{name}.py" for name in ("compare", "brokers")))
         airflow.start()
         airflow.wait_for_dags(*{dag for part in options.only for dag in PARTS[part].dags})

@@ -7,14 +7,16 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, Generic, TypeVar
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import Wait
+from airflow_events.listeners.base import Wait, current_wait
 from airflow_events.listeners.hub import Hub, Seeker
 from airflow_events.listeners.moments import when
+from airflow_events.listeners.shared import shared
 from airflow_events.listeners.values import Index, Match, OnUndecodable
 
 log = logging.getLogger(__name__)
@@ -141,6 +143,26 @@ class LogHub(Hub[Watcher], Generic[_P]):
         self._recent.append(message)
         if len(self._recent) > _RECENT:
             self._recent_from = max(self._recent_from, self._recent.popleft().timestamp + timedelta.resolution)
+
+
+async def first_match(
+    key: Hashable,
+    make: Callable[[], LogHub[Any]],
+    match: dict[str, Any] | str | None,
+    since: datetime | str | timedelta | None,
+    on_undecodable: OnUndecodable,
+) -> dict[str, Any]:
+    """
+    Return the first message that matches, of a log that all who watch it read by one hub.
+
+    :param key: of the hub, in this event loop; ``make`` makes it for the first who watches.
+    :param match: see `airflow_events.listeners.values.Match`.
+    :param since: see `since_of`.
+    :raises ValueError: ``match`` or ``since`` is none.
+    """
+    watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
+    async with shared(key, make) as hub:
+        return dict(await hub.take(watcher))
 
 
 def since_of(since: datetime | str | timedelta | None, wait: Wait) -> datetime:

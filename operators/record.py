@@ -38,8 +38,10 @@ class WorkerRecord:
     def after(self) -> str:
         """The id of the record that was dropped last, by a worker or a trigger; empty if none was."""
         # As the trigger reads it, which reaches XComs alone: those go with each try that starts on a worker.
-        by_trigger = self._pull(LOST_KEY) if self._pull(RECORD_KEY) is not None else None
-        return by_trigger or self._get(LOST_KEY) or ""
+        by_trigger = self._pull(LOST_KEY)
+        if by_trigger and self._pull(RECORD_KEY) is not None:
+            return str(by_trigger)
+        return self._get(LOST_KEY) or ""
 
     async def read(self) -> Record | None:
         stored = self._get(RECORD_KEY)

@@ -288,7 +288,8 @@ class WaitForEventOperator(BaseOperator):
 
     def _defer(self, context: Context) -> None:
         self._check_arguments()
-        is_mapped = self._wait(context).map_index >= 0
+        wait = self._wait(context)
+        is_mapped = wait.map_index >= 0
         why = needs_worker_to_start(self) or (
             "it is mapped" if is_mapped else "its arguments held the output of another task"
         )
@@ -308,7 +309,7 @@ class WaitForEventOperator(BaseOperator):
             if reference.is_importable(self.listener)
             else reference.by_value(self.listener),
             deadline=deadline,
-            wait=dataclasses.asdict(self._wait(context)),
+            wait=dataclasses.asdict(wait),
             mapped_over=not is_mapped and next(iter(self.iter_mapped_dependants()), None) is not None,
             **self._trigger_arguments(started_on_worker=True),
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from airflow.providers.amazon.aws.sensors.sqs import SqsSensor
-from airflow.sdk import DAG, task
 from airflow_events import wait_for_event
 from airflow_events.listeners.redis import RedisListener, RedisWatchListener
 from airflow_events.listeners.sqs import SqsListener
+from contenders import dags
 
 QUEUE = "{{ params.queue }}"
 CONTENDERS = {
@@ -19,26 +19,4 @@ CONTENDERS = {
     ),
 }
 
-
-@task
-def downstream():
-    pass
-
-
-def dag(dag_id, make, waits):
-    with DAG(
-        dag_id,
-        schedule=None,
-        catchup=False,
-        params={"queue": "none"},
-        max_active_runs=10_000,
-        max_active_tasks=100_000,
-    ) as made:
-        for name in ["wait"] if waits == 1 else [f"wait{number}" for number in range(waits)]:
-            wait = make(name)
-            if waits == 1:
-                wait >> downstream()
-    return made
-
-
-DAGS = [dag(f"{name}_{waits}", make, waits) for name, make in CONTENDERS.items() for waits in (1, 10)]
+DAGS = dags(CONTENDERS, {"queue": "none"}, 1, 10)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from airflow.providers.standard.sensors.date_time import DateTimeSensorAsync
-from airflow.sdk import DAG, task
 from airflow_events import wait_for_event
 from airflow_events.listeners.timer import TimerListener
+from contenders import dags
 from floor import Floor
 
 DUE = "{{ params.due }}"
@@ -18,27 +18,4 @@ CONTENDERS = {
     "floor": lambda name: Floor(task_id=name),
 }
 
-
-@task
-def downstream():
-    pass
-
-
-def dag(dag_id, make, waits):
-    with DAG(
-        dag_id,
-        schedule=None,
-        catchup=False,
-        params={"due": "2100-01-01T00:00:00Z"},
-        max_active_runs=10_000,
-        max_active_tasks=100_000,
-    ) as made:
-        names = ["wait"] if waits == 1 else [f"wait{number}" for number in range(waits)]
-        for name in names:
-            wait = make(name)
-            if waits == 1:
-                wait >> downstream()
-    return made
-
-
-DAGS = [dag(f"{name}_{waits}", make, waits) for name, make in CONTENDERS.items() for waits in (1, 10, 300)]
+DAGS = dags(CONTENDERS, {"due": "2100-01-01T00:00:00Z"}, 1, 10, 300)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from datetime import datetime, timezone
 from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.processes import fresh_triggerer, until_open
-from parts.timers import since, spread
+from parts.timers import latency_lines, note
 
 SQS = ("of_sqs", "Sqs")
 NAMES = {
@@ -51,10 +50,7 @@ def _sent(stage: Stage, name: str, turn: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
     for run, moment in zip(runs, sent, strict=True):
         assert run.finished(timeout=240) == "success", run
-        tasks = run.tasks()
-        found["success"].append(since(moment, tasks["wait"]["end_date"]))
-        found["running"].append(since(moment, tasks["downstream"]["start_date"]))
-        found["workers"].append(run.worker_starts("wait"))
+        note(found, run, run.tasks(), moment)
     return found
 
 
@@ -66,16 +62,7 @@ def queue(stage: Stage) -> str:
 
 
 def sqs_table(rows: Rows) -> str:
-    ours = statistics.median(rows[0]["running"])
-    lines = [
-        "| SQS message | sent to success | sent to downstream running | in ours | worker processes per wait |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {NAMES[row['name']]} | {spread(row['success'])} | {spread(row['running'])} "
-        f"| {statistics.median(row['running']) / ours:.2f} | {statistics.mean(row['workers']):.2f} |"
-        for row in rows
-    ]
+    lines = latency_lines("SQS message", "sent", NAMES, rows)
     rounds = rows[0]["rounds"]
     return "\n".join(
         [

@@ -44,27 +44,37 @@ def due_at_once(airflow: Any, name: str, count: int, label: str) -> dict[str, li
         tasks = run.tasks()
         began = datetime.fromisoformat(tasks["wait"]["start_date"])
         assert began < due, f"{run} began to wait {began - due} after it was due"
-        found["success"].append(since(due, tasks["wait"]["end_date"]))
-        found["running"].append(since(due, tasks["downstream"]["start_date"]))
-        found["workers"].append(run.worker_starts("wait"))
+        note(found, run, tasks, due)
     return found
+
+
+def note(found: dict[str, list[float]], run: Any, tasks: Any, begin: datetime) -> None:
+    """Add how long after ``begin`` the wait of a run succeeded, and what followed it ran."""
+    found["success"].append(since(begin, tasks["wait"]["end_date"]))
+    found["running"].append(since(begin, tasks["downstream"]["start_date"]))
+    found["workers"].append(run.worker_starts("wait"))
 
 
 def since(begin: datetime, moment: str) -> float:
     return round((datetime.fromisoformat(moment) - begin).total_seconds(), 3)
 
 
-def latency_table(rows: Rows) -> str:
+def latency_lines(what: str, begin: str, names: dict[str, str], rows: Rows) -> list[str]:
+    """Return the lines of a table of what `note` has noted; ours is the first of the rows."""
     ours = statistics.median(rows[0]["running"])
-    lines = [
-        "| timer | due to success | due to downstream running | in ours | worker processes per wait |",
+    return [
+        f"| {what} | {begin} to success | {begin} to downstream running | in ours | worker processes per wait |",
         "|---|---|---|---|---|",
+        *(
+            f"| {names[row['name']]} | {spread(row['success'])} | {spread(row['running'])} "
+            f"| {statistics.median(row['running']) / ours:.2f} | {statistics.mean(row['workers']):.2f} |"
+            for row in rows
+        ),
     ]
-    lines += [
-        f"| {NAMES[row['name']]} | {spread(row['success'])} | {spread(row['running'])} "
-        f"| {statistics.median(row['running']) / ours:.2f} | {statistics.mean(row['workers']):.2f} |"
-        for row in rows
-    ]
+
+
+def latency_table(rows: Rows) -> str:
+    lines = latency_lines("timer", "due", NAMES, rows)
     at_once = len(rows[0]["success"]) // rows[0]["rounds"]
     return "\n".join(
         [*lines, "", f"Median (least to most); {rows[0]['rounds']} rounds by turns, {at_once} waits due at once."]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import Watcher, since_of
+from airflow_events.listeners.log import first_match
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Match, OnUndecodable, check_choices
+from airflow_events.listeners.values import OnUndecodable, check_choices
 
 if TYPE_CHECKING:
     from airflow_events.listeners.kafka.consume import Start
@@ -182,8 +182,6 @@ class KafkaWatchListener(EventListener):
 
         check_choices("json", on_undecodable)
         formats = Formats(values, keys, registry_conn_id)
-        watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
         source = Source(kafka_config_id, topic)
         key = ("kafka watch", source, formats)
-        async with shared(key, lambda: TopicHub(source, formats)) as hub:
-            return dict(await hub.take(watcher))
+        return await first_match(key, lambda: TopicHub(source, formats), match, since, on_undecodable)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import Watcher, since_of
+from airflow_events.listeners.log import first_match
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, Match, OnUndecodable, check_choices
+from airflow_events.listeners.values import Format, OnUndecodable, check_choices
 
 needs("a NATS listener", "nats", "nats")
 
@@ -170,8 +170,6 @@ class NatsWatchListener(EventListener):
         from airflow_events.listeners.nats.watch import StreamHub
 
         check_choices(values, on_undecodable)
-        watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
         source = Source(nats_conn_id, stream)
         key = ("nats watch", source, subject, values)
-        async with shared(key, lambda: StreamHub(source, subject, values)) as hub:
-            return dict(await hub.take(watcher))
+        return await first_match(key, lambda: StreamHub(source, subject, values), match, since, on_undecodable)

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import Watcher, since_of
+from airflow_events.listeners.log import first_match
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, Match, OnUndecodable, check_choices
+from airflow_events.listeners.values import Format, OnUndecodable, check_choices
 
 needs("a RabbitMQ listener", "rabbitmq", "aiormq")
 
@@ -153,7 +153,6 @@ class RabbitMQWatchListener(EventListener):
         from airflow_events.listeners.rabbitmq.watch import StreamHub
 
         check_choices(values, on_undecodable)
-        watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
         source = Source(rabbitmq_conn_id, stream)
-        async with shared(("rabbitmq watch", source, values), lambda: StreamHub(source, values)) as hub:
-            return {**await hub.take(watcher)}
+        key = ("rabbitmq watch", source, values)
+        return await first_match(key, lambda: StreamHub(source, values), match, since, on_undecodable)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import Watcher, since_of
+from airflow_events.listeners.log import first_match
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, Match, OnUndecodable, check_choices
+from airflow_events.listeners.values import Format, OnUndecodable, check_choices
 
 needs("a Redis listener", "redis", "redis")
 
@@ -149,8 +149,6 @@ class RedisWatchListener(EventListener):
         from airflow_events.listeners.redis.watch import StreamHub
 
         check_choices(values, on_undecodable)
-        watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
         source = Source(redis_conn_id, stream)
         key = ("redis watch", source, field, values)
-        async with shared(key, lambda: StreamHub(source, field, values)) as hub:
-            return dict(await hub.take(watcher))
+        return await first_match(key, lambda: StreamHub(source, field, values), match, since, on_undecodable)
