@@ -119,13 +119,6 @@ class EventListener(abc.ABC):
     until it is committed, in whatever process. Such a wait needs no worker.
     """
 
-    event_is_certain: ClassVar[bool] = False
-    """
-    True promises, of a listener that has nothing to commit, that all polls for the same wait return an equal
-    event, whenever and wherever: it follows from the arguments, as a moment does. Its record is then written
-    without a look at what another triggerer has recorded meanwhile.
-    """
-
     recorded_from_outside: ClassVar[bool] = False
     """
     True says that somebody else than the wait itself may record its event, at any moment, and end the task.
@@ -143,6 +136,20 @@ class EventListener(abc.ABC):
 
         What it raises fails the try; the task's ``retries`` decide what follows.
         """
+
+    def foresee(self, *args: Any, **kwargs: Any) -> tuple[Any, datetime] | None:
+        """
+        Return the event and when it will come, if both follow from the arguments, as with a clock; or None.
+
+        This promises, of a listener that has nothing to commit, that all polls of the wait return an equal
+        event, whenever and wherever, and none before that moment. What Airflow has to write for the event is
+        then written before it comes. Of a class that defines `poll_for_event` anew, and not this, nothing is
+        believed to be foreseen.
+
+        :param args: what `poll_for_event` is called with; ``kwargs`` likewise.
+        :return: the event, and a datetime with a time zone.
+        """
+        return None
 
     async def event_checkpointed(self, event: Any) -> None:
         """
@@ -171,6 +178,14 @@ class EventListener(abc.ABC):
 def commits(listener: type[EventListener]) -> bool:
     """Whether the listener has something to commit."""
     return listener.event_checkpointed is not EventListener.event_checkpointed
+
+
+def foresees(listener: type[EventListener]) -> bool:
+    """Whether the listener can tell its event before it comes."""
+    if commits(listener):
+        return False
+    by, *_ = (base for base in listener.__mro__ if {"poll_for_event", "foresee"} & vars(base).keys())
+    return by is not EventListener and "foresee" in vars(by)
 
 
 def releases(listener: type[EventListener]) -> bool:

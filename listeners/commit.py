@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import json
 import logging
 import uuid
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ import greenback
 from airflow_events import metrics, settings
 from airflow_events.errors import CommitFailed, EventLost, EventRejected
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
-from airflow_events.listeners.serde import check
+from airflow_events.listeners.serde import check, decode, encode
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
@@ -95,17 +96,23 @@ class Record:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
+    def as_xcom(self) -> dict[str, Any]:
+        """Write the record for a task's success to bring along, which Airflow stores as text."""
+        xcom: dict[str, Any] = json.loads(encode(self.as_dict()))
+        return xcom
+
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Record:
-        """Read what `as_dict` wrote."""
+    def from_dict(cls, stored: dict[str, Any] | str) -> Record:
+        """Read what `as_dict` wrote, or the text that became of `as_xcom`."""
+        told: dict[str, Any] = decode(stored) if isinstance(stored, str) else stored
         return cls(
-            event=stored["event"],
-            phase=Phase(stored["phase"]),
-            id=stored.get("id", ""),
-            until=stored.get("until"),
-            receipt=stored.get("receipt"),
-            recorded_at=stored.get("recorded_at", ""),
-            after=stored.get("after", ""),
+            event=told["event"],
+            phase=Phase(told["phase"]),
+            id=told.get("id", ""),
+            until=told.get("until"),
+            receipt=told.get("receipt"),
+            recorded_at=told.get("recorded_at", ""),
+            after=told.get("after", ""),
         )
 
 
@@ -135,7 +142,6 @@ async def settle(
     args: Any = (),
     kwargs: Any = None,
     arrived: float | None = None,
-    is_first: bool = False,
 ) -> Any:
     """
     Record and commit ``event`` for ``wait``, and return the event to deliver.
@@ -144,14 +150,13 @@ async def settle(
 
     :param args: what ``event`` was polled with, for `EventListener.event_released`; ``kwargs`` likewise.
     :param arrived: when it was polled, in seconds since the epoch, for the metrics; None if nobody knows.
-    :param is_first: whether it is known that there is no record of another event, so that none is read.
     :raises EventLost: another wait has the event; the record is dropped, and the wait should go on, under the
         name that it has then. Or ``event`` was polled under a name that the wait has no more.
     :raises EventRejected: the wait was rejected meanwhile.
     :raises EventNotSerializable: before anything was recorded.
     :raises CommitFailed: the event is recorded and not committed.
     """
-    record = None if is_first else await store.read()
+    record = await store.read()
     if record is not None and record.phase is Phase.REJECTED:
         raise EventRejected(record.event["reason"], record.event["by"])
     superfluous = record is not None and record.event != event
@@ -160,12 +165,9 @@ async def settle(
         if store.after != wait.after:
             await release(listener, wait, event, args, kwargs or {})
             raise EventLost(f"{wait.id} has lost an event since it claimed this one, and has another name now")
-        check(event)
-        phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
-        record = Record(event, phase, uuid.uuid4().hex, after=wait.after)
+        record = record_of(listener, wait, event)
         await store.write(record)
-        metrics.count(metrics.RECORDED, **_tags(listener, wait))
-        metrics.since(metrics.TO_RECORD, arrived, **_tags(listener, wait))
+        recorded(listener, wait, arrived)
     elif record.until is not None:
         record = record.taken()
         await store.write(record)
@@ -187,6 +189,17 @@ async def settle(
         # changes nothing.
         await release(listener, polled_by, event, args, kwargs or {})
     return record.event
+
+
+def record_of(listener: type[EventListener], wait: Wait, event: Any) -> Record:
+    """
+    Return a record of an event that has none yet.
+
+    :raises EventNotSerializable: it cannot be recorded.
+    """
+    check(event)
+    phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
+    return Record(event, phase, uuid.uuid4().hex, after=wait.after)
 
 
 async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
@@ -238,6 +251,12 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
     )
     with working_for(wait):
         await attempts(once)
+
+
+def recorded(listener: type[EventListener], wait: Wait, arrived: float | None) -> None:
+    """Tell the metrics that the event which arrived then (seconds since the epoch) is recorded now."""
+    metrics.count(metrics.RECORDED, **_tags(listener, wait))
+    metrics.since(metrics.TO_RECORD, arrived, **_tags(listener, wait))
 
 
 def delivered(listener: type[EventListener], wait: Wait, arrived: float | None) -> None:

@@ -26,7 +26,6 @@ class TimerListener(EventListener):
     """
 
     repeatable_poll: ClassVar[bool] = True
-    event_is_certain: ClassVar[bool] = True
 
     async def poll_for_event(self, moment: float | str | datetime | timedelta) -> datetime:
         """
@@ -46,6 +45,11 @@ class TimerListener(EventListener):
         due = when(moment, current_wait())
         await Clock.of_loop().until(due)
         return due
+
+    def foresee(self, moment: float | str | datetime | timedelta) -> tuple[datetime, datetime]:
+        """Return ``moment``, twice: it is the event, and when it comes."""
+        due = when(moment, current_wait())
+        return due, due
 
 
 class Clock:

@@ -19,9 +19,10 @@ from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEven
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
-from airflow_events.listeners.commit import Phase, delivered, release, settle
+from airflow_events.listeners.commit import Phase, delivered, record_of, recorded, release, settle
 from airflow_events.triggers import outcome, reference, stalls
-from airflow_events.triggers.record import XComRecord
+from airflow_events.triggers.foreseen import Foreseen, foresee
+from airflow_events.triggers.record import RECORD_KEY, XComRecord
 from airflow_events.triggers.watchdog import Steps
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class EventTrigger(BaseTrigger):
         self._after = ""  # of the wait, as it polls
         self._arrived: float | None = None  # when it was polled, in seconds since the epoch
         self._recording = False
+        self._foreseen: Foreseen | None = None
         self._again = False
         self._poll_task: asyncio.Task[Any] | None = None  # which holds the event, while it is not recorded
 
@@ -155,10 +157,13 @@ class EventTrigger(BaseTrigger):
             return
 
         record = XComRecord(wait)
+        self._foreseen = foresee(listener, wait, self.listener_args, self.listener_kwargs)
         with stalls.told_to(self._poll_anew):
             while True:
                 self._arrived = None
-                stored = await record.read()
+                # What is foreseen is recorded by the success that ends the first try, and by nothing before.
+                is_first = self._foreseen is not None and self.task_instance.try_number == 1
+                stored = None if is_first else await record.read()
                 wait = dataclasses.replace(wait, after=record.after)
                 self._after = record.after
                 if stored is not None:
@@ -190,9 +195,11 @@ class EventTrigger(BaseTrigger):
                 if self.finish_on_worker or airflow_has_listeners():
                     yield TriggerEvent(outcome.encode(outcome.Arrived(event, self._arrived)))
                     return
-                is_first = stored is None and listener.event_is_certain and not commits(listener)
+                if stored is None and self._foreseen is not None:
+                    yield await self._deliver_foreseen(listener, wait, record, event)
+                    return
                 try:
-                    event = await self._settle(listener, wait, record, event, is_first=is_first)
+                    event = await self._settle(listener, wait, record, event)
                 except EventLost as lost:
                     self.log.warning("The event went to another wait, and this one waits on: %s", lost)
                     continue
@@ -211,7 +218,7 @@ class EventTrigger(BaseTrigger):
             )
         self._announce(wait)
         try:
-            return await self._poll(listener, wait)
+            return await self._poll(listener, wait, record)
         except (_TimeIsUp, _PollAnew):
             raise
         except Exception:
@@ -241,8 +248,11 @@ class EventTrigger(BaseTrigger):
             return
         if self._poll_task is not None:
             await asyncio.wait({self._poll_task}, timeout=_LONGEST_GOODBYE)
-        if await self._has_ended(wait):
-            await self._release(reference.load(self.listener), wait)
+        if (state := await self._state(wait)) not in _ENDED:
+            return
+        await self._release(reference.load(self.listener), wait)
+        if self._foreseen is not None and self._foreseen.is_written and state not in ("success", "removed"):
+            await XComRecord(wait).undeliver()
 
     def _poll_anew(self) -> None:
         """
@@ -268,7 +278,7 @@ class EventTrigger(BaseTrigger):
             wait.id,
         )
 
-    async def _poll(self, listener: type[EventListener], wait: Wait) -> Any:
+    async def _poll(self, listener: type[EventListener], wait: Wait, record: XComRecord | None = None) -> Any:
         """
         Return the event, checked.
 
@@ -288,12 +298,20 @@ class EventTrigger(BaseTrigger):
                 )
             )
             try:
-                while not poll.done() and (pause := self._remaining()) > 0:
+                while not poll.done() and self._remaining() > 0:
+                    ahead = None if record is None else self._seconds_until_written()
+                    if ahead is not None and ahead <= 0:
+                        assert record is not None and self._foreseen is not None
+                        await self._foreseen.write(functools.partial(self._write, record))
+                        continue
                     # What asyncio.wait does, in a quarter of its memory.
                     woken = loop.create_future()
                     wake = functools.partial(_wake, woken)
                     poll.add_done_callback(wake)
-                    alarm = loop.call_later(min(pause, _LONGEST_PAUSE), wake) if self.deadline else None
+                    pauses = [] if self.deadline is None else [self._remaining(), _LONGEST_PAUSE]
+                    if ahead is not None:
+                        pauses.append(ahead)
+                    alarm = loop.call_later(min(pauses), wake) if pauses else None
                     try:
                         await woken
                     finally:
@@ -318,9 +336,7 @@ class EventTrigger(BaseTrigger):
     def _remaining(self) -> float:
         return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
 
-    async def _settle(
-        self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any, *, is_first: bool
-    ) -> Any:
+    async def _settle(self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any) -> Any:
         self._recording = True  # from here on the claim may stand in a record, which the next try needs
         try:
             event = await settle(
@@ -331,7 +347,6 @@ class EventTrigger(BaseTrigger):
                 args=self.listener_args,
                 kwargs=self.listener_kwargs,
                 arrived=self._arrived,
-                is_first=is_first,
             )
         except EventLost:
             self._recording = False  # and so a user who ends the wait later releases what it claims then
@@ -341,6 +356,18 @@ class EventTrigger(BaseTrigger):
         self.log.info("The event is recorded and committed")
         return event
 
+    async def _deliver_foreseen(
+        self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any
+    ) -> TriggerEvent:
+        """Return what ends the task and records the event, both in one transaction of Airflow's."""
+        result = await self._deliver(record, event)
+        if isinstance(result, TaskSuccessEvent):
+            result.xcoms = {RECORD_KEY: record_of(listener, wait, event).as_xcom()}
+            recorded(listener, wait, self._arrived)
+            delivered(listener, wait, self._arrived)
+            self.log.info("The event is recorded as the task succeeds")
+        return result
+
     async def _deliver(self, record: XComRecord, value: Any) -> TriggerEvent:
         """Return what ends the task with ``value``; a worker does it where only that gives the right error."""
         mapped_length = None
@@ -348,9 +375,21 @@ class EventTrigger(BaseTrigger):
             if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
                 return TriggerEvent(outcome.encode(outcome.Arrived(value)))
             mapped_length = len(value)
-        if self.push and value is not None:
-            await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
+        is_written = self._foreseen is not None and self._foreseen.is_written and self._foreseen.event == value
+        if self.push and value is not None and not is_written:
+            await self._write(record, value, mapped_length)
         return TaskSuccessEvent()
+
+    async def _write(self, record: XComRecord, value: Any, mapped_length: int | None = None) -> None:
+        await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
+
+    def _seconds_until_written(self) -> float | None:
+        """Return in how many seconds to write the return value ahead of the event; None if that is not to be."""
+        if self._foreseen is None or self._foreseen.event is None or not self.push or self.mapped_over:
+            return None
+        if self.finish_on_worker or airflow_has_listeners():
+            return None
+        return self._foreseen.seconds_until_written(self.deadline)
 
     async def _time_is_up(self, listener: type[EventListener], record: XComRecord) -> TriggerEvent:
         assert self.deadline is not None

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import DeleteXCom
 from airflow.sdk.execution_time.xcom import XCom
 from airflow_events.listeners.base import Wait
 from airflow_events.listeners.commit import Record
@@ -82,6 +84,11 @@ class XComRecord:
             _mapped_length=mapped_length,
             **self._key,
         )
+
+    async def undeliver(self) -> None:
+        """Delete the task's return value, which was written ahead of an event that will not come."""
+        # There is no async method for it.
+        await task_runner.SUPERVISOR_COMMS.asend(DeleteXCom(key=XCom.XCOM_RETURN_KEY, **self._key))
 
     @property
     def _key(self) -> dict[str, Any]:

@@ -159,8 +159,10 @@ def _value(row: XComModel) -> Any:
     from airflow.sdk.bases.xcom import BaseXCom
     from airflow.sdk.execution_time.xcom import XCom
 
+    if XCom.deserialize_value is not BaseXCom.deserialize_value:
+        return XCom.deserialize_value(row)
     # Airflow's own would make objects of it, and the page needs none.
-    return row.value if XCom.deserialize_value is BaseXCom.deserialize_value else XCom.deserialize_value(row)
+    return json.loads(row.value) if row.key == RECORD_KEY and isinstance(row.value, str) else row.value
 
 
 def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:

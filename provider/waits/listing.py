@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from airflow.models.xcom import XComModel
 from airflow_events.triggers.record import DEADLINE_KEY, PROGRESS_KEY, RECORD_KEY
 from airflow_events.waits import arguments, tables
 from airflow_events.waits.tables import Key
-from sqlalchemy import case, func, or_, select, tuple_
+from sqlalchemy import Text, case, cast, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement, Select
 
@@ -361,25 +362,37 @@ def _triggerer(row: Any) -> Triggerer | None:
     return Triggerer(row.job_id, row.job_hostname, heartbeat, recent and row.job_state == "running")
 
 
+def _unwrapped(text: str) -> dict[str, Any]:
+    """Read a record that came with a task's success, and is text within JSON; anything else is nothing."""
+    try:
+        told = json.loads(json.loads(text))
+    except (TypeError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 def _kept(session: Session, keys: Sequence[Key]) -> dict[Key, _Kept]:
     """Read what the XComs of a page of waits tell, without their events, which may be large."""
     if not keys:
         return {}
     which = tuple_(XComModel.dag_id, XComModel.run_id, XComModel.task_id, XComModel.map_index).in_(keys)
     found: dict[Key, dict[str, Any]] = {}
+    phase = XComModel.value["phase"].as_string()
     for row in session.execute(
         select(
             XComModel.dag_id,
             XComModel.run_id,
             XComModel.task_id,
             XComModel.map_index,
-            XComModel.value["phase"].as_string().label("phase"),
+            phase.label("phase"),
             XComModel.value["recorded_at"].as_string().label("recorded_at"),
+            case((phase.is_(None), cast(XComModel.value, Text))).label("text"),
         ).where(which, XComModel.key == RECORD_KEY)
     ):
-        recorded = datetime.fromisoformat(row.recorded_at) if row.recorded_at else None
+        told = {"phase": row.phase, "recorded_at": row.recorded_at} if row.text is None else _unwrapped(row.text)
+        at = told.get("recorded_at")
         found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {}).update(
-            phase=row.phase, recorded=recorded
+            phase=told.get("phase"), recorded=datetime.fromisoformat(at) if at else None
         )
     for row in session.execute(
         select(

@@ -35,7 +35,7 @@ def repeats_its_twin(source, path, gap):
 def of_each_source(source, path, gap):
     if source in BROKERS:
         return path.name == source.paths[0]
-    return source.name in ("directory", "timer") or not repeats_its_twin(source, path, gap)
+    return source.name in ("directory", "timer", "timer to come") or not repeats_its_twin(source, path, gap)
 
 
 def of_directory(source, path, gap):

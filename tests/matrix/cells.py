@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
@@ -21,7 +22,7 @@ from postgres import Postgres
 STANDS_FIRM = 4
 # There the event is not recorded, so that a deadline may come first. ("handed over" is before the record where
 # a worker records.)
-BEFORE_THE_RECORD = ("deferring", "polling", "half claimed", "claimed", "recording")
+BEFORE_THE_RECORD = ("deferring", "polling", "half claimed", "prepared", "claimed", "recording")
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -186,7 +187,8 @@ class Cell:
 
     def _record(self) -> Any:
         """Return the record: a worker's store has it, or the triggerer's XCom."""
-        return self.run.state_store("wait", "event_record") or self.run.xcom("wait", "event_record")
+        found = self.run.state_store("wait", "event_record") or self.run.xcom("wait", "event_record")
+        return json.loads(found) if isinstance(found, str) else found  # what came with the success is text
 
     def _free(self, expected: Any) -> set[str]:
         """What is free in the end; a claim that lapses may take a moment."""

@@ -42,6 +42,7 @@ class Gap:
     :param edge: before or after it, or after what it yielded was taken.
     :param run: finds the run in ``(instance, args)``, or None where this call is not meant.
     :param commits: only in waits whose listener has something to commit.
+    :param settled: only in waits whose event is not foreseen: those bring their record along with the success.
     :param only: the name of the one source that has it; empty means that all have it.
     """
 
@@ -53,6 +54,7 @@ class Gap:
     edge: str
     run: Callable[[Any, Any], str | None]
     commits: bool = False
+    settled: bool = False
     only: str = ""
 
     @property
@@ -98,6 +100,11 @@ def _of_success(_: Any, args: Any) -> str | None:
     return str(args[1].run_id) if args[1].task_id == "wait" else None
 
 
+def _of_writer(_: Any, args: Any) -> str:
+    [record] = args[0].args
+    return str(record.wait.run_id)
+
+
 def _of_claim(drops: Any, args: Any) -> str:
     return str(args[0])
 
@@ -109,6 +116,10 @@ GAPS = (
     Gap(
         "triggerer", "half claimed", "a file that was taken from the others and is not the wait's yet",
         "airflow_events.listeners.directory.claims", "Drops._own", BEFORE, _of_claim, only="directory",
+    ),
+    Gap(
+        "triggerer", "prepared", "the return value, ahead of the event",
+        "airflow_events.triggers.foreseen", "Foreseen.write", AFTER, _of_writer, only="timer to come",
     ),
     Gap("triggerer", "claimed", "the claim", TRIGGER, "EventTrigger._poll", AFTER, _of_trigger),
     Gap(
@@ -129,7 +140,7 @@ GAPS = (
     ),
     Gap(
         "triggerer", "noted", "the record, noted as committed",
-        XCOM_RECORD, "XComRecord.write", AFTER, _of_record("committed"),
+        XCOM_RECORD, "XComRecord.write", AFTER, _of_record("committed"), settled=True,
     ),
     Gap(
         "triggerer", "returned", "the return value",

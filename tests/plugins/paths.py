@@ -22,7 +22,7 @@ class Path:
 
     def passes(self, gap: Gap, source: Source) -> bool:
         """Whether a wait that goes this way comes by the gap."""
-        if gap.commits and not source.commits:
+        if (gap.commits and not source.commits) or (gap.settled and source.is_foreseen):
             return False
         if gap.only != source.name and (gap.only or source.has_gaps_of_its_own):
             return False
@@ -30,7 +30,7 @@ class Path:
             return self.starts_on_worker
         if gap.place == "worker":
             return self.ends_on_worker
-        before_the_record = gap.name in ("polling", "half claimed", "claimed", "handed over")
+        before_the_record = gap.name in ("polling", "half claimed", "prepared", "claimed", "handed over")
         return before_the_record or not self.ends_on_worker
 
 

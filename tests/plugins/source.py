@@ -43,6 +43,7 @@ class Source:
     name: ClassVar[str]
     listener: type[EventListener]
     commits: ClassVar[bool] = True
+    is_foreseen: ClassVar[bool] = False
     # Of `paths.PATHS`, those that differ for it.
     paths: ClassVar[tuple[str, ...]]
     keywords: ClassVar[dict[str, Any]] = {}

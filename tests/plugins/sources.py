@@ -95,9 +95,21 @@ class Timer(Source):
     listener = TimerListener
     paths = ("no worker", "starts on a worker")
     commits = False
+    is_foreseen = True
 
     def argument(self, base: str, queue: str) -> str:
         return "2020-01-01T00:00:00Z"
+
+
+class TimerToCome(Timer):
+    """Its return value is written before its moment."""
+
+    name = "timer to come"
+    paths = ("no worker",)
+    has_gaps_of_its_own = True
+
+    def argument(self, base: str, queue: str) -> str:
+        return "{{ (dag_run.run_after + macros.timedelta(seconds=45)).isoformat() }}"
 
 
 SOURCES: tuple[Source, ...] = (
@@ -106,5 +118,6 @@ SOURCES: tuple[Source, ...] = (
     DirectoryWatch(),
     Queue(),
     Timer(),
+    TimerToCome(),
     *BROKERS,
 )

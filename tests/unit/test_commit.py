@@ -75,15 +75,6 @@ async def test_without_a_commit_one_write_does(log):
     assert log == [("write", "committed", "e")]
 
 
-async def test_what_is_certain_is_recorded_without_a_look(log):
-    class Store_(Store):
-        async def read(self):
-            raise AssertionError("nothing is asked")
-
-    assert await settle(Watch, WAIT, Store_(log), "e", is_first=True) == "e"
-    assert log == [("write", "committed", "e")]
-
-
 async def test_a_recorded_event_is_committed_and_not_recorded_again(listener, log):
     await settle(listener, WAIT, Store(log, Record("e", Phase.RECORDED)), "e")
     assert log == [("commit", "e", WAIT.id), ("write", "committed", "e")]

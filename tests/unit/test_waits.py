@@ -17,6 +17,7 @@ from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
 from airflow.sdk.serde import serialize
+from airflow.triggers.base import TaskSuccessEvent
 from airflow_events import waits
 from airflow_events.listeners.commit import Phase, Record
 from airflow_events.triggers.calls import Calls
@@ -319,6 +320,32 @@ def test_forgetting_drops_all_of_the_record_and_the_value_that_came_of_it(airflo
     assert airflow.names(other) == {"event_record", "return_value"}
     airflow.record(key, id="7")  # by a process that the task has outlived
     assert waits.show(airflow.session, key).record is None
+
+
+def brought_along(session, key, record):
+    """As Airflow does with what a `TaskSuccessEvent` has among its XComs."""
+    ti = session.scalars(select(TaskInstance).where(TaskInstance.dag_id == key[0])).one()
+    ti.xcom_push(
+        "event_record",
+        TaskSuccessEvent(xcoms={"event_record": record.as_xcom()}).xcoms["event_record"],
+        session=session,
+    )
+
+
+def test_a_record_that_came_with_the_success_is_shown_and_forgotten(airflow):
+    key = airflow.task("success", end_date=NOW + timedelta(seconds=2))
+    sent = Record(NOW, Phase.COMMITTED, "7", recorded_at=NOW.isoformat())
+    brought_along(airflow.session, key, sent)
+    stored = airflow.session.scalars(select(XComModel.value).where(XComModel.key == "event_record")).one()
+    assert isinstance(stored, str)
+    assert Record.from_dict(stored) == sent
+    [summary] = waits.find(airflow.session, Stage.ENDED).waits
+    assert (summary.phase, summary.recorded, summary.seconds_to_delivery) == ("committed", NOW, 2)
+    assert waits.find(airflow.session, Stage.RECORDED).waits == []
+    record = waits.show(airflow.session, key).record
+    assert (record.phase, record.event, record.id) == ("committed", NOW.isoformat(), "7")
+    assert waits.forget(airflow.session, key).record.id == "7"
+    assert airflow.names(key) == {"event_lost"}
 
 
 @pytest.mark.parametrize("state", ["queued", "running", "deferred"])
