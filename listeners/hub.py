@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from airflow_events import settings
 from airflow_events.errors import SourceUnreachable
 from airflow_events.listeners.shared import background
+from airflow_events.listeners.turns import Turns
 from tenacity import RetryCallState
 from tenacity.wait import wait_exponential, wait_random
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Seconds that `serve` has to end when it is cancelled, less than a trigger gives a poll.
 _GOODBYE = 8
+# How many waits that were given an event go on in one turn of the event loop.
+_AT_ONCE = 50
 # Seconds between two attempts to connect.
 _PAUSES = wait_exponential(multiplier=0.2, max=15) + wait_random(0, 0.3)
 
@@ -81,6 +84,7 @@ class Hub(abc.ABC, Generic[_S]):
         self.name = name
         self.seekers: dict[_S, None] = {}  # in the order in which they came
         self._changed = asyncio.Event()
+        self._turns = Turns(_AT_ONCE)
         self._work = background(self._run(), name)
 
     async def take(self, seeker: _S) -> Any:
@@ -95,7 +99,9 @@ class Hub(abc.ABC, Generic[_S]):
         self._changed.set()
         self.joined(seeker)
         try:
-            return await seeker.found
+            event = await seeker.found
+            await self._turns.take()
+            return event
         finally:
             self.seekers.pop(seeker, None)
             self.left(seeker)

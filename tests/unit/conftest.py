@@ -1,7 +1,8 @@
-"""Airflow's real tables, empty, in each database that it can have."""
+"""Airflow's real tables, empty, in each database that it can have; and the turns of the event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -64,3 +65,18 @@ def _compiles_for_mysql(connection, statement, *_):
     if hasattr(statement, "compile"):
         said = str(statement.compile(dialect=mysql.dialect()))
         assert not any(word in said.upper() for word in (" RETURNING ", "::", " ILIKE ", " NULLS ")), said
+
+
+@pytest.fixture
+async def turn():
+    """The number of the event loop's turn, which shows what was done in one piece."""
+    loop, number = asyncio.get_running_loop(), 0
+
+    def begin():
+        nonlocal number, handle
+        number += 1
+        handle = loop.call_soon(begin)
+
+    handle = loop.call_soon(begin)
+    yield lambda: number
+    handle.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 
 import pytest
 from airflow_events.errors import SourceUnreachable
@@ -160,3 +161,18 @@ async def test_it_ends_although_its_client_swallows_a_cancellation(monkeypatch):
     await asyncio.sleep(0.05)
     task.cancel()
     await asyncio.wait_for(hub.close(), 5)
+
+
+async def test_an_event_that_many_want_is_given_to_some_of_them_in_each_turn(hub, turn):
+    done = []
+
+    async def one():
+        await hub.take(Seeker())
+        done.append(turn())
+
+    tasks = [asyncio.create_task(one()) for _ in range(200)]
+    await asyncio.sleep(0)
+    for seeker in hub.seekers:
+        seeker.give("a")
+    await soon(asyncio.gather(*tasks))
+    assert max(Counter(done).values()) == 50
