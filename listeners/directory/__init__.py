@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -59,11 +61,11 @@ class DirectoryListener(EventListener):
         :raises ValueError: an argument will not do; the message says which.
         """
         drops = Drops.of(directory, archive)
-        drops.prepare()
         if on_commit not in ("archive", "delete"):
             raise ValueError(f"on_commit is 'archive' or 'delete', not {on_commit!r}")
         key = key_of(current_wait())
         wanted = Wanted.of(pattern, settle, done_marker)
+        await asyncio.to_thread(drops.prepare)
         while True:
             claim = await asyncio.to_thread(drops.held, key)
             if claim is None:
@@ -103,10 +105,20 @@ class DirectoryWatchListener(EventListener):
     ) -> dict[str, Any]:
         """Return when a file is there; parameters and errors as of `DirectoryListener.poll_for_event`."""
         drops = Drops.of(directory, None)
-        drops.check()
+        _check(drops, int(time.monotonic()))
         async with shared(("directory", drops.root), lambda: Hub(drops.root)) as hub:
             file, stat = await hub.take(Seeker(Wanted.of(pattern, settle, done_marker)))
         return _describe(file, stat, identity_of(stat), drops.root)
+
+
+@functools.lru_cache(maxsize=64)
+def _check(drops: Drops, second: int) -> None:
+    """
+    Check a directory, once in each ``second`` for all who begin to watch it.
+
+    Each time that the file system is asked, another thread, a hub's say, may have the interpreter for a while.
+    """
+    drops.check()
 
 
 def _describe(file: Path, stat: os.stat_result, identity: str, root: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import fnmatch
 import functools
+import importlib
 import logging
 import os
 import re
@@ -26,12 +27,15 @@ from typing import ClassVar
 from airflow_events import settings
 from airflow_events.listeners.directory.claims import Drops, identity_of
 from airflow_events.listeners.shared import background
+from airflow_events.listeners.turns import Turns
 
 log = logging.getLogger(__name__)
 
 _NETWORK_FILE_SYSTEMS = re.compile(r"nfs\d?|cifs|smb3?|smbfs|9p|ceph|lustre|glusterfs|fuse\..*")
 # Each watched directory holds one of the forty threads that anyio has for all of a process.
 _MOST_WATCHED = 16
+# How many waits are given a file in one turn of the event loop.
+_AT_ONCE = 50
 # Seconds.
 _SWEEP_INTERVAL = 60.0
 
@@ -109,6 +113,7 @@ class Hub:
         self._look = asyncio.Event()
         self._closed = asyncio.Event()
         self._claiming = asyncio.Lock()
+        self._turns = Turns(_AT_ONCE)
         # Kept over hubs, which may be short-lived; the first time later, when waits have their claims again.
         self._swept.setdefault(root, time.monotonic())
         self._server = background(self._serve(), f"directory {root}")
@@ -133,14 +138,17 @@ class Hub:
                     waiting.remove(seeker)
 
     async def _listen(self) -> None:
+        # In a thread the first time, since it reads many files.
+        await asyncio.to_thread(importlib.import_module, "watchfiles")
         import watchfiles
 
-        if kind := _network_file_system(self._root):
+        if kind := await asyncio.to_thread(_network_file_system, self._root):
             log.info("%s is on %s, which reports no changes: polling", self._root, kind)
             return
         if Hub._watched >= _MOST_WATCHED:
             log.info("%s: more than %d directories are watched already: polling", self._root, _MOST_WATCHED)
             return
+        root = str(self._root)
         Hub._watched += 1
         try:
             async for _ in watchfiles.awatch(
@@ -148,7 +156,7 @@ class Hub:
                 recursive=False,
                 stop_event=self._closed,
                 watch_filter=lambda change, path: (
-                    change is not watchfiles.Change.deleted and Path(path).parent == self._root
+                    change is not watchfiles.Change.deleted and os.path.dirname(path) == root
                 ),
             ):
                 self._look.set()
@@ -186,14 +194,7 @@ class Hub:
     async def _hand_out(self, files: dict[str, os.stat_result]) -> float:
         """Give settled files to waits, and return for how many seconds nothing more will have settled."""
         now = asyncio.get_running_loop().time()
-        before, self._seen = self._seen, {}
-        for name, stat in files.items():
-            seen = before.get(name)
-            if seen is None or seen.identity != identity_of(stat):
-                seen = _Seen(stat, identity_of(stat), now)
-            self._seen[name] = seen
-        fresh = files.keys() - before.keys()
-        candidates = await asyncio.to_thread(self._match, list(self._seekers), fresh)
+        candidates = await asyncio.to_thread(self._match, list(self._seekers), files, now)
         next_look = settings.directory_rescan_interval()
         for wanted, names in candidates.items():
             names = names & self._seen.keys()  # another pattern's wait may have got one just now
@@ -213,19 +214,30 @@ class Hub:
             self._candidates.pop(wanted, None)
         return next_look
 
-    def _match(self, patterns: list[Wanted], fresh: set[str]) -> dict[Wanted, set[str]]:
+    def _match(
+        self, patterns: list[Wanted], files: dict[str, os.stat_result], now: float
+    ) -> dict[Wanted, set[str]]:
+        """Note what was found, and return what of it the patterns match; to be called in a thread."""
+        before, self._seen = self._seen, {}
+        for name, stat in files.items():
+            seen, identity = before.get(name), identity_of(stat)
+            self._seen[name] = seen if seen and seen.identity == identity else _Seen(stat, identity, now)
+        fresh = files.keys() - before.keys()
         self._candidates = {
             wanted: (self._candidates[wanted] & self._seen.keys()) | wanted.matching(fresh)
             if wanted in self._candidates
             else wanted.matching(self._seen.keys())
             for wanted in patterns
         }
-        return self._candidates
+        return {wanted: names for wanted, names in self._candidates.items() if names}
 
     async def _give(self, name: str, seen: _Seen, seekers: deque[Seeker], marker: str | None) -> None:
         """Give one file: to every watcher, and to the consumer that has waited longest."""
-        for seeker in [s for s in seekers if s.drops is None and not s.found.done()]:
-            seeker.found.set_result((self._root / name, seen.stat))
+        for seeker in [s for s in seekers if s.drops is None]:
+            if not seeker.found.done():
+                await self._turns.take()
+            if not seeker.found.done():  # nor has gone meanwhile
+                seeker.found.set_result((self._root / name, seen.stat))
         async with self._claiming:
             for seeker in seekers:
                 if seeker.drops and not seeker.found.done():

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -428,3 +429,18 @@ def test_processes_killed_while_they_claim_and_release_lose_and_double_nothing(d
     ours.sweep(older_than=time.time() + 1)
     assert left(drops) == names
     assert all((drops / name).read_text() == name for name in names)
+
+
+@pytest.mark.parametrize("patterns", [["*"] * 200, [f"{n}.csv" for n in range(200)]], ids=["one", "each"])
+async def test_many_files_or_watches_at_once_are_given_out_over_several_turns(drops, turn, patterns):
+    for number in range(200):
+        (drops / f"{number}.csv").touch()
+    done = []
+    tasks = [
+        poll(drops, number, DirectoryWatchListener, pattern=pattern) for number, pattern in enumerate(patterns)
+    ]
+    for task in tasks:
+        task.add_done_callback(lambda _: done.append(turn()))
+    events = await soon(asyncio.gather(*tasks))
+    assert len({event["name"] for event in events}) == len(set(patterns))
+    assert max(Counter(done).values()) <= 50
