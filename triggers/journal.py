@@ -120,7 +120,7 @@ class Records:
 
     def __iter__(self) -> Iterator[int]:
         """Go through the indexes of which something is recorded."""
-        return (index for index in self._records if self.of(index) is not None)
+        return (index for index in list(self._records) if self.of(index) is not None)
 
     def of(self, index: int, call: str | None = None) -> Record | None:
         """
@@ -238,8 +238,9 @@ class Journal:
                     self._others.setdefault(slot, _Log(self._pages, slot))
             self._newest = newest
         for log in self._others.values():
-            for entry in await log.read():
-                self.records.add(entry)
+            async for entries in log.read():
+                for entry in entries:
+                    self.records.add(entry)
 
     async def _append(self, entries: list[Entry]) -> None:
         if self._mine is None:
@@ -294,16 +295,15 @@ class _Log:
     _size: int = 0
     _unsaved: bool = False
 
-    async def read(self) -> list[Entry]:
-        """Return what has been added since this was called last."""
-        new: list[dict[str, Any]] = []
-        while (page := await self.pages.get(page_name(self.slot, self._number))) is not None:
-            new += page["entries"][len(self._last) :]
-            self._last = page["entries"]
-            if not page["full"]:
-                break
-            self._number, self._last = self._number + 1, []
-        return [Entry.from_dict(stored) for stored in new]
+    async def read(self) -> AsyncIterator[list[Entry]]:
+        """Go, page by page, through what has been added since this was called last."""
+        is_full = True
+        while is_full and (page := await self.pages.get(page_name(self.slot, self._number))) is not None:
+            new = page["entries"][len(self._last) :]
+            self._last, is_full = page["entries"], page["full"]
+            if is_full:
+                self._number, self._last = self._number + 1, []
+            yield [Entry.from_dict(stored) for stored in new]
 
     async def append(self, entries: list[Entry]) -> None:
         """Add entries, in order, so that no page is there before the one ahead of it."""

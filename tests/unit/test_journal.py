@@ -193,3 +193,24 @@ async def test_who_may_not_record_is_told_before():
     with pytest.raises(PermissionError):
         await EventRecord(Journal(memory, check), 0, "c").read()
     assert memory.writes == []
+
+
+async def test_a_reading_that_fails_on_its_way_leaves_nothing_out(monkeypatch):
+    monkeypatch.setattr(journals, "_LONGEST_PAGE", 2)
+
+    class Failing(Memory):
+        async def get(self, name):
+            if name.endswith(":2") and self.failing:
+                self.failing -= 1
+                raise ConnectionError("away")
+            return await super().get(name)
+
+    memory = Failing()
+    writer, reader = Journal(memory), Journal(memory)
+    for number in range(6):
+        await writer.write(Entry(number, "c", record(number)))
+    memory.failing = 1
+    with pytest.raises(ConnectionError):
+        await reader.read()
+    await reader.read()
+    assert sorted(reader.records) == list(range(6))
