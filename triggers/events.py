@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import SetXCom
 from airflow.sdk.execution_time.xcom import XCom
 from airflow.triggers.base import TaskSkippedEvent, TriggerEvent
 from airflow_events.errors import ArgumentsChanged
 from airflow_events.listeners.base import EventListener, Wait, commits
-from airflow_events.listeners.commit import Phase
+from airflow_events.listeners.commit import Phase, Record
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.calls import Calls, result
 from airflow_events.triggers.event import EventTrigger, _now, _PollAnew, _TimeIsUp, airflow_has_listeners
@@ -32,6 +34,8 @@ HOLD = 600.0
 _LONGEST_PAUSE = 600.0
 # Characters of arguments from which on reading them would hold up other triggers.
 _LONG = 20_000
+# How many records are looked at in one turn of the event loop.
+_AT_ONCE = 500
 
 
 class _TaskHasEnded(Exception):
@@ -61,6 +65,27 @@ class XComPages:
         }
 
 
+class XComRecordOfMany(XComRecord):
+    """The record of a task whose result is long; to make an XCom of it takes a while, in one piece."""
+
+    async def deliver(self, value: Any, *, mapped_length: int | None = None, dag_result: bool = False) -> None:
+        # All of it in a thread, by XCom.set, might come after the trigger was cancelled, and would wait for an
+        # answer in vain where the triggerer shuts down meanwhile.
+        message = await asyncio.to_thread(self._message, value, mapped_length, dag_result)
+        await task_runner.SUPERVISOR_COMMS.asend(message)
+
+    def _message(self, value: Any, mapped_length: int | None, dag_result: bool) -> SetXCom:
+        """Return what `XCom.aset` sends."""
+        stored: Any = XCom.serialize_value(value, key=XCom.XCOM_RETURN_KEY, **self._key)
+        return SetXCom(
+            key=XCom.XCOM_RETURN_KEY,
+            value=stored,
+            dag_result=dag_result,
+            mapped_length=mapped_length,
+            **self._key,
+        )
+
+
 def progress(arrived: int, wanted: int, uncommitted: int = 0) -> dict[str, Any]:
     """Return what the page shows of a wait while it waits."""
     phase = Phase.RECORDED if uncommitted else Phase.COMMITTED
@@ -74,19 +99,33 @@ def recorded(journal: Journal, calls: Calls, listener: type[EventListener]) -> d
     :raises ArgumentsChanged: an event was recorded for other arguments than those at its index now, and its
         source has forgotten it, or will, for that.
     """
+    records = _records(journal, calls, listener)
+    return {index: record.event for index, record in records if record and record.phase is Phase.COMMITTED}
+
+
+async def recorded_in_turns(journal: Journal, calls: Calls, listener: type[EventListener]) -> dict[int, Any]:
+    """Return what `recorded` does, without holding up other triggers while it goes through thousands."""
     events = {}
+    for number, (index, record) in enumerate(_records(journal, calls, listener)):
+        if record and record.phase is Phase.COMMITTED:
+            events[index] = record.event
+        if number % _AT_ONCE == _AT_ONCE - 1:
+            await asyncio.sleep(0)
+    return events
+
+
+def _records(journal: Journal, calls: Calls, listener: type[EventListener]) -> Iterator[tuple[int, Record | None]]:
+    """Go through the indexes of which something is recorded, with what is recorded for the call of now."""
     for index in journal.records:
-        if index >= len(calls):
-            changed = True
-        else:
+        record = None
+        changed = True
+        if index < len(calls):
             call = calls.digest(index)
             changed = journal.records.calls(index) != {call}
             record = journal.records.of(index, call)
-            if record is not None and record.phase is Phase.COMMITTED:
-                events[index] = record.event
         if changed and commits(listener):
             raise ArgumentsChanged(index, len(calls))
-    return events
+        yield index, record
 
 
 class EventsTrigger(EventTrigger):
@@ -169,10 +208,10 @@ class EventsTrigger(EventTrigger):
         if self.task_instance is None:  # dag.test(), which gives a trigger no way to Airflow's database
             gathering = self._gathering = Gathering(listener, wait, calls, wanted=wanted, journal=None)
             await self._gather(gathering)
-            yield TriggerEvent(outcome.encode(outcome.Batch(gathering.arrived)))
+            yield await _batch(gathering)
             return
 
-        record = XComRecord(wait)
+        record = XComRecordOfMany(wait)
 
         async def check() -> None:
             if await self._has_ended(wait):
@@ -189,7 +228,7 @@ class EventsTrigger(EventTrigger):
                     except _TaskHasEnded:
                         self.log.warning("The task has ended meanwhile; nothing is waited for")
                         return
-                    events = recorded(journal, calls, listener)
+                    events = await recorded_in_turns(journal, calls, listener)
                 gathering = Gathering(
                     listener, wait, calls, wanted=wanted, journal=journal, have=[*self.have, *events]
                 )
@@ -215,7 +254,7 @@ class EventsTrigger(EventTrigger):
                     await gathering.release()
                     return
                 if journal is None:
-                    yield TriggerEvent(outcome.encode(outcome.Batch(gathering.arrived)))
+                    yield await _batch(gathering)
                     return
                 await self._show(gathering, finally_=True)
                 if gathering.missing:  # the first k are there
@@ -223,7 +262,7 @@ class EventsTrigger(EventTrigger):
                 if self.finish_on_worker or airflow_has_listeners():
                     yield TriggerEvent(outcome.encode(outcome.Gathered()))
                     return
-                events = recorded(journal, calls, listener)
+                events = await recorded_in_turns(journal, calls, listener)
                 yield await self._deliver(record, result(events, len(calls), self.first))
                 return
 
@@ -313,7 +352,7 @@ class EventsTrigger(EventTrigger):
             return TaskSkippedEvent()
         assert gathering.journal is not None
         self.log.info("Delivering the default in the place of what is missing")
-        events = recorded(gathering.journal, gathering.calls, gathering.listener)
+        events = await recorded_in_turns(gathering.journal, gathering.calls, gathering.listener)
         return await self._deliver(record, result(events, len(gathering.calls), self.first, self.default))
 
     async def _let_go(self) -> None:
@@ -330,4 +369,11 @@ class EventsTrigger(EventTrigger):
 
     @property
     def _call(self) -> str:
-        return Calls.decode(self.calls).describe(reference.display_name(self.listener))
+        assert self._gathering is not None
+        return self._gathering.calls.describe(reference.display_name(self.listener))
+
+
+async def _batch(gathering: Gathering) -> TriggerEvent:
+    """Return what hands over to a worker what has been polled."""
+    batch = outcome.Batch(dict(gathering.arrived))
+    return TriggerEvent(await asyncio.to_thread(outcome.encode, batch))

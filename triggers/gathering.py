@@ -14,6 +14,7 @@ import greenback
 from airflow_events.errors import EventLost
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
 from airflow_events.listeners.commit import inherit_portal, release, settle
+from airflow_events.listeners.turns import Turns
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import as_recorded, blocking_threshold, poll_once
 from airflow_events.triggers.journal import EventRecord, Journal
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # How many polls begin, and how many are cancelled, in one turn of the event loop.
 _AT_ONCE = 50
+# How many events that were polled are checked and written down in one turn: each is written several times.
+_CHECKED_AT_ONCE = 20
 # How many events are recorded and committed at the same time; the second where there is nothing to commit.
 _SETTLING = 256
 _RECORDING = 2000
@@ -61,12 +64,13 @@ class Gathering:
         self.first_arrived: float | None = None  # by the monotonic clock: the first of these
         self.error: Exception | None = None
         # Those that have their event, or are about to: with `wanted` of them, others have to wait.
-        self._recorded = {index for index in range(len(calls)) if self._is_recorded(index)}
+        self._recorded = {index for index in self.missing if self._is_recorded(index)}
         self._admitted = self.have | self._recorded
         self._queue: deque[asyncio.Future[None]] = deque()
         self._room = asyncio.Semaphore(_SETTLING if commits(listener) else _RECORDING)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._settling: set[int] = set()
+        self._turns = Turns(_CHECKED_AT_ONCE)
         self._threshold = blocking_threshold()
         self._has_portal = greenback.has_portal()
         self._changed = asyncio.Event()
@@ -211,5 +215,6 @@ class Gathering:
 
     async def _poll(self, index: int) -> Any:
         args, kwargs = self.calls.of(index)
-
-        return as_recorded(await poll_once(self.listener, args, kwargs, self._threshold, portal=self._has_portal))
+        event = await poll_once(self.listener, args, kwargs, self._threshold, portal=self._has_portal)
+        await self._turns.take()
+        return as_recorded(event)

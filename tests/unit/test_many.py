@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from typing import ClassVar
 
 import greenback
 import pytest
 from airflow.sdk import DAG, task
+from airflow.sdk.execution_time import task_runner
 from airflow_events import EventListener, Wait, current_wait, wait_for_events
 from airflow_events.errors import ArgumentsChanged, EventLost
 from airflow_events.listeners import serde
@@ -16,11 +19,14 @@ from airflow_events.listeners.directory import DirectoryListener, DirectoryWatch
 from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.wait_for_events import WaitForEventsOperator
+from airflow_events.triggers import events as events_
+from airflow_events.triggers import gathering as gathering_
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls, result
-from airflow_events.triggers.events import recorded
+from airflow_events.triggers.events import XComRecordOfMany, recorded, recorded_in_turns
 from airflow_events.triggers.gathering import Gathering
 from airflow_events.triggers.journal import Journal
+from airflow_events.triggers.record import XComRecord
 
 WAIT = Wait("dag", "run", "task")
 
@@ -300,3 +306,41 @@ async def test_a_poll_that_fails_fails_the_try_and_what_came_stays(source):
     gathering = await gather(Failing, memory, calls)
     assert isinstance(gathering.error, KeyError)
     assert recorded(gathering.journal, calls, Failing) == {0: "a1"}
+
+
+async def test_what_comes_at_once_is_checked_over_several_turns(source, turn, monkeypatch):
+    checked = []
+    monkeypatch.setattr(gathering_, "as_recorded", lambda event: checked.append(turn()) or event)
+    calls = Calls([f"{number}." for number in range(200)], {})
+    source.sent += [f"{number}.csv" for number in range(200)]
+    assert (await gather(source, Memory(), calls)).complete
+    assert len(checked) == 200
+    assert max(Counter(checked).values()) == 20
+
+
+async def test_records_are_looked_at_over_several_turns_and_say_the_same(source, turn, monkeypatch):
+    monkeypatch.setattr(events_, "_AT_ONCE", 5)
+    source.sent += [f"{number}.csv" for number in range(50)]
+    calls = Calls([f"{number}." for number in range(50)], {})
+    journal = (await gather(source, Memory(), calls)).journal
+    before = turn()
+    assert await recorded_in_turns(journal, calls, source) == recorded(journal, calls, source)
+    assert turn() - before >= 10
+    with pytest.raises(ArgumentsChanged):
+        await recorded_in_turns(journal, Calls(["0."], {}), source)
+
+
+async def test_a_long_result_is_written_as_airflow_would_write_it(monkeypatch):
+    class Supervisor:
+        async def asend(self, message):
+            self.messages.append(message)
+
+        messages: ClassVar = []
+
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", Supervisor(), raising=False)
+    value = [{"a": 1}, datetime(2030, 1, 1, tzinfo=timezone.utc)]
+    for record in (XComRecord(WAIT), XComRecordOfMany(WAIT)):
+        await record.deliver(value, mapped_length=2, dag_result=True)
+    one, other = Supervisor.messages
+    assert one == other
+    assert (one.key, one.mapped_length, one.dag_result) == ("return_value", 2, True)
