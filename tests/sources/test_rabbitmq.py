@@ -249,7 +249,7 @@ async def test_a_copy_that_may_be_all_that_there_is_is_kept(broker, waits, monke
     assert broker.do(take()) == b"1"
     broker.server.kill()
     broker.server.start()
-    event = await soon(waits.poll(), 30)
+    event = await soon(waits.poll(), 90)
     assert event["value"] == 1
     await waits.commit(event)
     assert broker.unacknowledged() == 0
