@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
-import json
 import logging
 import uuid
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ import greenback
 from airflow_events import metrics, settings
 from airflow_events.errors import CommitFailed, EventLost, EventRejected
 from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
-from airflow_events.listeners.serde import check, decode, encode
+from airflow_events.listeners.serde import as_json, check, decode
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
@@ -98,7 +97,7 @@ class Record:
 
     def as_xcom(self) -> dict[str, Any]:
         """Write the record for a task's success to bring along, which Airflow stores as text."""
-        xcom: dict[str, Any] = json.loads(encode(self.as_dict()))
+        xcom: dict[str, Any] = as_json(self.as_dict())
         return xcom
 
     @classmethod

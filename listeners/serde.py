@@ -20,6 +20,11 @@ def encode(value: Any) -> str:
     return json.dumps(serialize(value))
 
 
+def as_json(value: Any) -> Any:
+    """Return a checked value in JSON shapes, such that `decode` of their text gives it back equal."""
+    return json.loads(encode(value))
+
+
 def decode(text: str) -> Any:
     """Read what `encode` wrote."""
     return deserialize(json.loads(text))

@@ -92,4 +92,4 @@ class WorkerRecord:
         return None if stored is None else serde.decode(json.dumps(stored))
 
     def _set(self, key: str, value: Any) -> None:
-        self.store.set(key, json.loads(serde.encode(value)), retention=NEVER_EXPIRE)
+        self.store.set(key, serde.as_json(value), retention=NEVER_EXPIRE)

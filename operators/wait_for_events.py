@@ -312,7 +312,7 @@ class StorePages:
         return None if stored is None else serde.decode(json.dumps(stored))
 
     async def set(self, name: str, value: Any) -> None:
-        self.store.set(self.generation + name, json.loads(serde.encode(value)), retention=NEVER_EXPIRE)
+        self.store.set(self.generation + name, serde.as_json(value), retention=NEVER_EXPIRE)
 
 
 @dataclass(frozen=True)

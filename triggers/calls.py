@@ -78,7 +78,7 @@ class Calls:
 
 
 def _digest(value: Any, more: str) -> str:
-    text = json.dumps(json.loads(serde.encode(value)), sort_keys=True)
+    text = json.dumps(serde.as_json(value), sort_keys=True)
     return hashlib.blake2b(f"{text} {more}".encode(), digest_size=9).hexdigest()
 
 

@@ -192,7 +192,7 @@ class EventTrigger(BaseTrigger):
                         self.log.warning("The task has ended meanwhile; its event goes back to the source")
                         await self._release(listener, wait)
                         return
-                if self.finish_on_worker or airflow_has_listeners():
+                if self._ends_on_worker:
                     yield TriggerEvent(outcome.encode(outcome.Arrived(event, self._arrived)))
                     return
                 if stored is None and self._foreseen is not None:
@@ -218,7 +218,7 @@ class EventTrigger(BaseTrigger):
             )
         self._announce(wait)
         try:
-            return await self._poll(listener, wait, record)
+            return await self._poll(listener, wait)
         except (_TimeIsUp, _PollAnew):
             raise
         except Exception:
@@ -266,6 +266,10 @@ class EventTrigger(BaseTrigger):
             self._poll_task.cancel()
 
     @property
+    def _ends_on_worker(self) -> bool:
+        return self.finish_on_worker or airflow_has_listeners()
+
+    @property
     def _call(self) -> str:
         return describe(reference.display_name(self.listener), self.listener_args, self.listener_kwargs)
 
@@ -278,7 +282,7 @@ class EventTrigger(BaseTrigger):
             wait.id,
         )
 
-    async def _poll(self, listener: type[EventListener], wait: Wait, record: XComRecord | None = None) -> Any:
+    async def _poll(self, listener: type[EventListener], wait: Wait) -> Any:
         """
         Return the event, checked.
 
@@ -299,10 +303,10 @@ class EventTrigger(BaseTrigger):
             )
             try:
                 while not poll.done() and self._remaining() > 0:
-                    ahead = None if record is None else self._seconds_until_written()
+                    ahead = self._seconds_until_written()
                     if ahead is not None and ahead <= 0:
-                        assert record is not None and self._foreseen is not None
-                        await self._foreseen.write(functools.partial(self._write, record))
+                        assert self._foreseen is not None
+                        await self._foreseen.write(functools.partial(self._write, XComRecord(wait)))
                         continue
                     # What asyncio.wait does, in a quarter of its memory.
                     woken = loop.create_future()
@@ -387,14 +391,14 @@ class EventTrigger(BaseTrigger):
         """Return in how many seconds to write the return value ahead of the event; None if that is not to be."""
         if self._foreseen is None or self._foreseen.event is None or not self.push or self.mapped_over:
             return None
-        if self.finish_on_worker or airflow_has_listeners():
+        if self._ends_on_worker:
             return None
         return self._foreseen.seconds_until_written(self.deadline)
 
     async def _time_is_up(self, listener: type[EventListener], record: XComRecord) -> TriggerEvent:
         assert self.deadline is not None
         self.log.info("No event came until %s", self.deadline.isoformat(timespec="seconds"))
-        on_worker = self.finish_on_worker or listener.recorded_from_outside or airflow_has_listeners()
+        on_worker = self._ends_on_worker or listener.recorded_from_outside
         if on_worker or not (self.soft_fail or self.default):
             return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
         if self.default:

@@ -18,7 +18,7 @@ from airflow_events.listeners.base import EventListener, Wait, commits
 from airflow_events.listeners.commit import Phase, Record
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.calls import Calls, result
-from airflow_events.triggers.event import EventTrigger, _now, _PollAnew, _TimeIsUp, airflow_has_listeners
+from airflow_events.triggers.event import EventTrigger, _now, _PollAnew, _TimeIsUp
 from airflow_events.triggers.gathering import Gathering
 from airflow_events.triggers.journal import Journal
 from airflow_events.triggers.record import PROGRESS_KEY, XComRecord
@@ -259,7 +259,7 @@ class EventsTrigger(EventTrigger):
                 await self._show(gathering, finally_=True)
                 if gathering.missing:  # the first k are there
                     await gathering.release()
-                if self.finish_on_worker or airflow_has_listeners():
+                if self._ends_on_worker:
                     yield TriggerEvent(outcome.encode(outcome.Gathered()))
                     return
                 events = await recorded_in_turns(journal, calls, listener)
@@ -345,7 +345,7 @@ class EventsTrigger(EventTrigger):
             f"{self.count:,}",
             self.deadline.isoformat(timespec="seconds"),
         )
-        on_worker = self.finish_on_worker or self.hand_over or airflow_has_listeners()
+        on_worker = self._ends_on_worker or self.hand_over
         if on_worker or not (self.soft_fail or self.default):
             return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
         if not self.default:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from airflow.sdk.bases.xcom import BaseXCom
@@ -37,14 +38,14 @@ class Foreseen:
         self.is_written = False
         self._at = at
         latest = at.timestamp() - _UNTIL
-        now = _now()
+        now = time.time()
         self._write_at = random.uniform(max(now, latest - _FROM), latest) if now < latest else None
 
     def seconds_until_written(self, deadline: datetime | None) -> float | None:
         """Return in how many seconds to call `write`; None if it is not to be called."""
         if self._write_at is None or (deadline is not None and deadline <= self._at):
             return None
-        return self._write_at - _now()
+        return self._write_at - time.time()
 
     async def write(self, deliver: Callable[[Any], Awaitable[None]]) -> None:
         """Write the return value ahead; should that fail, it is written when the event comes."""
@@ -70,7 +71,3 @@ def foresee(listener: type[EventListener], wait: Wait, args: Any, kwargs: Any) -
     except Exception:  # what is wrong with the arguments, the poll tells
         return None
     return None if found is None else Foreseen(*found)
-
-
-def _now() -> float:
-    return datetime.now(timezone.utc).timestamp()

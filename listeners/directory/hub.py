@@ -233,9 +233,8 @@ class Hub:
 
     async def _give(self, name: str, seen: _Seen, seekers: deque[Seeker], marker: str | None) -> None:
         """Give one file: to every watcher, and to the consumer that has waited longest."""
-        for seeker in [s for s in seekers if s.drops is None]:
-            if not seeker.found.done():
-                await self._turns.take()
+        for seeker in [s for s in seekers if s.drops is None and not s.found.done()]:
+            await self._turns.take()
             if not seeker.found.done():  # nor has gone meanwhile
                 seeker.found.set_result((self._root / name, seen.stat))
         async with self._claiming:
