@@ -32,6 +32,7 @@ import asyncio
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -202,9 +203,10 @@ async def claim_for(
         message = await channel.basic_get(source.queue)
         if isinstance(message.delivery, Basic.GetEmpty):
             return None
+        await channel.queue_declare(source.claims, durable=True, arguments={"x-queue-type": "classic"})
+        await _see_made(server)
         about = newly_claimed(message, lapse, unique)
         note = {"claim": about["claim"], "wait": wait, "until": about["until"]}
-        await channel.queue_declare(source.claims, durable=True, arguments={"x-queue-type": "classic"})
         listed = of_note("claim", about, True)
         await channel.basic_publish(as_json(note), routing_key=source.claims, properties=listed)
         await channel.basic_publish(message.body, routing_key=held.name, properties=copied(message, about))
@@ -215,6 +217,23 @@ async def claim_for(
         await channel.tx_commit()
         await held.read()
         return (await claims_of(held))[0]
+
+
+async def _see_made(server: AbstractConnection) -> None:
+    """
+    Return when the broker has on its disk which queues were made before.
+
+    RabbitMQ 3.10 answers ``queue.declare`` when the queue is in its log of transactions, but that the transaction
+    was decided may come to the disk up to two seconds later; killed before, it starts without the queue, and drops
+    what it has confirmed for it. The next transaction writes down what came before it: a queue, made and deleted.
+    """
+    channel = await server.channel()
+    try:
+        name = f"airflow-events.made.{uuid.uuid4().hex}"
+        await channel.queue_declare(name, durable=True, exclusive=True, arguments={"x-queue-type": "classic"})
+        await channel.queue_delete(name)
+    finally:
+        await close(channel)
 
 
 def _memory() -> int:
@@ -238,6 +257,8 @@ async def commit(server: AbstractConnection, source: Source, wait: str, identity
             if found is None:
                 if standing is None:
                     raise EventLost(f"{what} is not claimed by {wait} any more: its claim lapsed, or was released")
+                if not commits.messages:  # it may just have been made
+                    await _see_made(server)
                 note = {"id": identity, "claim": stamp, "wait": wait, "again": standing.again, "at": standing.at}
                 properties = of_note("commit", note, True)
                 properties.expiration = str(_memory())

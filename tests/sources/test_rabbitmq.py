@@ -230,6 +230,22 @@ async def test_a_server_that_is_killed_at_once_loses_nothing(broker, waits):
     assert broker.unacknowledged() == 0
 
 
+@pytest.mark.parametrize("pause", [0.3, 0.45])
+async def test_a_server_that_is_killed_with_queues_just_made_loses_nothing(broker, waits, pause):
+    """The source has written down by then that it is rid of the message."""
+    task = waits.poll()
+    broker.send("a", "b")
+    event = await soon(task)
+    broker.server.kill(pause=pause)
+    broker.server.start()
+    assert (await soon(waits.poll(), 90))["value"] == "a"
+    await waits.commit(event)
+    broker.server.kill(pause=pause)
+    broker.server.start()
+    await waits.commit(event)
+    assert broker.unacknowledged() == 1
+
+
 async def test_a_copy_that_may_be_all_that_there_is_is_kept(broker, waits, monkeypatch):
     """A broker that is killed in the middle of a transaction may have acknowledged and not noted it."""
     broker.publish(b"1")
