@@ -31,6 +31,10 @@ from parts import Stage, connections, database, pages, processes, queues, ray_wo
 import bootstrap  # noqa: E402
 
 PARTS = {**timers.PARTS, **queues.PARTS, **ray_workflow.PARTS, **connections.PARTS, **database.PARTS}
+# What a broker's connection has besides its address: of Kafka, as the provider's documentation has it.
+CONNECTIONS = {
+    "Kafka": {"extra": {"group.id": "compare", "enable.auto.commit": False, "auto.offset.reset": "beginning"}}
+}
 SETTINGS = {
     "triggerer.capacity": "100000",
     "core.parallelism": "16",
@@ -120,11 +124,13 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
             if broker is None:
                 bootstrap.fail(f"{kind.name} is not there: {kind.missing}")
             stack.callback(broker.stop)
-            connections[f"AIRFLOW_CONN_{kind.connection_type.upper()}_DEFAULT"] = json.dumps(broker.connection())
+            connections[f"AIRFLOW_CONN_{kind.connection_type.upper()}_DEFAULT"] = json.dumps(
+                broker.connection(**CONNECTIONS.get(name, {}))
+            )
         airflow = Deployment(home, database=postgres.url, settings=SETTINGS, variables=connections)
         stack.enter_context(airflow)
         airflow.prepare()
-        for plugin in ("floor", "contenders"):
+        for plugin in ("floor", "contenders", "take_message", "message_queue"):
             shutil.copy(BENCHMARKS / "plugins" / f"{plugin}.py", airflow.plugins)
         airflow.add_dags(*(BENCHMARKS / "dags" / f"{name}.py" for name in ("compare", "brokers")))
         airflow.start()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from airflow.providers.amazon.aws.sensors.sqs import SqsSensor
+from airflow.providers.apache.kafka.sensors.kafka import AwaitMessageSensor
 from airflow_events import wait_for_event
+from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
 from airflow_events.listeners.redis import RedisListener, RedisWatchListener
 from airflow_events.listeners.sqs import SqsListener
 from contenders import dags
+from message_queue import MessageQueueWait
 
 QUEUE = "{{ params.queue }}"
+TAKEN = {"topics": [QUEUE], "apply_function": "take_message.take"}
 CONTENDERS = {
     "sqs_ours": lambda name: wait_for_event.override(task_id=name)(SqsListener, QUEUE).operator,
     "sqs_peer": lambda name: SqsSensor(task_id=name, sqs_queue=QUEUE, deferrable=True),
@@ -17,6 +21,13 @@ CONTENDERS = {
     "redis_watch": lambda name: (
         wait_for_event.override(task_id=name)(RedisWatchListener, QUEUE, field="v", match={"order": 1}).operator
     ),
+    "kafka_ours": lambda name: wait_for_event.override(task_id=name)(KafkaListener, QUEUE, group="ours").operator,
+    "kafka_watch": lambda name: (
+        wait_for_event.override(task_id=name)(KafkaWatchListener, QUEUE, match={"order": 1}).operator
+    ),
+    "kafka_peer": lambda name: AwaitMessageSensor(task_id=name, **TAKEN),
+    "kafka_peer_1s": lambda name: AwaitMessageSensor(task_id=name, poll_interval=1, **TAKEN),
+    "kafka_queue": lambda name: MessageQueueWait(task_id=name, **TAKEN),
 }
 
 DAGS = dags(CONTENDERS, {"queue": "none"}, 1, 10)

@@ -7,7 +7,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.processes import end, fresh_triggerer, open_waits, settle, until_open
-from parts.queues import SQS, queue
+from parts.queues import SQS, sqs_queue
 
 REDIS = ("of_redis", "Valkey")
 NAMES = {
@@ -26,7 +26,7 @@ def connections(stage: Stage) -> Rows:
         count = max(most // 100, 1) * 10 if name == "sqs_peer_1s" else most
         broker = stage.brokers["Sqs" if name.startswith("sqs") else "Valkey"]
         broker.fresh()
-        where = queue(stage) if name.startswith("sqs") else broker.queue
+        where = sqs_queue(broker) if name.startswith("sqs") else broker.queue
         triggerer = fresh_triggerer(stage.airflow)
         before = _count(name, broker)
         runs = open_waits(stage.airflow, f"{name}_10", 10, count, queue=where)

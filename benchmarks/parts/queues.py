@@ -1,9 +1,11 @@
-"""A message of an SQS queue: ours against Airflow's own sensor, both on the emulator that the tests use."""
+"""A message of SQS or Kafka: ours against Airflow's own, on the servers that the tests use."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,67 +14,123 @@ from parts.processes import fresh_triggerer, until_open
 from parts.timers import latency_lines, note
 
 SQS = ("of_sqs", "Sqs")
-NAMES = {
-    "sqs_ours": "ours: `SqsListener`",
-    "sqs_peer": "`SqsSensor(deferrable=True)`",
-    "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`",
-}
+KAFKA = ("of_kafka", "Kafka")
 
 
-def sqs(stage: Stage) -> Rows:
-    """From the moment that a message is sent until what follows the wait runs."""
-    found: Rows = [{"name": name, "success": [], "running": [], "workers": []} for name in NAMES]
-    for turn in range(stage.options.repeat):
-        for row in found:
-            for key, values in _sent(stage, row["name"], turn).items():
-                row[key] += values
-            print(row["name"], row["running"], flush=True)
-    return [{**row, "rounds": stage.options.repeat, "spread": stage.options.spread} for row in found]
+@dataclass
+class Source:
+    """
+    What has the messages.
+
+    :param broker: module of tests/sources, and the class in it.
+    :param names: what each contender is, by its own name; ours is the first.
+    :param make: makes a queue, and returns what it is called in a DAG.
+    :param send: sends one message to it.
+    """
+
+    title: str
+    broker: tuple[str, str]
+    names: dict[str, str]
+    make: Callable[[Any], str]
+    send: Callable[[Any, str], None]
+    remark: str
+
+    def measure(self, stage: Stage) -> Rows:
+        """From the moment that a message is sent until what follows the wait runs."""
+        found: Rows = [{"name": name, "success": [], "running": [], "workers": []} for name in self.names]
+        for turn in range(stage.options.repeat):
+            for row in found:
+                for key, values in self._sent(stage, row["name"], turn).items():
+                    row[key] += values
+                print(row["name"], row["running"], flush=True)
+        return [{**row, "rounds": stage.options.repeat, "spread": stage.options.spread} for row in found]
+
+    def _sent(self, stage: Stage, name: str, turn: int) -> dict[str, list[float]]:
+        """Open waits, each on a queue of its own, and send to them at moments that are spread evenly."""
+        airflow, count, broker = stage.airflow, stage.options.at_once, stage.brokers[self.broker[1]]
+        triggerer = fresh_triggerer(airflow)
+        queues = [self.make(broker) for _ in range(count)]
+        label = f"{name}-{turn}-{time.time():.0f}"
+        runs = [
+            airflow.run(f"{name}_1", {"queue": queue}, run_id=f"{label}-{n}") for n, queue in enumerate(queues)
+        ]
+        until_open(triggerer, count)
+        began = time.time()
+        # How long it takes depends on when a message comes, seen from who asks every so many seconds.
+        draw = random.Random(turn)
+        moments = [(n + draw.random()) * stage.options.spread / count for n in range(count)]
+        sent = []
+        for queue, moment in zip(queues, moments, strict=True):
+            time.sleep(max(0.0, began + moment - time.time()))
+            sent.append(datetime.now(timezone.utc))
+            self.send(broker, queue)
+        found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
+        for run, moment in zip(runs, sent, strict=True):
+            assert run.finished(timeout=240) == "success", run
+            note(found, run, run.tasks(), moment)
+        return found
+
+    def table(self, rows: Rows) -> str:
+        lines = latency_lines(self.title, "sent", self.names, rows)
+        rounds = rows[0]["rounds"]
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"{rounds} rounds by turns, {len(rows[0]['running']) // rounds} waits in each, on queues of their "
+                f"own; a message for each, spread over {rows[0]['spread']:g} s. {self.remark}",
+            ]
+        )
+
+    def part(self) -> Part:
+        return Part(self.measure, self.table, tuple(f"{name}_1" for name in self.names), (self.broker,))
 
 
-def _sent(stage: Stage, name: str, turn: int) -> dict[str, list[float]]:
-    """Open waits, each on a queue of its own, and send to them at moments that are spread evenly."""
-    airflow, count = stage.airflow, stage.options.at_once
-    triggerer = fresh_triggerer(airflow)
-    brokers = [queue(stage) for _ in range(count)]
-    label = f"{name}-{turn}-{time.time():.0f}"
-    runs = [airflow.run(f"{name}_1", {"queue": url}, run_id=f"{label}-{n}") for n, url in enumerate(brokers)]
-    until_open(triggerer, count)
-    began = time.time()
-    # How long it takes depends on when a message comes, seen from who asks every so many seconds.
-    draw = random.Random(turn)
-    moments = [(n + draw.random()) * stage.options.spread / count for n in range(count)]
-    sent = []
-    for url, moment in zip(brokers, moments, strict=True):
-        time.sleep(max(0.0, began + moment - time.time()))
-        sent.append(datetime.now(timezone.utc))
-        stage.brokers["Sqs"].client.send_message(QueueUrl=url, MessageBody='{"order": 1}')
-    found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
-    for run, moment in zip(runs, sent, strict=True):
-        assert run.finished(timeout=240) == "success", run
-        note(found, run, run.tasks(), moment)
-    return found
-
-
-def queue(stage: Stage) -> str:
+def sqs_queue(broker: Any) -> str:
     """Make a queue, and return its address."""
-    broker: Any = stage.brokers["Sqs"]
     broker.fresh()
     return str(broker.url)
 
 
-def sqs_table(rows: Rows) -> str:
-    lines = latency_lines("SQS message", "sent", NAMES, rows)
-    rounds = rows[0]["rounds"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{rounds} rounds by turns, {len(rows[0]['running']) // rounds} waits in each, on queues of their "
-            f"own; a message for each, spread over {rows[0]['spread']:g} s. On an emulator, moto, with which the "
-            "tests run as well: what AWS takes comes on top.",
-        ]
-    )
+def _send_to_sqs(broker: Any, queue: str) -> None:
+    broker.client.send_message(QueueUrl=queue, MessageBody='{"order": 1}')
 
 
-PARTS = {"sqs": Part(sqs, sqs_table, tuple(f"{name}_1" for name in NAMES), (SQS,))}
+def _topic(broker: Any) -> str:
+    broker.fresh()
+    return str(broker.queue)
+
+
+def _send_to_kafka(broker: Any, topic: str) -> None:
+    broker.queue = topic
+    broker.send({"order": 1})
+
+
+_SQS = Source(
+    "SQS message",
+    SQS,
+    {
+        "sqs_ours": "ours: `SqsListener`",
+        "sqs_peer": "`SqsSensor(deferrable=True)`",
+        "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`",
+    },
+    sqs_queue,
+    _send_to_sqs,
+    "On an emulator, moto, with which the tests run as well: what AWS takes comes on top.",
+)
+_KAFKA = Source(
+    "Kafka message",
+    KAFKA,
+    {
+        "kafka_ours": "ours: `KafkaListener`",
+        "kafka_watch": "ours: `KafkaWatchListener`",
+        "kafka_peer": "`AwaitMessageSensor`",
+        "kafka_peer_1s": "`AwaitMessageSensor(poll_interval=1)`",
+        "kafka_queue": '`MessageQueueTrigger(scheme="kafka")`, for which a task defers itself',
+    },
+    _topic,
+    _send_to_kafka,
+    "Topics of one partition; one broker; all in one group.",
+)
+
+PARTS = {"sqs": _SQS.part(), "kafka": _KAFKA.part()}
