@@ -12,7 +12,12 @@ from contenders import dags
 from message_queue import MessageQueueWait
 
 QUEUE = "{{ params.queue }}"
-TAKEN = {"topics": [QUEUE], "apply_function": "take_message.take"}
+TAKEN = {
+    "topics": [QUEUE],
+    "apply_function": "take_message.take",
+    # A group of its own for each: one that leaves a group stops all others in it for a while.
+    "kafka_config_id": "kafka_{{ params.number }}",
+}
 CONTENDERS = {
     "sqs_ours": lambda name: wait_for_event.override(task_id=name)(SqsListener, QUEUE).operator,
     "sqs_peer": lambda name: SqsSensor(task_id=name, sqs_queue=QUEUE, deferrable=True),
@@ -30,4 +35,4 @@ CONTENDERS = {
     "kafka_queue": lambda name: MessageQueueWait(task_id=name, **TAKEN),
 }
 
-DAGS = dags(CONTENDERS, {"queue": "none"}, 1, 10)
+DAGS = dags(CONTENDERS, {"queue": "none", "number": "0"}, 1, 10)

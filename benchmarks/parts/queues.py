@@ -52,7 +52,8 @@ class Source:
         queues = [self.make(broker) for _ in range(count)]
         label = f"{name}-{turn}-{time.time():.0f}"
         runs = [
-            airflow.run(f"{name}_1", {"queue": queue}, run_id=f"{label}-{n}") for n, queue in enumerate(queues)
+            airflow.run(f"{name}_1", {"queue": queue, "number": f"{n}"}, run_id=f"{label}-{n}")
+            for n, queue in enumerate(queues)
         ]
         until_open(triggerer, count)
         began = time.time()
@@ -130,7 +131,7 @@ _KAFKA = Source(
     },
     _topic,
     _send_to_kafka,
-    "Topics of one partition; one broker; all in one group.",
+    "Topics of one partition, one broker; each of Airflow's waits has a group of its own.",
 )
 
 PARTS = {"sqs": _SQS.part(), "kafka": _KAFKA.part()}
