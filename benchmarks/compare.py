@@ -26,11 +26,18 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "sources"), str(BENCHMARKS)]
 
-from parts import Stage, connections, database, pages, processes, queues, ray_workflow, timers  # noqa: E402
+from parts import Stage, connections, database, large, pages, processes, queues, ray_workflow, timers  # noqa: E402
 
 import bootstrap  # noqa: E402
 
-PARTS = {**timers.PARTS, **queues.PARTS, **ray_workflow.PARTS, **connections.PARTS, **database.PARTS}
+PARTS = {
+    **timers.PARTS,
+    **large.PARTS,
+    **queues.PARTS,
+    **ray_workflow.PARTS,
+    **connections.PARTS,
+    **database.PARTS,
+}
 # Of connections to Kafka, as the provider's documentation has them. Only the last is added: the broker learns
 # within 6 s, and not 45 s, that a triggerer of the round before is gone.
 KAFKA = {"enable.auto.commit": False, "auto.offset.reset": "beginning", "session.timeout.ms": 6000}
@@ -131,7 +138,7 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
         airflow = Deployment(home, database=postgres.url, settings=SETTINGS, variables=connections)
         stack.enter_context(airflow)
         airflow.prepare()
-        for plugin in ("floor", "contenders", "take_message", "message_queue"):
+        for plugin in ("floor", "probe", "contenders", "take_message", "message_queue"):
             shutil.copy(BENCHMARKS / "plugins" / f"{plugin}.py", airflow.plugins)
         airflow.add_dags(*(BENCHMARKS / "dags" / f"{name}.py" for name in ("compare", "brokers")))
         airflow.start()

@@ -142,9 +142,9 @@ class EventListener(abc.ABC):
         Return the event and when it will come, if both follow from the arguments, as with a clock; or None.
 
         This promises, of a listener that has nothing to commit, that all polls of the wait return an equal
-        event, whenever and wherever, and none before that moment. What Airflow has to write for the event is
-        then written before it comes. Of a class that defines `poll_for_event` anew, and not this, nothing is
-        believed to be foreseen.
+        event, whenever and wherever, and none before that moment. So none begins before it, and an open wait is
+        an entry in a heap; and what Airflow has to write for the event is written before it comes. Of a class
+        that defines `poll_for_event` anew, and not this, nothing is believed to be foreseen.
 
         :param args: what `poll_for_event` is called with; ``kwargs`` likewise.
         :return: the event, and a datetime with a time zone.

@@ -30,9 +30,9 @@ def decode(text: str) -> Any:
     return deserialize(json.loads(text))
 
 
-def check(value: Any, name: str = "event") -> None:
+def check(value: Any, name: str = "event") -> Any:
     """
-    Check that Airflow stores ``value`` and gives it back, here and in downstream tasks.
+    Check that Airflow stores ``value`` and gives it back, here and in downstream tasks; return what it gives back.
 
     :param name: what the value is called in the message.
     :raises EventNotSerializable: it does not; the message names the place and the type.
@@ -47,6 +47,7 @@ def check(value: Any, name: str = "event") -> None:
         raise EventNotSerializable(name, f"Airflow cannot read back what it would store ({error})") from error
     if returned != value:
         raise EventNotSerializable(name, f"it would come back as {returned!r:.200}")
+    return returned
 
 
 def _refused(leaf: Any) -> str | None:

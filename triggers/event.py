@@ -19,6 +19,7 @@ from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEven
 from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
+from airflow_events.listeners.clock import Clock
 from airflow_events.listeners.commit import Phase, delivered, record_of, recorded, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.foreseen import Foreseen, foresee
@@ -164,7 +165,8 @@ class EventTrigger(BaseTrigger):
                 # What is foreseen is recorded by the success that ends the first try, and by nothing before.
                 is_first = self._foreseen is not None and self.task_instance.try_number == 1
                 stored = None if is_first else await record.read()
-                wait = dataclasses.replace(wait, after=record.after)
+                if wait.after != record.after:
+                    wait = dataclasses.replace(wait, after=record.after)
                 self._after = record.after
                 if stored is not None:
                     self.log.info(
@@ -179,7 +181,10 @@ class EventTrigger(BaseTrigger):
                     event = stored.event
                 else:
                     try:
-                        event = await self._wait_for(listener, wait, record)
+                        await self._begin(wait, record)
+                        if self._foreseen is not None:
+                            await self._until_it_comes(self._foreseen, wait)
+                        event = await self._poll(listener, wait)
                     except _TimeIsUp:
                         if await record.read() is not None:  # by a second triggerer, just in time
                             continue
@@ -188,6 +193,10 @@ class EventTrigger(BaseTrigger):
                         return
                     except _PollAnew:
                         continue
+                    except Exception:
+                        if self.timeout is not None:
+                            await record.hand_over_deadline()
+                        raise
                     if commits(listener) and await self._has_ended(wait):
                         self.log.warning("The task has ended meanwhile; its event goes back to the source")
                         await self._release(listener, wait)
@@ -209,22 +218,14 @@ class EventTrigger(BaseTrigger):
                 yield result
                 return
 
-    async def _wait_for(self, listener: type[EventListener], wait: Wait, record: XComRecord) -> Any:
-        """Poll until the deadline, which is counted over all tries."""
+    async def _begin(self, wait: Wait, record: XComRecord) -> None:
+        """Find out the deadline, which is counted over all tries, and say what is waited for."""
         assert self.task_instance is not None
         if self.timeout is not None:
             self.deadline = await record.deadline(
                 timedelta(seconds=self.timeout), self.task_instance.try_number, self._retries, _now()
             )
         self._announce(wait)
-        try:
-            return await self._poll(listener, wait)
-        except (_TimeIsUp, _PollAnew):
-            raise
-        except Exception:
-            if self.timeout is not None:
-                await record.hand_over_deadline()
-            raise
 
     async def on_kill(self) -> None:
         """
@@ -303,19 +304,13 @@ class EventTrigger(BaseTrigger):
             )
             try:
                 while not poll.done() and self._remaining() > 0:
-                    ahead = self._seconds_until_written()
-                    if ahead is not None and ahead <= 0:
-                        assert self._foreseen is not None
-                        await self._foreseen.write(functools.partial(self._write, XComRecord(wait)))
-                        continue
                     # What asyncio.wait does, in a quarter of its memory.
                     woken = loop.create_future()
                     wake = functools.partial(_wake, woken)
                     poll.add_done_callback(wake)
-                    pauses = [] if self.deadline is None else [self._remaining(), _LONGEST_PAUSE]
-                    if ahead is not None:
-                        pauses.append(ahead)
-                    alarm = loop.call_later(min(pauses), wake) if pauses else None
+                    alarm = None
+                    if self.deadline is not None:
+                        alarm = loop.call_later(min(self._remaining(), _LONGEST_PAUSE), wake)
                     try:
                         await woken
                     finally:
@@ -336,6 +331,22 @@ class EventTrigger(BaseTrigger):
         if self._remaining() > 0:
             raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
         raise _TimeIsUp
+
+    async def _until_it_comes(self, foreseen: Foreseen, wait: Wait) -> None:
+        """
+        Return when an event that is foreseen can be polled, without a poll that waits meanwhile.
+
+        :raises _TimeIsUp: the deadline has passed before.
+        """
+        clock = Clock.of_loop()
+        while (now := _now()) < foreseen.at:
+            if self.deadline is not None and self.deadline <= now:
+                raise _TimeIsUp
+            write_at = self._to_be_written_at(foreseen)
+            if write_at is not None and write_at <= now:
+                await foreseen.write(functools.partial(self._write, XComRecord(wait)))
+                continue
+            await clock.until(min(moment for moment in (foreseen.at, self.deadline, write_at) if moment))
 
     def _remaining(self) -> float:
         return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
@@ -387,13 +398,11 @@ class EventTrigger(BaseTrigger):
     async def _write(self, record: XComRecord, value: Any, mapped_length: int | None = None) -> None:
         await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
 
-    def _seconds_until_written(self) -> float | None:
-        """Return in how many seconds to write the return value ahead of the event; None if that is not to be."""
-        if self._foreseen is None or self._foreseen.event is None or not self.push or self.mapped_over:
+    def _to_be_written_at(self, foreseen: Foreseen) -> datetime | None:
+        """Return when to write the return value, ahead of the event; None if that is not to be."""
+        if foreseen.event is None or not self.push or self.mapped_over or self._ends_on_worker:
             return None
-        if self._ends_on_worker:
-            return None
-        return self._foreseen.seconds_until_written(self.deadline)
+        return foreseen.to_be_written_at(self.deadline)
 
     async def _time_is_up(self, listener: type[EventListener], record: XComRecord) -> TriggerEvent:
         assert self.deadline is not None
@@ -486,8 +495,7 @@ def as_recorded(event: Any) -> Any:
 
     :raises EventNotSerializable: it cannot be recorded.
     """
-    serde.check(event)
-    return serde.decode(serde.encode(event))
+    return serde.check(event)
 
 
 def airflow_has_listeners() -> bool:

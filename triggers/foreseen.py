@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextvars
 import random
-import time
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from airflow.sdk.bases.xcom import BaseXCom
 from airflow.sdk.execution_time.xcom import XCom
 from airflow_events.listeners.base import EventListener, Wait, foresees, working_for
 
-# Seconds before the moment of an event: when the first and when the last return value is written ahead. Each is a
+# Before the moment of an event: when the first and when the last return value is written ahead. Each is a
 # request, of which a triggerer's supervisor answers one in each of its loops.
-_FROM = 600.0
-_UNTIL = 1.0
+_FROM = timedelta(minutes=10)
+_UNTIL = timedelta(seconds=1)
 
 
 class Foreseen:
@@ -31,21 +31,21 @@ class Foreseen:
     :param at: when.
     """
 
-    __slots__ = ("_at", "_write_at", "event", "is_written")
+    __slots__ = ("_write_at", "at", "event", "is_written")
 
     def __init__(self, event: Any, at: datetime) -> None:
         self.event = event
+        self.at = at
         self.is_written = False
-        self._at = at
-        latest = at.timestamp() - _UNTIL
-        now = time.time()
-        self._write_at = random.uniform(max(now, latest - _FROM), latest) if now < latest else None
+        self._write_at = None
+        if (now := datetime.now(timezone.utc)) + _UNTIL < at:
+            latest = at - _UNTIL
+            earliest = max(now, latest - _FROM)
+            self._write_at = earliest + random.random() * (latest - earliest)
 
-    def seconds_until_written(self, deadline: datetime | None) -> float | None:
-        """Return in how many seconds to call `write`; None if it is not to be called."""
-        if self._write_at is None or (deadline is not None and deadline <= self._at):
-            return None
-        return self._write_at - time.time()
+    def to_be_written_at(self, deadline: datetime | None) -> datetime | None:
+        """Return when to call `write`; None if it is not to be called, or was."""
+        return None if deadline is not None and deadline <= self.at else self._write_at
 
     async def write(self, deliver: Callable[[Any], Awaitable[None]]) -> None:
         """Write the return value ahead; should that fail, it is written when the event comes."""
@@ -63,11 +63,24 @@ def foresee(listener: type[EventListener], wait: Wait, args: Any, kwargs: Any) -
 
     None too if the deployment has an XCom backend of its own: what a success brings along passes it by.
     """
-    if not foresees(listener) or XCom is not BaseXCom:
+    if XCom is not BaseXCom:
         return None
-    try:
+    found = foreseen_by(listener, wait, args, kwargs)
+    return None if found is None else Foreseen(*found)
+
+
+def foreseen_by(listener: type[EventListener], wait: Wait, args: Any, kwargs: Any) -> tuple[Any, datetime] | None:
+    """Return the event that the listener foresees for a wait, and when it comes; or None."""
+    if not foresees(listener):
+        return None
+
+    def ask() -> tuple[Any, datetime] | None:
         with working_for(wait):
-            found = listener().foresee(*args, **kwargs)
+            return listener().foresee(*args, **kwargs)
+
+    try:
+        # In a context of its own: this one, kept while the wait is open, would grow by what was set in it.
+        event, at = contextvars.copy_context().run(ask) or (None, None)
     except Exception:  # what is wrong with the arguments, the poll tells
         return None
-    return None if found is None else Foreseen(*found)
+    return None if at is None or at.tzinfo is None else (event, at)

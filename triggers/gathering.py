@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import heapq
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from typing import Any
 
 import greenback
 from airflow_events.errors import EventLost
-from airflow_events.listeners.base import EventListener, Wait, commits, releases, working_for
+from airflow_events.listeners.base import EventListener, Wait, commits, foresees, releases, working_for
+from airflow_events.listeners.clock import Clock
 from airflow_events.listeners.commit import inherit_portal, release, settle
 from airflow_events.listeners.turns import Turns
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import as_recorded, blocking_threshold, poll_once
+from airflow_events.triggers.foreseen import foreseen_by
 from airflow_events.triggers.journal import EventRecord, Journal
 
 log = logging.getLogger(__name__)
@@ -40,7 +44,8 @@ class Gathering:
     Waits for some of the events of a task, each in the name of a wait of its own.
 
     Each event has an asyncio task, which polls, and records and commits what it polled; nothing else is kept for
-    it, and what waits for a shared source waits in that source's hub.
+    it, and what waits for a shared source waits in that source's hub. An event that its listener foresees has not
+    even that: it stands in a heap until its moment, at which it is polled.
 
     :param wanted: how many are wanted in all; when so many are there, no more are recorded.
     :param journal: where they are recorded; None leaves that to a worker, and keeps what has been polled in
@@ -69,6 +74,8 @@ class Gathering:
         self._queue: deque[asyncio.Future[None]] = deque()
         self._room = asyncio.Semaphore(_SETTLING if commits(listener) else _RECORDING)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._foreseen: list[tuple[datetime, int]] = []  # a heap of those that come later: when, and the index
+        self._clock: asyncio.Task[None] | None = None  # which polls for them at their moments
         self._settling: set[int] = set()
         self._turns = Turns(_CHECKED_AT_ONCE)
         self._threshold = blocking_threshold()
@@ -92,9 +99,37 @@ class Gathering:
         recorded = sorted(self._recorded - self.have)
         others = [index for index in self.missing if index not in self._recorded]
         for number, index in enumerate(recorded + others if len(self.have) < self.wanted else recorded):
-            self._tasks[index] = asyncio.create_task(self._one(index))
+            if index in self._recorded or not self._is_to_come(index):
+                self._begin_one(index)
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
+        if self._foreseen:
+            self._clock = asyncio.create_task(self._begin_in_time())
+
+    def _begin_one(self, index: int) -> None:
+        self._tasks[index] = asyncio.create_task(self._one(index))
+
+    def _is_to_come(self, index: int) -> bool:
+        """Whether there is nothing to poll yet, since the event is foreseen for later; if so, keep it in mind."""
+        if not foresees(self.listener):
+            return False
+        args, kwargs = self.calls.of(index)
+        found = foreseen_by(self.listener, self._wait_of(index), args, kwargs)
+        if found is None or found[1] <= datetime.now(timezone.utc):
+            return False
+        heapq.heappush(self._foreseen, (found[1], index))
+        return True
+
+    async def _begin_in_time(self) -> None:
+        """Poll for each event that is foreseen when its moment has come."""
+        while self._foreseen:
+            await Clock.of_loop().until(self._foreseen[0][0])
+            now = datetime.now(timezone.utc)
+            for _ in range(_AT_ONCE):
+                if not self._foreseen or self._foreseen[0][0] > now:
+                    break
+                self._begin_one(heapq.heappop(self._foreseen)[1])
+            await asyncio.sleep(0)
 
     async def changed(self, seconds: float) -> None:
         """Wait until something has come, or failed, but not for longer than that."""
@@ -116,6 +151,8 @@ class Gathering:
 
         :param at_once: also what is being recorded or committed, which otherwise has a while to end.
         """
+        if self._clock is not None:
+            self._clock.cancel()
         polls = [index for index in self._tasks if at_once or index not in self._settling]
         for number, index in enumerate(polls):
             if (task := self._tasks.get(index)) is not None:

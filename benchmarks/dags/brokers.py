@@ -28,7 +28,9 @@ CONTENDERS = {
     ),
     "kafka_ours": lambda name: wait_for_event.override(task_id=name)(KafkaListener, QUEUE, group="ours").operator,
     "kafka_watch": lambda name: (
-        wait_for_event.override(task_id=name)(KafkaWatchListener, QUEUE, match={"order": 1}).operator
+        wait_for_event.override(task_id=name)(
+            KafkaWatchListener, QUEUE, match={"order": "{{ run_id }} " + name}
+        ).operator
     ),
     "kafka_peer": lambda name: AwaitMessageSensor(task_id=name, **TAKEN),
     "kafka_peer_1s": lambda name: AwaitMessageSensor(task_id=name, poll_interval=1, **TAKEN),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from airflow.providers.standard.sensors.date_time import DateTimeSensorAsync
-from airflow_events import wait_for_event
+from airflow.sdk import DAG
+from airflow_events import wait_for_event, wait_for_events
 from airflow_events.listeners.timer import TimerListener
+from airflow_events.operators.wait_for_event import WaitForEventOperator
 from contenders import dags
 from floor import Floor
+from probe import Probe
 
 DUE = "{{ params.due }}"
 CONTENDERS = {
@@ -19,3 +22,13 @@ CONTENDERS = {
 }
 
 DAGS = dags(CONTENDERS, {"due": "2100-01-01T00:00:00Z"}, 1, 10, 300)
+
+with DAG("probe", schedule=None):
+    Probe(task_id="wait")
+
+# Mapped waits start on workers.
+with DAG("mapped_10", schedule=None, params={"due": "2100-01-01T00:00:00Z"}, max_active_runs=10_000):
+    WaitForEventOperator.partial(task_id="wait", listener=TimerListener).expand(listener_args=[[DUE]] * 10)
+
+with DAG("in_one", schedule=None):
+    wait_for_events.override(task_id="wait")(TimerListener, ["2100-01-01T00:00:00Z"] * 1000)

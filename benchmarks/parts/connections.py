@@ -7,24 +7,30 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.processes import end, fresh_triggerer, open_waits, settle, until_open
-from parts.queues import SQS, sqs_queue
+from parts.queues import KAFKA, SQS, sqs_queue
 
 REDIS = ("of_redis", "Valkey")
 NAMES = {
+    "kafka_ours": "ours: `KafkaListener`, Kafka",
+    "kafka_watch": "ours: `KafkaWatchListener`, Kafka",
+    "kafka_peer": "`AwaitMessageSensor`, Kafka",
+    "kafka_queue": '`MessageQueueTrigger(scheme="kafka")`, Kafka',
     "redis_ours": "ours: `RedisListener`, Valkey",
     "redis_watch": "ours: `RedisWatchListener`, Valkey",
     "sqs_ours": "ours: `SqsListener`, emulator",
     "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`, emulator",
 }
+BROKERS = {"kafka": KAFKA, "redis": REDIS, "sqs": SQS}
+# Airflow starts two or three workers a second: a tenth is enough of those that begin on one.
+ON_WORKERS = ("kafka_peer", "kafka_queue", "sqs_peer_1s")
 
 
 def connections(stage: Stage) -> Rows:
     most = max(stage.options.waits)
     found = []
     for name in NAMES:
-        # Airflow starts two or three workers a second: a tenth is enough of those that begin on one.
-        count = max(most // 100, 1) * 10 if name == "sqs_peer_1s" else most
-        broker = stage.brokers["Sqs" if name.startswith("sqs") else "Valkey"]
+        count = max(most // 100, 1) * 10 if name in ON_WORKERS else most
+        broker = stage.brokers[BROKERS[name.partition("_")[0]][1]]
         broker.fresh()
         where = sqs_queue(broker) if name.startswith("sqs") else broker.queue
         triggerer = fresh_triggerer(stage.airflow)
@@ -46,15 +52,20 @@ def connections(stage: Stage) -> Rows:
 
 
 def _count(name: str, broker: Any) -> int:
-    if name.startswith("sqs"):
-        import psutil
+    if name.startswith("redis"):
+        with broker.client as client:
+            return len(client.client_list()) - 1
+    return sockets(broker.server.process.pid, broker.server.port)
 
-        own = {each.laddr.port for each in psutil.Process().net_connections("tcp")}
-        theirs = psutil.Process(broker.server.process.pid).net_connections("tcp")
-        there = [each for each in theirs if each.status == "ESTABLISHED" and each.laddr.port == broker.server.port]
-        return sum(each.raddr.port not in own for each in there)
-    with broker.client as client:
-        return len(client.client_list()) - 1
+
+def sockets(server: int, port: int) -> int:
+    """Count the connections that other processes have to this port of a server."""
+    import psutil
+
+    own = {each.laddr.port for each in psutil.Process().net_connections("tcp")}
+    theirs = psutil.Process(server).net_connections("tcp")
+    there = [each for each in theirs if each.status == "ESTABLISHED" and each.laddr.port == port]
+    return sum(each.raddr.port not in own for each in there)
 
 
 def table(rows: Rows) -> str:
@@ -64,7 +75,7 @@ def table(rows: Rows) -> str:
         [
             *lines,
             "",
-            "As the broker says (`CLIENT LIST`), or for the emulator the operating system, in "
+            "As Valkey says (`CLIENT LIST`), and of the others the operating system, in "
             f"{rows[0]['look']:g} s: some open one for each question.",
         ]
     )
@@ -74,4 +85,4 @@ def _range(least: int, most: int) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-PARTS = {"connections": Part(connections, table, tuple(f"{name}_10" for name in NAMES), (SQS, REDIS))}
+PARTS = {"connections": Part(connections, table, tuple(f"{name}_10" for name in NAMES), (KAFKA, SQS, REDIS))}

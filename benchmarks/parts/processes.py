@@ -11,6 +11,8 @@ from typing import Any
 
 # Seconds in which what has begun or ended comes to rest; `--settle`.
 settled = 10.0
+# Seconds in which the triggerer's processes have collected their garbage, once told.
+COLLECTING = 5.0
 
 
 def settle() -> None:
@@ -63,6 +65,13 @@ def end(airflow: Any, runs: list) -> None:
     for run in runs:
         airflow.api("PATCH", run.path, {"state": "failed"})
     settle()
+
+
+def collected(airflow: Any, processes: tuple[Any, Any]) -> list[int]:
+    """Let the triggerer's processes collect their garbage, and return what memory each has then, in KB."""
+    (airflow.home / "collect").touch()
+    time.sleep(COLLECTING)
+    return [pss(process.pid) for process in processes]
 
 
 def pss(pid: int) -> int:

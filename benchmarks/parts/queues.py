@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -25,14 +26,14 @@ class Source:
     :param broker: module of tests/sources, and the class in it.
     :param names: what each contender is, by its own name; ours is the first.
     :param make: makes a queue, and returns what it is called in a DAG.
-    :param send: sends one message to it.
+    :param send: sends one message to it, whose order is that of a wait.
     """
 
     title: str
     broker: tuple[str, str]
     names: dict[str, str]
     make: Callable[[Any], str]
-    send: Callable[[Any, str], None]
+    send: Callable[[Any, str, str], None]
     remark: str
 
     def measure(self, stage: Stage) -> Rows:
@@ -61,10 +62,10 @@ class Source:
         draw = random.Random(turn)
         moments = [(n + draw.random()) * stage.options.spread / count for n in range(count)]
         sent = []
-        for queue, moment in zip(queues, moments, strict=True):
+        for queue, run, moment in zip(queues, runs, moments, strict=True):
             time.sleep(max(0.0, began + moment - time.time()))
             sent.append(datetime.now(timezone.utc))
-            self.send(broker, queue)
+            self.send(broker, queue, order_of(run, "wait"))
         found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
         for run, moment in zip(runs, sent, strict=True):
             assert run.finished(timeout=240) == "success", run
@@ -93,8 +94,13 @@ def sqs_queue(broker: Any) -> str:
     return str(broker.url)
 
 
-def _send_to_sqs(broker: Any, queue: str) -> None:
-    broker.client.send_message(QueueUrl=queue, MessageBody='{"order": 1}')
+def order_of(run: Any, task: str) -> str:
+    """Return what tells the message of this wait from those of others."""
+    return f"{run.run_id} {task}"
+
+
+def _send_to_sqs(broker: Any, queue: str, order: str) -> None:
+    broker.client.send_message(QueueUrl=queue, MessageBody=json.dumps({"order": order}))
 
 
 def _topic(broker: Any) -> str:
@@ -102,9 +108,9 @@ def _topic(broker: Any) -> str:
     return str(broker.queue)
 
 
-def _send_to_kafka(broker: Any, topic: str) -> None:
+def _send_to_kafka(broker: Any, topic: str, order: str) -> None:
     broker.queue = topic
-    broker.send({"order": 1})
+    broker.send({"order": order})
 
 
 _SQS = Source(

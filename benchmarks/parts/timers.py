@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.processes import busy, end, fresh_triggerer, open_files, open_waits, pss, settle, until_open
+from parts.processes import busy, collected, end, fresh_triggerer, open_files, open_waits, settle, until_open
 
 NAMES = {
     "ours": "ours: `TimerListener`",
@@ -96,12 +96,12 @@ def _cost(stage: Stage, dag_id: str, waits: int, count: int) -> dict[str, float]
     """Return the KB and files that the waits add to runner and supervisor, and the cores that these idle with."""
     airflow, look = stage.airflow, stage.options.look
     triggerer = fresh_triggerer(airflow)
-    before = [pss(process.pid) for process in triggerer]
+    before = collected(airflow, triggerer)
     files = open_files(triggerer[0])
     runs = open_waits(airflow, dag_id, waits, count)
     until_open(triggerer, count)
     settle()
-    after = [pss(process.pid) for process in triggerer]
+    after = collected(airflow, triggerer)
     files = open_files(triggerer[0]) - files
     worked = [busy(process) for process in triggerer]
     time.sleep(look)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
@@ -45,12 +47,18 @@ class FloorPlugin(AirflowPlugin):
     name = "floor"
 
 
-def _collect() -> None:
+def _collect_when_told() -> None:
+    """Collect Python's garbage each time that the file is touched, which no contender does by itself just then."""
+    told = Path(os.environ["AIRFLOW_HOME"]) / "collect"
+    seen = 0.0
     while True:
-        time.sleep(5)
-        gc.collect()
+        time.sleep(0.5)
+        touched = told.stat().st_mtime if told.exists() else 0.0
+        if touched > seen:
+            seen = touched
+            gc.collect()
 
 
 # So that memory is measured after a collection, for all contenders alike.
 if "triggerer" in sys.argv:
-    threading.Thread(target=_collect, daemon=True).start()
+    threading.Thread(target=_collect_when_told, daemon=True).start()

@@ -104,21 +104,23 @@ class DirectoryWatchListener(EventListener):
         done_marker: str | None = None,
     ) -> dict[str, Any]:
         """Return when a file is there; parameters and errors as of `DirectoryListener.poll_for_event`."""
-        drops = Drops.of(directory, None)
-        _check(drops, int(time.monotonic()))
+        drops = _checked(directory, int(time.monotonic()))
         async with shared(("directory", drops.root), lambda: Hub(drops.root)) as hub:
             file, stat = await hub.take(Seeker(Wanted.of(pattern, settle, done_marker)))
         return _describe(file, stat, identity_of(stat), drops.root)
 
 
 @functools.lru_cache(maxsize=64)
-def _check(drops: Drops, second: int) -> None:
+def _checked(directory: str, second: int) -> Drops:
     """
-    Check a directory, once in each ``second`` for all who begin to watch it.
+    Return a directory that is there, looked for once in each ``second`` for all who begin to watch it.
 
-    Each time that the file system is asked, another thread, a hub's say, may have the interpreter for a while.
+    Each time that the file system is asked, another thread, a hub's say, may have the interpreter for a while; and
+    reading Airflow's configuration takes longer than the rest of what a watch does.
     """
+    drops = Drops.of(directory, None)
     drops.check()
+    return drops
 
 
 def _describe(file: Path, stat: os.stat_result, identity: str, root: Path) -> dict[str, Any]:

@@ -38,6 +38,9 @@ _MOST_WATCHED = 16
 _AT_ONCE = 50
 # Seconds.
 _SWEEP_INTERVAL = 60.0
+# Seconds after a look until the next: as long as the look took, between these.
+_SHORTEST_PAUSE = 0.02
+_LONGEST_PAUSE = 0.2
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Hub:
     async def _serve(self) -> None:
         while True:
             self._look.clear()
+            began = time.monotonic()
             try:
                 files = await asyncio.to_thread(_scan, self._root)
                 next_look = await self._hand_out(files)
@@ -182,11 +186,13 @@ class Hub:
                     if not seeker.found.done():
                         seeker.found.set_exception(error)
                 raise
+            looked = time.monotonic() - began
             # Not asyncio.wait_for, which before Python 3.12 may swallow the cancellation.
             alarm = asyncio.get_running_loop().call_later(next_look, self._look.set)
             await self._look.wait()
             alarm.cancel()
-            await asyncio.sleep(0.02)  # what comes at once is looked at once
+            # What comes at once is looked at once, and thousands of patterns leave others the interpreter, too.
+            await asyncio.sleep(min(max(_SHORTEST_PAUSE, looked), _LONGEST_PAUSE))
 
     def _sweep(self) -> None:
         Drops.of(str(self._root), None).sweep(time.time() - settings.directory_claim_timeout())

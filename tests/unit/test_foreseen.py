@@ -11,11 +11,11 @@ import pytest
 from airflow.sdk.execution_time import task_runner
 from airflow.sdk.execution_time.comms import DeleteXCom, GetTaskStates, GetXCom, SetXCom, XComResult
 from airflow.sdk.serde import deserialize
-from airflow.triggers.base import TaskSuccessEvent
+from airflow.triggers.base import TaskSkippedEvent, TaskSuccessEvent
 from airflow_events.listeners.base import EventListener, Wait, foresees
 from airflow_events.listeners.commit import Phase, Record
 from airflow_events.listeners.timer import TimerListener
-from airflow_events.triggers import foreseen
+from airflow_events.triggers import foreseen, reference
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.record import RECORD_KEY
 
@@ -59,11 +59,11 @@ def test_of_an_xcom_backend_of_ones_own_nothing_is_foreseen(monkeypatch):
 def test_when_a_return_value_is_written_ahead():
     now = datetime.now(timezone.utc)
     soon, past = foreseen.Foreseen(1, now + timedelta(hours=1)), foreseen.Foreseen(1, now)
-    left = soon.seconds_until_written(None)
-    assert 3600 - foreseen._FROM - 10 < left < 3600
-    assert soon.seconds_until_written(now + timedelta(hours=2)) is not None
-    assert soon.seconds_until_written(now + timedelta(minutes=59)) is None  # it will not come
-    assert past.seconds_until_written(None) is None
+    ahead = soon.at - soon.to_be_written_at(None)
+    assert foreseen._UNTIL <= ahead <= foreseen._UNTIL + foreseen._FROM
+    assert soon.to_be_written_at(now + timedelta(hours=2)) is not None
+    assert soon.to_be_written_at(now + timedelta(minutes=59)) is None  # it will not come
+    assert past.to_be_written_at(None) is None
 
 
 class Supervisor:
@@ -113,8 +113,8 @@ async def ended(trigger):
 
 
 async def test_a_timer_asks_nothing_when_its_moment_comes(supervisor, monkeypatch):
-    monkeypatch.setattr(foreseen.random, "uniform", lambda earliest, latest: earliest)
-    due = datetime.now(timezone.utc) + timedelta(seconds=foreseen._UNTIL + 0.5)
+    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+    due = datetime.now(timezone.utc) + foreseen._UNTIL + timedelta(seconds=0.5)
     wait = asyncio.ensure_future(ended(trigger(due)))
     while "return_value" not in supervisor.xcoms:
         await asyncio.sleep(0.01)
@@ -125,11 +125,34 @@ async def test_a_timer_asks_nothing_when_its_moment_comes(supervisor, monkeypatc
     assert (record.event, record.phase) == (due, Phase.COMMITTED)
 
 
+async def test_it_is_not_polled_before_its_moment(supervisor, monkeypatch):
+    class Counting(TimerListener):
+        async def poll_for_event(self, moment):
+            polled.append(datetime.now(timezone.utc))
+            return await super().poll_for_event(moment)
+
+        def foresee(self, moment):
+            return super().foresee(moment)
+
+    polled: list[datetime] = []
+    due = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    monkeypatch.setattr(reference, "load", lambda _: Counting)
+    await ended(trigger(due))
+    assert [moment >= due for moment in polled] == [True]
+
+
+async def test_a_deadline_before_the_moment_ends_the_wait(supervisor):
+    made = trigger("2100-01-01T00:00Z", timeout=0.2, soft_fail=True)
+    [event] = [event async for event in made.run()]
+    assert isinstance(event, TaskSkippedEvent)
+    assert "return_value" not in supervisor.xcoms
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_what_was_not_written_ahead_is_written_when_the_event_comes(supervisor, monkeypatch, fails):
-    monkeypatch.setattr(foreseen.random, "uniform", lambda earliest, latest: earliest)
-    ahead = foreseen._UNTIL + 0.5 if fails else 0
-    due = datetime.now(timezone.utc) + timedelta(seconds=ahead)
+    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+    ahead = foreseen._UNTIL + timedelta(seconds=0.5) if fails else timedelta(0)
+    due = datetime.now(timezone.utc) + ahead
     supervisor.fails = fails
     wait = asyncio.ensure_future(ended(trigger(due)))
     while fails and not supervisor.asked:
@@ -152,7 +175,7 @@ async def test_a_later_try_delivers_what_the_success_recorded(supervisor):
 async def test_a_user_who_ends_the_task_leaves_no_value_of_an_event_that_will_not_come(
     supervisor, monkeypatch, state, stays
 ):
-    monkeypatch.setattr(foreseen.random, "uniform", lambda earliest, latest: earliest)
+    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
     made = trigger(datetime.now(timezone.utc) + timedelta(minutes=5))
     wait = asyncio.ensure_future(ended(made))
     while "return_value" not in supervisor.xcoms:

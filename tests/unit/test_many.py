@@ -14,6 +14,7 @@ from airflow.sdk.execution_time import task_runner
 from airflow_events import EventListener, Wait, current_wait, wait_for_events
 from airflow_events.errors import ArgumentsChanged, EventLost
 from airflow_events.listeners import serde
+from airflow_events.listeners.clock import Clock
 from airflow_events.listeners.commit import Phase
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
@@ -277,6 +278,26 @@ async def test_a_list_of_timers_may_change():
         4,
         2,
     ]
+
+
+async def test_timers_to_come_have_no_task_until_their_moment():
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.4)
+    later = soon + timedelta(hours=1)
+    calls = Calls([later] * 500 + [soon, 1, "PT5M", soon], {})  # the run has no start: of "PT5M" the poll tells
+    before = len(asyncio.all_tasks())
+    gathering = Gathering(TimerListener, WAIT, calls, wanted=3, journal=Journal(Memory()))
+    await gathering.begin()
+    assert len(asyncio.all_tasks()) - before <= 1 + 2  # the clock of them, the one that is past, and "PT5M"
+    await gathering.changed(5)
+    assert "counts from the start of the run" in str(gathering.error)
+    while not gathering.complete:
+        await gathering.changed(5)
+    assert datetime.now(timezone.utc) >= soon
+    assert gathering.have == {500, 501, 503}
+    await gathering.end()
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks()) == before
+    assert len(Clock.of_loop()) == 0
 
 
 async def test_a_listener_that_needs_the_portal_gets_one():

@@ -5,9 +5,10 @@ from datetime import datetime, timedelta, timezone
 
 import pendulum
 import pytest
-from airflow_events.listeners import timer
+from airflow_events.listeners import clock as clocks
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.timer import Clock, TimerListener, when
+from airflow_events.listeners.clock import Clock
+from airflow_events.listeners.timer import TimerListener, when
 
 START = datetime(2026, 5, 1, 8, tzinfo=timezone.utc)
 WAIT = Wait("dag", "run", "task", run_start=START, timezone="Europe/Berlin")
@@ -80,7 +81,7 @@ async def test_a_timer_returns_at_its_moment_and_not_before():
 
 async def test_many_timers_have_one_heap_and_one_call_of_the_loop(monkeypatch):
     loop, clock, now = asyncio.get_running_loop(), Clock.of_loop(), 1000.0
-    monkeypatch.setattr(timer, "_now", lambda: now)
+    monkeypatch.setattr(clocks, "_now", lambda: now)
     begun = len(loop._scheduled)
     order = []
 
@@ -107,7 +108,7 @@ async def test_many_timers_have_one_heap_and_one_call_of_the_loop(monkeypatch):
 async def test_timers_that_are_cancelled_leave_the_heap():
     clock = Clock.of_loop()
     later = datetime.now(timezone.utc) + timedelta(hours=1)
-    tasks = [asyncio.create_task(clock.until(later + timedelta(seconds=number))) for number in range(100)]
+    tasks = [asyncio.ensure_future(clock.until(later + timedelta(seconds=number))) for number in range(100)]
     await asyncio.sleep(0)
     for task in tasks[:99]:
         task.cancel()
