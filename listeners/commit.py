@@ -60,6 +60,7 @@ class Record:
     :param receipt: what the sender of an event that was sent to the wait was told; None of all others.
     :param recorded_at: when the event was recorded first, ISO 8601 in UTC; empty in records of earlier versions.
     :param after: the wait's `airflow_events.listeners.base.Wait.after` when it claimed the event.
+    :param foreseen: written before the event comes, which is at ``recorded_at``; until then it is no record.
     """
 
     event: Any
@@ -69,6 +70,12 @@ class Record:
     receipt: dict[str, Any] | None = None
     recorded_at: str = field(default_factory=_now, compare=False)
     after: str = field(default="", compare=False)
+    foreseen: bool = field(default=False, compare=False)
+
+    @property
+    def is_to_come(self) -> bool:
+        """Whether the event is foreseen and has not come yet."""
+        return self.foreseen and datetime.fromisoformat(self.recorded_at) > datetime.now(timezone.utc)
 
     @property
     def lapsed(self) -> bool:
@@ -85,7 +92,12 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Write the record as it is stored."""
-        optional = {"until": self.until, "receipt": self.receipt, "after": self.after or None}
+        optional = {
+            "until": self.until,
+            "receipt": self.receipt,
+            "after": self.after or None,
+            "foreseen": self.foreseen or None,
+        }
         # The phase comes first: the page finds uncommitted records in the database by how they begin.
         return {
             "phase": self.phase.value,
@@ -112,6 +124,7 @@ class Record:
             receipt=told.get("receipt"),
             recorded_at=told.get("recorded_at", ""),
             after=told.get("after", ""),
+            foreseen=told.get("foreseen", False),
         )
 
 
@@ -190,15 +203,17 @@ async def settle(
     return record.event
 
 
-def record_of(listener: type[EventListener], wait: Wait, event: Any) -> Record:
+def record_of(listener: type[EventListener], wait: Wait, event: Any, at: datetime | None = None) -> Record:
     """
     Return a record of an event that has none yet.
 
+    :param at: when it comes, if it is foreseen; None if it is there.
     :raises EventNotSerializable: it cannot be recorded.
     """
     check(event)
     phase = Phase.RECORDED if commits(listener) else Phase.COMMITTED
-    return Record(event, phase, uuid.uuid4().hex, after=wait.after)
+    record = Record(event, phase, uuid.uuid4().hex, after=wait.after)
+    return record if at is None else dataclasses.replace(record, recorded_at=at.isoformat(), foreseen=True)
 
 
 async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:

@@ -52,7 +52,7 @@ class WorkerRecord:
                 return None
             record = Record.from_dict(stored)
             lost = record.id and record.id == self._pull(LOST_KEY)
-            return None if lost or record.lapsed else record
+            return None if lost or record.lapsed or record.is_to_come else record
         if not self.replay and stored["generation"] != self.ti.max_tries:
             return None
         record = Record.from_dict(stored)

@@ -20,7 +20,7 @@ from airflow_events.errors import EventLost
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
 from airflow_events.listeners.clock import Clock
-from airflow_events.listeners.commit import Phase, delivered, record_of, recorded, release, settle
+from airflow_events.listeners.commit import Phase, Record, delivered, record_of, recorded, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.foreseen import Foreseen, foresee
 from airflow_events.triggers.record import RECORD_KEY, XComRecord
@@ -162,9 +162,12 @@ class EventTrigger(BaseTrigger):
         with stalls.told_to(self._poll_anew):
             while True:
                 self._arrived = None
-                # What is foreseen is recorded by the success that ends the first try, and by nothing before.
+                # Of what is foreseen there is no record before the first try ends.
                 is_first = self._foreseen is not None and self.task_instance.try_number == 1
                 stored = None if is_first else await record.read()
+                if record.to_come is not None and not self._foresees(record.to_come):
+                    await record.drop(record.to_come)  # for its moment would come, and this is another event
+                    continue
                 if wait.after != record.after:
                     wait = dataclasses.replace(wait, after=record.after)
                 self._after = record.after
@@ -183,7 +186,7 @@ class EventTrigger(BaseTrigger):
                     try:
                         await self._begin(wait, record)
                         if self._foreseen is not None:
-                            await self._until_it_comes(self._foreseen, wait)
+                            await self._until_it_comes(self._foreseen, listener, wait)
                         event = await self._poll(listener, wait)
                     except _TimeIsUp:
                         if await record.read() is not None:  # by a second triggerer, just in time
@@ -252,7 +255,9 @@ class EventTrigger(BaseTrigger):
         if (state := await self._state(wait)) not in _ENDED:
             return
         await self._release(reference.load(self.listener), wait)
-        if self._foreseen is not None and self._foreseen.is_written and state not in ("success", "removed"):
+        ahead = self._foreseen.record if self._foreseen is not None else None
+        if ahead is not None and state not in ("success", "removed"):
+            await XComRecord(wait).drop(ahead)
             await XComRecord(wait).undeliver()
 
     def _poll_anew(self) -> None:
@@ -332,7 +337,10 @@ class EventTrigger(BaseTrigger):
             raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
         raise _TimeIsUp
 
-    async def _until_it_comes(self, foreseen: Foreseen, wait: Wait) -> None:
+    def _foresees(self, record: Record) -> bool:
+        return self._foreseen is not None and self._foreseen.event == record.event
+
+    async def _until_it_comes(self, foreseen: Foreseen, listener: type[EventListener], wait: Wait) -> None:
         """
         Return when an event that is foreseen can be polled, without a poll that waits meanwhile.
 
@@ -344,7 +352,8 @@ class EventTrigger(BaseTrigger):
                 raise _TimeIsUp
             write_at = self._to_be_written_at(foreseen)
             if write_at is not None and write_at <= now:
-                await foreseen.write(functools.partial(self._write, XComRecord(wait)))
+                ahead = record_of(listener, wait, foreseen.event, foreseen.at)
+                await foreseen.write(functools.partial(self._write_ahead, XComRecord(wait)), ahead)
                 continue
             await clock.until(min(moment for moment in (foreseen.at, self.deadline, write_at) if moment))
 
@@ -374,13 +383,16 @@ class EventTrigger(BaseTrigger):
     async def _deliver_foreseen(
         self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any
     ) -> TriggerEvent:
-        """Return what ends the task and records the event, both in one transaction of Airflow's."""
+        """Return what ends the task, and records the event in the same transaction unless that was done ahead."""
         result = await self._deliver(record, event)
         if isinstance(result, TaskSuccessEvent):
-            result.xcoms = {RECORD_KEY: record_of(listener, wait, event).as_xcom()}
+            if self._is_written(event):
+                self.log.info("The event is recorded, which was done ahead of it")
+            else:
+                result.xcoms = {RECORD_KEY: record_of(listener, wait, event).as_xcom()}
+                self.log.info("The event is recorded as the task succeeds")
             recorded(listener, wait, self._arrived)
             delivered(listener, wait, self._arrived)
-            self.log.info("The event is recorded as the task succeeds")
         return result
 
     async def _deliver(self, record: XComRecord, value: Any) -> TriggerEvent:
@@ -390,19 +402,22 @@ class EventTrigger(BaseTrigger):
             if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
                 return TriggerEvent(outcome.encode(outcome.Arrived(value)))
             mapped_length = len(value)
-        is_written = self._foreseen is not None and self._foreseen.is_written and self._foreseen.event == value
-        if self.push and value is not None and not is_written:
-            await self._write(record, value, mapped_length)
+        if self.push and value is not None and not self._is_written(value):
+            await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
         return TaskSuccessEvent()
 
-    async def _write(self, record: XComRecord, value: Any, mapped_length: int | None = None) -> None:
-        await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
+    def _is_written(self, event: Any) -> bool:
+        """Whether the record and the return value were written ahead, of this event."""
+        return self._foreseen is not None and self._foreseen.is_written and self._foreseen.event == event
+
+    async def _write_ahead(self, store: XComRecord, record: Record) -> None:
+        await store.write(record)
+        if self.push and record.event is not None:
+            await store.deliver(record.event, dag_result=self._dag_result)
 
     def _to_be_written_at(self, foreseen: Foreseen) -> datetime | None:
-        """Return when to write the return value, ahead of the event; None if that is not to be."""
-        if foreseen.event is None or not self.push or self.mapped_over or self._ends_on_worker:
-            return None
-        return foreseen.to_be_written_at(self.deadline)
+        """Return when to write ahead of the event; None if that is not to be."""
+        return None if self.mapped_over or self._ends_on_worker else foreseen.to_be_written_at(self.deadline)
 
     async def _time_is_up(self, listener: type[EventListener], record: XComRecord) -> TriggerEvent:
         assert self.deadline is not None

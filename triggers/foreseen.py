@@ -11,10 +11,11 @@ from typing import Any
 from airflow.sdk.bases.xcom import BaseXCom
 from airflow.sdk.execution_time.xcom import XCom
 from airflow_events.listeners.base import EventListener, Wait, foresees, working_for
+from airflow_events.listeners.commit import Record
 
-# Before the moment of an event: when the first and when the last return value is written ahead. Each is a
-# request, of which a triggerer's supervisor answers one in each of its loops.
-_FROM = timedelta(minutes=10)
+# Before the moment of an event: from when and until when a wait writes ahead. It makes two requests, of which a
+# triggerer's supervisor answers one in each of its loops, and thousands of waits may have the same moment.
+_FROM = timedelta(minutes=30)
 _UNTIL = timedelta(seconds=1)
 
 
@@ -23,19 +24,22 @@ class Foreseen:
     The event of a wait, known before it comes.
 
     A triggerer's supervisor answers one request in each of its loops, so a thousand timers of one moment that
-    each write something when it comes would end one by one. So nothing is written then: the record comes with
-    the task's success, and the return value is written at some moment before. Nobody reads it until the task
-    has succeeded.
+    each write something when it comes would end one by one. So nothing is written then: the record, which is
+    none until that moment, and the return value are written at some moment before. Nobody reads that one until
+    the task has succeeded.
 
     :param event: as it will be polled.
     :param at: when.
+    :param record: what is written, or about to be, ahead of it; None as long as nothing is.
+    :param is_written: whether record and return value are.
     """
 
-    __slots__ = ("_write_at", "at", "event", "is_written")
+    __slots__ = ("_write_at", "at", "event", "is_written", "record")
 
     def __init__(self, event: Any, at: datetime) -> None:
         self.event = event
         self.at = at
+        self.record: Record | None = None
         self.is_written = False
         self._write_at = None
         if (now := datetime.now(timezone.utc)) + _UNTIL < at:
@@ -47,11 +51,11 @@ class Foreseen:
         """Return when to call `write`; None if it is not to be called, or was."""
         return None if deadline is not None and deadline <= self.at else self._write_at
 
-    async def write(self, deliver: Callable[[Any], Awaitable[None]]) -> None:
-        """Write the return value ahead; should that fail, it is written when the event comes."""
-        self._write_at = None
+    async def write(self, write: Callable[[Record], Awaitable[None]], record: Record) -> None:
+        """Write ahead of the event; should that fail, it is done when the event comes."""
+        self._write_at, self.record = None, record
         try:
-            await deliver(self.event)
+            await write(record)
         except Exception:
             return
         self.is_written = True

@@ -31,22 +31,30 @@ class XComRecord:
 
     :param wait: as it was when its trigger was made.
     :param after: the id of the record that was dropped last, as far as was read.
+    :param to_come: what was written, as far as was read, ahead of an event that has not come yet.
     """
 
     wait: Wait
     after: str = field(init=False)
+    to_come: Record | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.after = self.wait.after
 
     async def read(self) -> Record | None:
+        self.to_come = None
         stored = await self._get(RECORD_KEY)
         if stored is None:
             return None
         record = Record.from_dict(stored)
         dropped = await self._get(LOST_KEY) if record.id else None
         self.after = dropped or self.after
-        return None if record.lapsed or dropped == record.id != "" else record
+        if record.lapsed or dropped == record.id != "":
+            return None
+        if record.is_to_come:
+            self.to_come = record
+            return None
+        return record
 
     async def write(self, record: Record) -> None:
         await self._set(RECORD_KEY, record.as_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from airflow._shared.secrets_masker import redact
@@ -168,21 +168,25 @@ def _value(row: XComModel) -> Any:
 def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
     if not isinstance(stored, dict) or "phase" not in stored:
         return None
+    recorded_at = stored.get("recorded_at")
+    recorded = datetime.fromisoformat(recorded_at) if recorded_at else None
+    is_foreseen = bool(stored.get("foreseen"))
+    if is_foreseen and recorded is not None and recorded > datetime.now(timezone.utc):
+        return None
     try:
         event = arguments.jsonable(redact(deserialize(stored["event"])))
     except Exception:  # a class that this process may not or cannot make: as it is stored
         event = arguments.jsonable(redact(stored["event"]))
     text = json.dumps(event, ensure_ascii=False)
     is_long = len(text) > _LONGEST_EVENT
-    recorded_at = stored.get("recorded_at")
     committed = stored["phase"] == Phase.COMMITTED.value
     return Record(
         phase=stored["phase"],
         event=None if is_long else event,
         preview=text[:_LONGEST_EVENT] if is_long else None,
         length=len(text),
-        recorded=datetime.fromisoformat(recorded_at) if recorded_at else (None if committed else at),
-        committed=at if committed else None,
+        recorded=recorded or (None if committed else at),
+        committed=(recorded if is_foreseen else at) if committed else None,
         kept_by="API server" if stored.get("receipt") else kept_by,
         id=stored.get("id", ""),
     )

@@ -386,13 +386,17 @@ def _kept(session: Session, keys: Sequence[Key]) -> dict[Key, _Kept]:
             XComModel.map_index,
             phase.label("phase"),
             XComModel.value["recorded_at"].as_string().label("recorded_at"),
+            XComModel.value["foreseen"].as_string().label("foreseen"),
             case((phase.is_(None), cast(XComModel.value, Text))).label("text"),
         ).where(which, XComModel.key == RECORD_KEY)
     ):
         told = {"phase": row.phase, "recorded_at": row.recorded_at} if row.text is None else _unwrapped(row.text)
-        at = told.get("recorded_at")
+        recorded_at = told.get("recorded_at")
+        recorded = datetime.fromisoformat(recorded_at) if recorded_at else None
+        if row.foreseen is not None and recorded is not None and recorded > datetime.now(timezone.utc):
+            continue
         found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {}).update(
-            phase=told.get("phase"), recorded=datetime.fromisoformat(at) if at else None
+            phase=told.get("phase"), recorded=recorded
         )
     for row in session.execute(
         select(

@@ -118,7 +118,11 @@ GAPS = (
         "airflow_events.listeners.directory.claims", "Drops._own", BEFORE, _of_claim, only="directory",
     ),
     Gap(
-        "triggerer", "prepared", "the return value, ahead of the event",
+        "triggerer", "half prepared", "the record, which is none until the event comes",
+        XCOM_RECORD, "XComRecord.deliver", BEFORE, _of_xcom_record, only="timer to come",
+    ),
+    Gap(
+        "triggerer", "prepared", "the return value too, ahead of the event",
         "airflow_events.triggers.foreseen", "Foreseen.write", AFTER, _of_writer, only="timer to come",
     ),
     Gap("triggerer", "claimed", "the claim", TRIGGER, "EventTrigger._poll", AFTER, _of_trigger),

@@ -13,11 +13,11 @@ from airflow.sdk.execution_time.comms import DeleteXCom, GetTaskStates, GetXCom,
 from airflow.sdk.serde import deserialize
 from airflow.triggers.base import TaskSkippedEvent, TaskSuccessEvent
 from airflow_events.listeners.base import EventListener, Wait, foresees
-from airflow_events.listeners.commit import Phase, Record
+from airflow_events.listeners.commit import Phase, Record, record_of
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.triggers import foreseen, reference
 from airflow_events.triggers.event import EventTrigger
-from airflow_events.triggers.record import RECORD_KEY
+from airflow_events.triggers.record import LOST_KEY, RECORD_KEY, XComRecord
 
 WAIT = Wait("dag", "run", "task")
 
@@ -120,9 +120,43 @@ async def test_a_timer_asks_nothing_when_its_moment_comes(supervisor, monkeypatc
         await asyncio.sleep(0.01)
     assert not wait.done()
     event = await wait
-    assert supervisor.asked == ["SetXCom"]
-    record = Record.from_dict(json.dumps(event.xcoms[RECORD_KEY]))
+    assert supervisor.asked == ["SetXCom", "SetXCom"]
+    assert not event.xcoms
+    record = Record.from_dict(deserialize(supervisor.xcoms[RECORD_KEY]))
     assert (record.event, record.phase) == (due, Phase.COMMITTED)
+    assert datetime.fromisoformat(record.recorded_at) == due
+    assert not record.is_to_come
+
+
+async def test_what_is_written_ahead_is_no_record_before_the_moment(supervisor, monkeypatch):
+    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+    due = datetime.now(timezone.utc) + foreseen._UNTIL + timedelta(seconds=0.5)
+    first = asyncio.ensure_future(ended(trigger(due)))
+    while "return_value" not in supervisor.xcoms:
+        await asyncio.sleep(0.01)
+    first.cancel()
+    store = XComRecord(WAIT)
+    assert await store.read() is None
+    assert store.to_come.event == due
+    await ended(trigger(due, try_number=2))
+    assert datetime.now(timezone.utc) >= due
+    assert (await store.read()).event == due
+    supervisor.asked.clear()
+    await ended(trigger(due, try_number=3))  # a clear: the record is there, and is delivered again
+    assert "GetXCom" in supervisor.asked
+
+
+@pytest.mark.parametrize("try_number", [2, 3])
+async def test_another_event_than_was_foreseen_drops_what_was_written_ahead(supervisor, monkeypatch, try_number):
+    """The task is cleared, and its moment is another then: the earlier one must not come into force meanwhile."""
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    ahead = record_of(TimerListener, WAIT, soon, soon)
+    await XComRecord(WAIT).write(ahead)
+    later = soon + timedelta(seconds=0.4)
+    event = await ended(trigger(later, try_number=try_number))
+    assert supervisor.xcoms[LOST_KEY] == ahead.id
+    assert Record.from_dict(json.dumps(event.xcoms[RECORD_KEY])).event == later
+    assert deserialize(supervisor.xcoms["return_value"]) == later
 
 
 async def test_it_is_not_polled_before_its_moment(supervisor, monkeypatch):
@@ -185,3 +219,4 @@ async def test_a_user_who_ends_the_task_leaves_no_value_of_an_event_that_will_no
     await asyncio.gather(wait, return_exceptions=True)
     await made.on_kill()
     assert ("return_value" in supervisor.xcoms) is stays
+    assert (LOST_KEY not in supervisor.xcoms) is stays

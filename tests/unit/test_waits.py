@@ -23,7 +23,7 @@ from airflow_events.listeners.commit import Phase, Record
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.journal import Entry
 from airflow_events.waits import Order, Stage
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=timezone.utc)
@@ -256,6 +256,24 @@ def test_a_rejected_wait_says_by_whom_and_why(airflow):
     assert (detail.steps[1].name, detail.steps[1].note) == ("Rejected", "by ada: not ours")
     assert not detail.takes_http_events  # any more
     assert airflow.found(Stage.RECORDED) == []
+
+
+def test_what_is_written_ahead_of_an_event_is_no_record_until_it_comes(airflow, session):
+    key, now = airflow.deferred("x:TimerListener"), datetime.now(timezone.utc)
+
+    def ahead(at):
+        record = Record(at, Phase.COMMITTED, "1", recorded_at=at.isoformat(), foreseen=True)
+        session.execute(delete(XComModel))
+        airflow.xcom(key, "event_record", serialize(record.as_dict()))
+        [row] = waits.find(session, Stage.OPEN).waits
+        return row, waits.show(session, key)
+
+    row, shown = ahead(now + timedelta(minutes=5))
+    assert (row.phase, row.recorded, shown.record) == (None, None, None)
+    assert "Nothing is recorded" in waits.forget(session, key).refused
+    row, shown = ahead(now - timedelta(minutes=5))
+    assert row.phase == "committed"
+    assert row.recorded == shown.record.recorded == shown.record.committed == now - timedelta(minutes=5)
 
 
 def test_a_long_event_is_cut(airflow):
