@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "sources"), str(BENCHMARKS)]
 
-from parts import Stage, connections, database, large, pages, processes, queues, ray_workflow, timers  # noqa: E402
+from parts import Stage, connections, database, imports, large, pages, processes, queues, ray_workflow, timers  # noqa: E402
 
 import bootstrap  # noqa: E402
 
@@ -36,6 +36,7 @@ PARTS = {
     **queues.PARTS,
     **ray_workflow.PARTS,
     **connections.PARTS,
+    **imports.PARTS,
     **database.PARTS,
 }
 # Of connections to Kafka, as the provider's documentation has them. Only the last is added: the broker learns

@@ -12,7 +12,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.processes import fresh_triggerer, until_open
-from parts.timers import latency_lines, note
+from parts.timers import latency_lines, note, nothing_noted
 
 SQS = ("of_sqs", "Sqs")
 KAFKA = ("of_kafka", "Kafka")
@@ -38,7 +38,7 @@ class Source:
 
     def measure(self, stage: Stage) -> Rows:
         """From the moment that a message is sent until what follows the wait runs."""
-        found: Rows = [{"name": name, "success": [], "running": [], "workers": []} for name in self.names]
+        found: Rows = [{"name": name, **nothing_noted()} for name in self.names]
         for turn in range(stage.options.repeat):
             for row in found:
                 for key, values in self._sent(stage, row["name"], turn).items():
@@ -66,7 +66,7 @@ class Source:
             time.sleep(max(0.0, began + moment - time.time()))
             sent.append(datetime.now(timezone.utc))
             self.send(broker, queue, order_of(run, "wait"))
-        found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
+        found = nothing_noted()
         for run, moment in zip(runs, sent, strict=True):
             assert run.finished(timeout=240) == "success", run
             note(found, run, run.tasks(), moment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import statistics
 import time
 from datetime import datetime, timedelta, timezone
@@ -17,13 +19,20 @@ NAMES = {
     "floor": "the floor: a trigger that awaits forever",
 }
 TIMED = [name for name in NAMES if name != "floor"]
+STARTED = {
+    **NAMES,
+    "mapped": "ours: `TimerListener`, mapped (`.expand`)",
+    "in_one": "ours: `wait_for_events(TimerListener, …)`, one task",
+}
+# Events of that one task, as its DAG has it.
+IN_ONE = 1000
 # Seconds.
 AHEAD = 15
 
 
 def latency(stage: Stage) -> Rows:
     """From the moment that a timer is for to the wait's success, and to the next task's start."""
-    found: Rows = [{"name": name, "success": [], "running": [], "workers": []} for name in TIMED]
+    found: Rows = [{"name": name, **nothing_noted()} for name in TIMED]
     due_at_once(stage.airflow, "ours", 1, "warm-up")
     for turn in range(stage.options.repeat):
         for row in found:
@@ -38,7 +47,7 @@ def due_at_once(airflow: Any, name: str, count: int, label: str) -> dict[str, li
     conf = {"due": due.isoformat()}
     label = f"{label}-{time.time():.0f}"
     runs = [airflow.run(f"{name}_1", conf, run_id=f"{label}-{number}") for number in range(count)]
-    found: dict[str, list[float]] = {"success": [], "running": [], "workers": []}
+    found = nothing_noted()
     for run in runs:
         assert run.finished() == "success", run
         tasks = run.tasks()
@@ -48,11 +57,23 @@ def due_at_once(airflow: Any, name: str, count: int, label: str) -> dict[str, li
     return found
 
 
+def nothing_noted() -> dict[str, list[float]]:
+    return {"fired": [], "success": [], "running": [], "workers": []}
+
+
 def note(found: dict[str, list[float]], run: Any, tasks: Any, begin: datetime) -> None:
-    """Add how long after ``begin`` the wait of a run succeeded, and what followed it ran."""
+    """Add how long after ``begin`` the trigger of a run fired, its wait succeeded, and what followed it ran."""
+    found["fired"].append(since(begin, fired_at(run)))
     found["success"].append(since(begin, tasks["wait"]["end_date"]))
     found["running"].append(since(begin, tasks["downstream"]["start_date"]))
     found["workers"].append(run.worker_starts("wait"))
+
+
+def fired_at(run: Any) -> str:
+    """Return when Airflow's runner had the event from the trigger, by its own line in the task's log."""
+    lines = [line for line in run.logs("wait", "*.trigger.*").splitlines() if '"Trigger fired event"' in line]
+    assert len(lines) == 1, f"{run}: {lines}"
+    return str(json.loads(lines[0])["timestamp"])
 
 
 def since(begin: datetime, moment: str) -> float:
@@ -76,9 +97,30 @@ def latency_lines(what: str, begin: str, names: dict[str, str], rows: Rows) -> l
 def latency_table(rows: Rows) -> str:
     lines = latency_lines("timer", "due", NAMES, rows)
     at_once = len(rows[0]["success"]) // rows[0]["rounds"]
+    parts = [
+        "| of which | due to fired: the trigger | to success: the runner's and its supervisor's loops, a worker "
+        "if there is one | to downstream running: scheduler, executor |",
+        "|---|---|---|---|",
+        *(f"| {NAMES[row['name']]} | {' | '.join(_steps(row))} |" for row in rows),
+    ]
     return "\n".join(
-        [*lines, "", f"Median (least to most); {rows[0]['rounds']} rounds by turns, {at_once} waits due at once."]
+        [
+            *lines,
+            "",
+            f"Median (least to most); {rows[0]['rounds']} rounds by turns, {at_once} waits due at once.",
+            "",
+            *parts,
+        ]
     )
+
+
+def _steps(row: dict[str, Any]) -> list[str]:
+    steps = ([0.0] * len(row["fired"]), row["fired"], row["success"], row["running"])
+    taken = [[now - was for was, now in zip(*pair, strict=True)] for pair in itertools.pairwise(steps)]
+    return [
+        f"{1000 * statistics.median(taken[0]):.0f} ms ({1000 * min(taken[0]):.0f} to {1000 * max(taken[0]):.0f})",
+        *(spread(seconds) for seconds in taken[1:]),
+    ]
 
 
 def memory(stage: Stage) -> Rows:
@@ -143,19 +185,28 @@ def floor_of(rows: Rows, row: dict[str, Any]) -> dict[str, Any]:
 
 def start(stage: Stage) -> Rows:
     """How long it takes until many waits wait."""
+    from deployment import until
+
     most = max(stage.options.waits)
     found = []
     # Airflow starts two or three workers a second: a tenth is enough of those that begin on one.
+    tenth = max(most // 100, 1) * 10
     for name, count in (
         ("floor", most),
         ("ours", most),
         ("peer_in_triggerer", most),
-        ("peer", max(most // 100, 1) * 10),
+        ("mapped", tenth),
+        ("peer", tenth),
+        ("in_one", IN_ONE),
     ):
         triggerer = fresh_triggerer(stage.airflow)
         began = time.monotonic()
-        runs = open_waits(stage.airflow, f"{name}_10", 10, count)
-        until_open(triggerer, count)
+        if name == "in_one":
+            runs = [stage.airflow.run(name)]
+            until(lambda run=runs[0]: "are waited for" in run.logs("wait"), "all wait", 300, 0.1)
+        else:
+            runs = open_waits(stage.airflow, f"{name}_10", 10, count)
+            until_open(triggerer, count)
         found.append({"name": name, "waits": count, "seconds": round(time.monotonic() - began, 2)})
         end(stage.airflow, runs)
         print(found[-1], flush=True)
@@ -163,13 +214,21 @@ def start(stage: Stage) -> Rows:
 
 
 def start_table(rows: Rows) -> str:
-    lines = ["| waits | until all wait | per second |", "|---|---|---|"]
+    lines = ["| waits | worker processes | until all wait | per second |", "|---|---|---|---|"]
     lines += [
-        f"| {NAMES[row['name']]}; {row['waits']:,} | {row['seconds']:.1f} s "
+        f"| {STARTED[row['name']]}; {row['waits']:,} "
+        f"| {row['waits'] if row['name'] in ('mapped', 'peer') else 0} | {row['seconds']:.1f} s "
         f"| {row['waits'] / row['seconds']:.1f} |"
         for row in rows
     ]
-    return "\n".join([*lines, "", "From the first request that makes a run; runs of a DAG with 10 waits."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "From the first request that makes a run; runs of a DAG with 10 waits, and one run of a task that "
+            "waits for all. Worker processes are those that begin the wait.",
+        ]
+    )
 
 
 def burst(stage: Stage) -> Rows:
@@ -228,6 +287,6 @@ PARTS = {
         _dags(["floor", "ours", "peer_in_triggerer"], 10, 300),
         plot="Memory that each open wait takes in the triggerer",
     ),
-    "start": Part(start, start_table, _dags(list(NAMES), 10)),
+    "start": Part(start, start_table, (*_dags([*NAMES, "mapped"], 10), "in_one")),
     "burst": Part(burst, burst_table, _dags(["ours", "peer_in_triggerer"], 10)),
 }
