@@ -45,7 +45,8 @@ def _latency(results: dict[str, Any]) -> Any:
     from matplotlib import pyplot
 
     rows = [(plain(NAMES[row["name"]]), row) for row in results["latency"]["rows"]]
-    rows += [(row["label"], row) for row in results.get("ray", {}).get("rows", ()) if row["name"] == "ray"]
+    in_ray = [row for row in results.get("ray", {}).get("rows", ()) if row["name"] == "ray"]
+    rows += [(plain(row["label"]), row) for row in in_ray]
     figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.8 * len(rows)), layout="constrained")
     for number, (label, row) in enumerate(rows):
         color = OURS if label.startswith("ours") else OTHERS
@@ -78,7 +79,7 @@ def _memory(results: dict[str, Any]) -> Any:
         for row in results["memory"]["rows"]
     ]
     bars += [
-        (f"{row['label']}\n{len(row['running'])} waits, a process each", [statistics.mean(row["pss"]), 0.0])
+        (f"{plain(row['label'])}\n{len(row['running'])} waits, a process each", [statistics.mean(row["pss"]), 0.0])
         for row in results.get("ray", {}).get("rows", ())
         if row["name"] == "ray"
     ]
