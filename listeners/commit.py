@@ -49,6 +49,11 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
+def is_to_come(recorded: datetime | None) -> bool:
+    """Whether what was written ahead of an event, which comes then, is no record yet."""
+    return recorded is not None and recorded > datetime.now(timezone.utc)
+
+
 @dataclass(frozen=True)
 class Record:
     """
@@ -75,7 +80,7 @@ class Record:
     @property
     def is_to_come(self) -> bool:
         """Whether the event is foreseen and has not come yet."""
-        return self.foreseen and datetime.fromisoformat(self.recorded_at) > datetime.now(timezone.utc)
+        return self.foreseen and is_to_come(datetime.fromisoformat(self.recorded_at))
 
     @property
     def lapsed(self) -> bool:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.processes import end, fresh_triggerer, open_waits, settle, until_open
+from parts.processes import end, fresh_triggerer, open_waits, settle, tenth, until_open
 from parts.queues import KAFKA, SQS, sqs_queue
 
 REDIS = ("of_redis", "Valkey")
@@ -21,7 +21,7 @@ NAMES = {
     "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`, emulator",
 }
 BROKERS = {"kafka": KAFKA, "redis": REDIS, "sqs": SQS}
-# Airflow starts two or three workers a second: a tenth is enough of those that begin on one.
+# Those that begin on one.
 ON_WORKERS = ("kafka_peer", "kafka_queue", "sqs_peer_1s")
 
 
@@ -29,7 +29,7 @@ def connections(stage: Stage) -> Rows:
     most = max(stage.options.waits)
     found = []
     for name in NAMES:
-        count = max(most // 100, 1) * 10 if name in ON_WORKERS else most
+        count = tenth(most) if name in ON_WORKERS else most
         broker = stage.brokers[BROKERS[name.partition("_")[0]][1]]
         broker.fresh()
         where = sqs_queue(broker) if name.startswith("sqs") else broker.queue

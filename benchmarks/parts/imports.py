@@ -36,7 +36,7 @@ import airflow.dag_processing.processor, airflow.sdk
 exec(sys.argv[1])
 began, loaded = time.process_time(), set(sys.modules)
 exec(sys.argv[2])
-print(1000 * (time.process_time() - began), *sorted(sys.modules.keys() - loaded), sep="\\n")
+print("MEASURED", 1000 * (time.process_time() - began), *(sys.modules.keys() - loaded), sep="\\n")
 """
 
 
@@ -75,9 +75,8 @@ def _run(home: str, before: str, statement: str) -> tuple[float, list[str]]:
     command = [sys.executable, "-c", CHILD, before, statement]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{statement or 'Airflow'} failed:\n{done.stderr}"
-    lines = done.stdout.split()
-    at = max(number for number, line in enumerate(lines) if line.replace(".", "", 1).isdigit())
-    return float(lines[at]), lines[at + 1 :]
+    milliseconds, *modules = done.stdout.rpartition("MEASURED")[2].split()
+    return float(milliseconds), modules
 
 
 def table(rows: Rows) -> str:

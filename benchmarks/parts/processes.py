@@ -42,6 +42,11 @@ def open_waits(
     return [airflow.run(dag_id, conf, run_id=f"{label}-{number}") for number in range(count // waits)]
 
 
+def tenth(waits: int) -> int:
+    """Return how many waits are enough where each has a worker, of which one or two start in a second."""
+    return max(waits // 100, 1) * 10
+
+
 def until_open(triggerer: tuple[Any, Any], count: int) -> None:
     """Wait until so many triggers run: the supervisor has one open log for each."""
     from deployment import until

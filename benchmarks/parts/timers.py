@@ -10,7 +10,17 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.processes import busy, collected, end, fresh_triggerer, open_files, open_waits, settle, until_open
+from parts.processes import (
+    busy,
+    collected,
+    end,
+    fresh_triggerer,
+    open_files,
+    open_waits,
+    settle,
+    tenth,
+    until_open,
+)
 
 NAMES = {
     "ours": "ours: `TimerListener`",
@@ -189,14 +199,12 @@ def start(stage: Stage) -> Rows:
 
     most = max(stage.options.waits)
     found = []
-    # Airflow starts two or three workers a second: a tenth is enough of those that begin on one.
-    tenth = max(most // 100, 1) * 10
     for name, count in (
         ("floor", most),
         ("ours", most),
         ("peer_in_triggerer", most),
-        ("mapped", tenth),
-        ("peer", tenth),
+        ("mapped", tenth(most)),
+        ("peer", tenth(most)),
         ("in_one", IN_ONE),
     ):
         triggerer = fresh_triggerer(stage.airflow)

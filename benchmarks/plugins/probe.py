@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import time
@@ -10,8 +11,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import BaseOperator
-from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TriggerEvent
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+from floor import Floor
 
 # Seconds between two looks, and between two lines of what was seen.
 TICK = 0.01
@@ -37,14 +38,7 @@ class ProbeTrigger(BaseTrigger):
         yield TriggerEvent(None)
 
 
-class Probe(BaseOperator):
+class Probe(Floor):
     """Waits in the triggerer for nothing, and looks."""
 
-    start_from_trigger = True
-    start_trigger_args = StartTriggerArgs(
-        trigger_cls="probe.ProbeTrigger",
-        trigger_kwargs={},
-        next_method="execute_complete",
-        next_kwargs=None,
-        timeout=None,
-    )
+    start_trigger_args = dataclasses.replace(Floor.start_trigger_args, trigger_cls="probe.ProbeTrigger")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from airflow._shared.secrets_masker import redact
@@ -15,7 +15,7 @@ from airflow.models.taskinstancehistory import TaskInstanceHistory
 from airflow.models.trigger import TRIGGER_FAIL_REPR, Trigger
 from airflow.models.xcom import XComModel
 from airflow.sdk.serde import deserialize
-from airflow_events.listeners.commit import Phase
+from airflow_events.listeners.commit import Phase, is_to_come
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
 from airflow_events.waits import arguments, listing, many, tables
 from airflow_events.waits.listing import Summary
@@ -171,7 +171,7 @@ def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
     recorded_at = stored.get("recorded_at")
     recorded = datetime.fromisoformat(recorded_at) if recorded_at else None
     is_foreseen = bool(stored.get("foreseen"))
-    if is_foreseen and recorded is not None and recorded > datetime.now(timezone.utc):
+    if is_foreseen and is_to_come(recorded):
         return None
     try:
         event = arguments.jsonable(redact(deserialize(stored["event"])))

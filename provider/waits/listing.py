@@ -16,6 +16,7 @@ from airflow.models.dag import DagModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
+from airflow_events.listeners.commit import is_to_come
 from airflow_events.triggers.record import DEADLINE_KEY, PROGRESS_KEY, RECORD_KEY
 from airflow_events.waits import arguments, tables
 from airflow_events.waits.tables import Key
@@ -393,7 +394,7 @@ def _kept(session: Session, keys: Sequence[Key]) -> dict[Key, _Kept]:
         told = {"phase": row.phase, "recorded_at": row.recorded_at} if row.text is None else _unwrapped(row.text)
         recorded_at = told.get("recorded_at")
         recorded = datetime.fromisoformat(recorded_at) if recorded_at else None
-        if row.foreseen is not None and recorded is not None and recorded > datetime.now(timezone.utc):
+        if row.foreseen is not None and is_to_come(recorded):
             continue
         found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {}).update(
             phase=told.get("phase"), recorded=recorded

@@ -91,6 +91,8 @@ class Supervisor:
 @pytest.fixture
 def supervisor(monkeypatch):
     supervisor = Supervisor()
+    # What is written ahead is written at the first moment at which it may be.
+    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
     monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", supervisor, raising=False)
     return supervisor
 
@@ -106,18 +108,23 @@ def trigger(due, *, try_number=1, listener=TimerListener, **arguments):
     return made
 
 
+async def written_ahead(supervisor, made):
+    """Start a trigger, and return it as a task once it has written ahead of its event."""
+    wait = asyncio.ensure_future(ended(made))
+    while "return_value" not in supervisor.xcoms:
+        await asyncio.sleep(0.01)
+    return wait
+
+
 async def ended(trigger):
     [event] = [event async for event in trigger.run()]
     assert isinstance(event, TaskSuccessEvent)
     return event
 
 
-async def test_a_timer_asks_nothing_when_its_moment_comes(supervisor, monkeypatch):
-    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+async def test_a_timer_asks_nothing_when_its_moment_comes(supervisor):
     due = datetime.now(timezone.utc) + foreseen._UNTIL + timedelta(seconds=0.5)
-    wait = asyncio.ensure_future(ended(trigger(due)))
-    while "return_value" not in supervisor.xcoms:
-        await asyncio.sleep(0.01)
+    wait = await written_ahead(supervisor, trigger(due))
     assert not wait.done()
     event = await wait
     assert supervisor.asked == ["SetXCom", "SetXCom"]
@@ -128,12 +135,9 @@ async def test_a_timer_asks_nothing_when_its_moment_comes(supervisor, monkeypatc
     assert not record.is_to_come
 
 
-async def test_what_is_written_ahead_is_no_record_before_the_moment(supervisor, monkeypatch):
-    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+async def test_what_is_written_ahead_is_no_record_before_the_moment(supervisor):
     due = datetime.now(timezone.utc) + foreseen._UNTIL + timedelta(seconds=0.5)
-    first = asyncio.ensure_future(ended(trigger(due)))
-    while "return_value" not in supervisor.xcoms:
-        await asyncio.sleep(0.01)
+    first = await written_ahead(supervisor, trigger(due))
     first.cancel()
     store = XComRecord(WAIT)
     assert await store.read() is None
@@ -147,7 +151,7 @@ async def test_what_is_written_ahead_is_no_record_before_the_moment(supervisor, 
 
 
 @pytest.mark.parametrize("try_number", [2, 3])
-async def test_another_event_than_was_foreseen_drops_what_was_written_ahead(supervisor, monkeypatch, try_number):
+async def test_another_event_than_was_foreseen_drops_what_was_written_ahead(supervisor, try_number):
     """The task is cleared, and its moment is another then: the earlier one must not come into force meanwhile."""
     soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
     ahead = record_of(TimerListener, WAIT, soon, soon)
@@ -183,8 +187,7 @@ async def test_a_deadline_before_the_moment_ends_the_wait(supervisor):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_what_was_not_written_ahead_is_written_when_the_event_comes(supervisor, monkeypatch, fails):
-    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+async def test_what_was_not_written_ahead_is_written_when_the_event_comes(supervisor, fails):
     ahead = foreseen._UNTIL + timedelta(seconds=0.5) if fails else timedelta(0)
     due = datetime.now(timezone.utc) + ahead
     supervisor.fails = fails
@@ -206,14 +209,9 @@ async def test_a_later_try_delivers_what_the_success_recorded(supervisor):
 
 
 @pytest.mark.parametrize(("state", "stays"), [("failed", False), ("success", True), (None, True)])
-async def test_a_user_who_ends_the_task_leaves_no_value_of_an_event_that_will_not_come(
-    supervisor, monkeypatch, state, stays
-):
-    monkeypatch.setattr(foreseen.random, "random", lambda: 0.0)
+async def test_a_user_who_ends_the_task_leaves_no_value_of_an_event_that_will_not_come(supervisor, state, stays):
     made = trigger(datetime.now(timezone.utc) + timedelta(minutes=5))
-    wait = asyncio.ensure_future(ended(made))
-    while "return_value" not in supervisor.xcoms:
-        await asyncio.sleep(0.01)
+    wait = await written_ahead(supervisor, made)
     supervisor.state = state
     wait.cancel()
     await asyncio.gather(wait, return_exceptions=True)
