@@ -23,6 +23,7 @@ from airflow_events.listeners.clock import Clock
 from airflow_events.listeners.commit import Phase, Record, delivered, record_of, recorded, release, settle
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.foreseen import Foreseen, foresee
+from airflow_events.triggers.lookups import Lookups
 from airflow_events.triggers.record import RECORD_KEY, XComRecord
 from airflow_events.triggers.watchdog import Steps
 
@@ -107,6 +108,7 @@ class EventTrigger(BaseTrigger):
         self._recording = False
         self._foreseen: Foreseen | None = None
         self._again = False
+        self._unread = False  # whether nobody has looked yet for what is recorded
         self._poll_task: asyncio.Task[Any] | None = None  # which holds the event, while it is not recorded
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -159,12 +161,14 @@ class EventTrigger(BaseTrigger):
 
         record = XComRecord(wait)
         self._foreseen = foresee(listener, wait, self.listener_args, self.listener_kwargs)
+        first_try = self.task_instance.try_number == 1
+        self._unread = first_try and self._foreseen is None and _may_poll_unread(listener)
         with stalls.told_to(self._poll_anew):
             while True:
                 self._arrived = None
                 # Of what is foreseen there is no record before the first try ends.
-                is_first = self._foreseen is not None and self.task_instance.try_number == 1
-                stored = None if is_first else await record.read()
+                nothing_yet = first_try and self._foreseen is not None
+                stored = None if nothing_yet or self._unread else await record.read()
                 if record.to_come is not None and not self._foresees(record.to_come):
                     await record.drop(record.to_come)  # for its moment would come, and this is another event
                     continue
@@ -271,6 +275,12 @@ class EventTrigger(BaseTrigger):
             self._again = True
             self._poll_task.cancel()
 
+    async def _see_whether_recorded(self) -> None:
+        """Begin again if an event is recorded already, since the source may have forgotten it."""
+        assert self.wait is not None
+        if await XComRecord(Wait(**self.wait)).read() is not None:
+            self._poll_anew()
+
     @property
     def _ends_on_worker(self) -> bool:
         return self.finish_on_worker or airflow_has_listeners()
@@ -307,6 +317,9 @@ class EventTrigger(BaseTrigger):
                     portal=greenback.has_portal(),
                 )
             )
+            if self._unread:
+                self._unread = False
+                Lookups.of_loop().add(self._see_whether_recorded)
             try:
                 while not poll.done() and self._remaining() > 0:
                     # What asyncio.wait does, in a quarter of its memory.
@@ -323,6 +336,7 @@ class EventTrigger(BaseTrigger):
                         if alarm is not None:
                             alarm.cancel()
             finally:
+                Lookups.of_loop().discard(self._see_whether_recorded)
                 # A task of its own, so that a listener which swallows its cancellation cannot end the wait.
                 if not poll.done():
                     poll.cancel()
@@ -453,6 +467,16 @@ class EventTrigger(BaseTrigger):
         name = wait.task_id if wait.map_index < 0 else f"{wait.task_id}_{wait.map_index}"
         state: str | None = states.get(name, "removed")
         return state
+
+
+def _may_poll_unread(listener: type[EventListener]) -> bool:
+    """
+    Whether a first try can poll before it has looked for a record.
+
+    It is seldom there: another triggerer had the trigger, and died right after it recorded the event. So the look
+    can take its time, where a poll takes nothing from the source that the record would then make superfluous.
+    """
+    return listener.repeatable_poll and not commits(listener) and not listener.recorded_from_outside
 
 
 def _let_go_of_the_dag(context: Context) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -293,6 +292,7 @@ class EventsTrigger(EventTrigger):
         :raises _TimeIsUp: the deadline has passed.
         :raises _PollAnew: see `_poll_anew`.
         """
+        loop = asyncio.get_running_loop()
         at_once = True
         try:
             await gathering.begin()
@@ -304,7 +304,7 @@ class EventsTrigger(EventTrigger):
                     break
                 pause = min(self._remaining(), _LONGEST_PAUSE)
                 if self.hand_over and gathering.first_arrived is not None:
-                    pause = min(pause, gathering.first_arrived + HOLD - time.monotonic())
+                    pause = min(pause, gathering.first_arrived + HOLD - loop.time())
                 if pause <= 0:
                     break
                 await gathering.changed(min(pause, await self._show(gathering)))
@@ -328,10 +328,10 @@ class EventsTrigger(EventTrigger):
         arrived = len(gathering.have) + (len(gathering.arrived) if self.hand_over else uncommitted)
         if (arrived, uncommitted) == (self._shown or (0, 0)):
             return _LONGEST_PAUSE
-        since = time.monotonic() - self._shown_at
-        if since < _SHOW_EVERY and not finally_:
+        now = asyncio.get_running_loop().time()
+        if (since := now - self._shown_at) < _SHOW_EVERY and not finally_:
             return _SHOW_EVERY - since
-        self._shown, self._shown_at = (arrived, uncommitted), time.monotonic()
+        self._shown, self._shown_at = (arrived, uncommitted), now
         self.log.info("%s of %s events have arrived", f"{arrived:,}", f"{gathering.wanted:,}")
         told = progress(arrived, gathering.wanted, uncommitted)
         await XComPages(gathering.wait).set(PROGRESS_KEY, told)

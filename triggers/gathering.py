@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import heapq
 import logging
-import time
 from collections import deque
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -66,7 +65,7 @@ class Gathering:
         self.listener, self.wait, self.calls, self.wanted, self.journal = listener, wait, calls, wanted, journal
         self.have = set(have)
         self.arrived: dict[int, Any] = {}  # by index: what was polled, and is not recorded
-        self.first_arrived: float | None = None  # by the monotonic clock: the first of these
+        self.first_arrived: float | None = None  # by the loop's clock: the first of these
         self.error: Exception | None = None
         # Those that have their event, or are about to: with `wanted` of them, others have to wait.
         self._recorded = {index for index in self.missing if self._is_recorded(index)}
@@ -248,7 +247,7 @@ class Gathering:
 
     def _keep(self, index: int, event: Any) -> None:
         self.arrived[index] = event
-        self.first_arrived = self.first_arrived or time.monotonic()
+        self.first_arrived = self.first_arrived or asyncio.get_running_loop().time()
 
     async def _poll(self, index: int) -> Any:
         args, kwargs = self.calls.of(index)

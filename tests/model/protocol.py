@@ -24,11 +24,26 @@ from airflow_events import EventListener, Wait, current_wait
 from airflow_events.errors import EventLost
 from airflow_events.listeners import commit
 from airflow_events.operators.record import WorkerRecord
-from airflow_events.triggers import outcome
+from airflow_events.triggers import lookups, outcome
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
 
 PROCESS: contextvars.ContextVar[Process] = contextvars.ContextVar("process")
+
+
+class LoopOfSteps(asyncio.SelectorEventLoop):
+    """An event loop in which only steps take place: no timer goes off, and a thread is done at once."""
+
+    def time(self) -> float:
+        return 1e6
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
+        done = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 @dataclass(eq=False)
@@ -39,6 +54,7 @@ class Process:
     gates: list[tuple[str, asyncio.Future[None]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     dead: bool = False
+    lookups: lookups.Lookups = field(default_factory=lookups.Lookups)
 
     @property
     def at(self) -> str | None:
@@ -61,6 +77,7 @@ async def step(name: str) -> None:
 class Event:
     claim: object | None = None  # the wait's id, or a lease
     committed_by: str | None = None
+    gone: bool = False
 
 
 @dataclass
@@ -176,7 +193,7 @@ class World:
             finish_on_worker=self.finish_on_worker,
             wait=dataclasses.asdict(dataclasses.replace(task.wait, after=task.told)),
         )
-        trigger.task_instance = SimpleNamespace(task_id="task", try_number=1)  # type: ignore[assignment]
+        trigger.task_instance = SimpleNamespace(task_id="task", try_number=trigger_id + 1)  # type: ignore[assignment]
         async for event in trigger.run():
             await step("submit")
             if task.state != "deferred" or task.trigger != trigger_id:
@@ -227,6 +244,33 @@ class World:
         context = contextvars.copy_context()
         context.run(PROCESS.set, process)
         process.task = context.run(asyncio.get_running_loop().create_task, work)
+
+
+class WatchedWorld(World):
+    """Its source only shows its events: there is nothing to claim or to commit, and some go away in time."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        world = self
+
+        class Watch(EventListener):
+            repeatable_poll = True
+
+            async def poll_for_event(self) -> Any:
+                while True:
+                    await step("poll")
+                    if there := [name for name, event in world.events.items() if not event.gone]:
+                        return {"name": there[0]}
+
+        self.source = Watch
+
+    def violation(self) -> str | None:
+        for task in self.tasks:
+            if len(set(task.delivered)) > 1:
+                return f"{task.wait.id} delivered {task.delivered}"
+            if task.delivered and (task.record is None or task.record.event["name"] != task.delivered[0]):
+                return f"{task.wait.id} delivered {task.delivered[0]}, and has {task.record}"
+        return None
 
 
 class OutlivedError(Exception):

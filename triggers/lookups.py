@@ -1,0 +1,65 @@
+"""Looking for what was recorded before a wait began, which is seldom there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+from airflow_events.listeners.shared import background
+
+log = logging.getLogger(__name__)
+
+# Seconds between a look that failed and the next.
+_PAUSE = 5.0
+
+
+class Lookups:
+    """
+    A queue of looks for all waits of an event loop, which are taken one after the other.
+
+    Each asks Airflow, and a triggerer's supervisor answers one request in each of its loops, in their order. If
+    thousands of waits that begin asked at once, an event that comes meanwhile would be recorded after the last
+    of their answers; so it is behind one of them at most.
+    """
+
+    _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Lookups]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._looks: dict[Callable[[], Awaitable[None]], None] = {}  # in the order in which they came
+        self._work: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        """Count the looks that are still to come."""
+        return len(self._looks)
+
+    @classmethod
+    def of_loop(cls) -> Lookups:
+        """Return the queue of the running event loop."""
+        return cls._of.setdefault(asyncio.get_running_loop(), cls())
+
+    def add(self, look: Callable[[], Awaitable[None]]) -> None:
+        """Call ``look`` when it is its turn, and again if that fails, until it was called or is discarded."""
+        self._looks[look] = None
+        if self._work is None or self._work.done():
+            self._work = background(self._take_turns(), "looks for what is recorded already")
+
+    def discard(self, look: Callable[[], Awaitable[None]]) -> None:
+        """Do not call ``look`` any more."""
+        self._looks.pop(look, None)
+
+    async def _take_turns(self) -> None:
+        while self._looks:
+            look = next(iter(self._looks))
+            try:
+                await look()
+            except Exception:
+                log.warning("Could not see whether an event is recorded already", exc_info=True)
+                await asyncio.sleep(_PAUSE)
+                if look in self._looks:  # the others first
+                    del self._looks[look]
+                    self._looks[look] = None
+                continue
+            self._looks.pop(look, None)
