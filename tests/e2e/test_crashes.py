@@ -9,6 +9,11 @@ from __future__ import annotations
 import signal
 import time
 
+from cells import Cell
+from faults import see, see_gone
+from paths import ways
+from source import EVENTS
+
 from deployment import until
 
 
@@ -72,3 +77,22 @@ def test_the_source_is_away_for_long(airflow, base):
     assert run.finished(timeout=180) == "success"
     assert base.owners == {"a": f"failing_commit/{run.run_id}/wait/-1"}
     assert base.calls.count("attempt") == 13
+
+
+def test_what_a_watch_recorded_outlives_its_source(stage):
+    """Its triggerer is killed before the task ends, and the file is deleted before another one polls."""
+    source, path, gap = next(way for way in ways() if (way[0].name, way[2].name) == ("directory (watch)", "noted"))
+    cell = Cell(source, path, gap, "killed", stage.folder / "forgotten")
+    cell.begin(stage, "forgotten")
+    until(lambda: cell.stands_firm(stage), "it is about to end the task", 60)
+    see(stage, [cell])
+    stage.airflow.components["triggerer"].kill()
+    see_gone([cell])
+    for event in EVENTS:
+        (cell.base / "drops" / event).unlink()
+    stage.airflow.restart("triggerer")
+    cell.open("")
+    assert cell.run.finished() == "success"
+    [delivered] = (cell.base / "delivered").iterdir()
+    assert delivered.name == f"{cell.run.run_id} a"
+    assert "The event of" in cell.run.logs("wait") and "is committed already" in cell.run.logs("wait")
