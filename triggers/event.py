@@ -108,7 +108,8 @@ class EventTrigger(BaseTrigger):
         self._recording = False
         self._foreseen: Foreseen | None = None
         self._again = False
-        self._unread = False  # whether nobody has looked yet for what is recorded
+        self._reads_later = False  # whether it polls before it looks for what is recorded
+        self._unread = False  # whether it has still to look
         self._poll_task: asyncio.Task[Any] | None = None  # which holds the event, while it is not recorded
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -162,7 +163,8 @@ class EventTrigger(BaseTrigger):
         record = XComRecord(wait)
         self._foreseen = foresee(listener, wait, self.listener_args, self.listener_kwargs)
         first_try = self.task_instance.try_number == 1
-        self._unread = first_try and self._foreseen is None and _may_poll_unread(listener)
+        self._reads_later = self._foreseen is None and _may_poll_unread(listener)
+        self._unread = self._reads_later and first_try
         with stalls.told_to(self._poll_anew):
             while True:
                 self._arrived = None
@@ -272,6 +274,7 @@ class EventTrigger(BaseTrigger):
         event, for which this poll would wait in vain.
         """
         if self._poll_task is not None and not self._poll_task.done():
+            self._unread = self._reads_later
             self._again = True
             self._poll_task.cancel()
 
@@ -280,6 +283,7 @@ class EventTrigger(BaseTrigger):
         assert self.wait is not None
         if await XComRecord(Wait(**self.wait)).read() is not None:
             self._poll_anew()
+            self._unread = False
 
     @property
     def _ends_on_worker(self) -> bool:
@@ -471,7 +475,7 @@ class EventTrigger(BaseTrigger):
 
 def _may_poll_unread(listener: type[EventListener]) -> bool:
     """
-    Whether a first try can poll before it has looked for a record.
+    Whether a wait can poll before it has looked for a record, in its first try and after a stall.
 
     It is seldom there: another triggerer had the trigger, and died right after it recorded the event. So the look
     can take its time, where a poll takes nothing from the source that the record would then make superfluous.

@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from airflow.sdk.configuration import conf
 from airflow_events.listeners.shared import background
 
-# Seconds. A shorter stall cannot have made another triggerer take over.
-_STALL = 3.0  # by the wall clock, which goes on when a machine is suspended; that it may be set does no harm
-_INTERVAL = 1.0
+_INTERVAL = 1.0  # seconds
 
 _told: dict[asyncio.AbstractEventLoop, tuple[asyncio.Task[None], set[Callable[[], None]]]] = {}
 
@@ -42,11 +41,23 @@ class told_to:
             task.cancel()
 
 
+def _shortest() -> float:
+    """
+    Return how many seconds a stall takes that can have made another triggerer take over.
+
+    That happens when the last heartbeat is as old as the threshold. It was not new when the stall began, so a
+    third of it counts. Below that are the stalls of every large triggerer, whose runner decodes long messages in
+    one piece while its supervisor sends heartbeats.
+    """
+    return conf.getfloat("triggerer", "triggerer_health_check_threshold") / 3
+
+
 async def _watch(told: set[Callable[[], None]], before: float) -> None:
+    shortest = _shortest()
     while True:
         await asyncio.sleep(_INTERVAL)
-        now = time.time()
-        if now - before > _INTERVAL + _STALL:
+        now = time.time()  # it goes on when a machine is suspended; that it may be set does no harm
+        if now - before > _INTERVAL + shortest:
             for begin_again in list(told):
                 begin_again()
         before = now

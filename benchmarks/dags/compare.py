@@ -21,7 +21,7 @@ CONTENDERS = {
     "floor": lambda name: Floor(task_id=name),
 }
 
-DAGS = dags(CONTENDERS, {"due": "2100-01-01T00:00:00Z"}, 1, 10, 300)
+DAGS = dags(CONTENDERS, {"due": "2100-01-01T00:00:00Z"}, 1, 3, 10, 300)
 
 with DAG("probe", schedule=None):
     Probe(task_id="wait")

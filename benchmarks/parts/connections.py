@@ -1,16 +1,17 @@
-"""How many connections open waits have to their broker, asked from the broker."""
+"""What open waits for brokers take: connections, asked from the broker, memory, and processor time."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.processes import end, fresh_triggerer, open_waits, settle, tenth, until_open
+from parts.processes import opened, tenth
 from parts.queues import KAFKA, SQS, sqs_queue
 
 REDIS = ("of_redis", "Valkey")
+FLOOR = "floor"
 NAMES = {
+    FLOOR: "the floor: a trigger that awaits forever",
     "kafka_ours": "ours: `KafkaListener`, Kafka",
     "kafka_watch": "ours: `KafkaWatchListener`, Kafka",
     "kafka_peer": "`AwaitMessageSensor`, Kafka",
@@ -20,7 +21,7 @@ NAMES = {
     "sqs_ours": "ours: `SqsListener`, emulator",
     "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`, emulator",
 }
-BROKERS = {"kafka": KAFKA, "redis": REDIS, "sqs": SQS}
+BROKERS = {FLOOR: KAFKA, "kafka": KAFKA, "redis": REDIS, "sqs": SQS}
 # Those that begin on one.
 ON_WORKERS = ("kafka_peer", "kafka_queue", "sqs_peer_1s")
 
@@ -30,25 +31,25 @@ def connections(stage: Stage) -> Rows:
     found = []
     for name in NAMES:
         count = tenth(most) if name in ON_WORKERS else most
-        broker = stage.brokers[BROKERS[name.partition("_")[0]][1]]
-        broker.fresh()
-        where = sqs_queue(broker) if name.startswith("sqs") else broker.queue
-        triggerer = fresh_triggerer(stage.airflow)
-        before = _count(name, broker)
-        runs = open_waits(stage.airflow, f"{name}_10", 10, count, queue=where)
-        until_open(triggerer, count)
-        settle()
-        counts = []
-        ends = time.monotonic() + stage.options.look
-        while time.monotonic() < ends:
-            counts.append(_count(name, broker) - before)
-            time.sleep(0.05)
-        end(stage.airflow, runs)
-        found.append(
-            {"name": name, "waits": count, "least": min(counts), "most": max(counts), "look": stage.options.look}
-        )
+        found.append({"name": name, "waits": count, "look": stage.options.look, **_have(stage, name, count)})
         print(found[-1], flush=True)
     return found
+
+
+def _have(stage: Stage, name: str, count: int) -> dict[str, Any]:
+    broker = stage.brokers[BROKERS[name.partition("_")[0]][1]]
+    broker.fresh()
+    where = sqs_queue(broker) if name.startswith("sqs") else broker.queue
+    counts: list[int] = []
+
+    def look() -> None:
+        counts.append(0 if name == FLOOR else _count(name, broker))
+
+    with opened(stage.airflow, f"{name}_10", 10, count, before=look, queue=where) as those:
+        cores = those.idle(stage.options.look, look)
+        memory = those.memory()
+    before, *then = counts
+    return {"least": min(then) - before, "most": max(then) - before, **memory, **cores}
 
 
 def _count(name: str, broker: Any) -> int:
@@ -69,14 +70,29 @@ def sockets(server: int, port: int) -> int:
 
 
 def table(rows: Rows) -> str:
-    lines = ["| open waits in one triggerer | connections to the broker |", "|---|---|"]
-    lines += [f"| {NAMES[row['name']]}; {row['waits']:,} | {_range(row['least'], row['most'])} |" for row in rows]
+    lines = [
+        "| open waits in one triggerer | connections to the broker "
+        "| memory of the runner, for all of them, and per wait "
+        "| of its supervisor, per wait | cores while nothing happens: runner, supervisor |",
+        "|---" * 5 + "|",
+    ]
+    for row in rows:
+        count = row["waits"]
+        lines.append(
+            f"| {NAMES[row['name']]}; {count:,} "
+            f"| {'' if row['name'] == FLOOR else _range(row['least'], row['most'])} "
+            f"| {row['runner'] / 1024:.1f} MB, {row['runner'] / count:.1f} KB "
+            f"| {row['supervisor'] / count:.1f} KB "
+            f"| {row['runner_cores']:.3f}, {row['supervisor_cores']:.3f} |"
+        )
     return "\n".join(
         [
             *lines,
             "",
-            "As Valkey says (`CLIENT LIST`), and of the others the operating system, in "
-            f"{rows[0]['look']:g} s: some open one for each question.",
+            "Connections as Valkey says (`CLIENT LIST`), and of the others the operating system, in "
+            f"{rows[0]['look']:g} s: some open one for each question. PSS after a collection, above that of a "
+            "triggerer without waits. Waits of Airflow's sensors begin on workers, and so bring no copy of their "
+            "DAG.",
         ]
     )
 

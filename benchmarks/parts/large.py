@@ -9,7 +9,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.connections import sockets
-from parts.processes import busy, collected, end, fresh_triggerer, open_files, open_waits, settle, until_open
+from parts.processes import opened, settle
 from parts.queues import KAFKA, order_of
 from parts.timers import NAMES, since
 
@@ -39,40 +39,30 @@ def large(stage: Stage) -> Rows:
 def _have(stage: Stage, name: str, count: int) -> dict[str, Any]:
     airflow, broker = stage.airflow, stage.brokers[KAFKA[1]]
     broker.fresh()
-    triggerer = fresh_triggerer(airflow)
-    probe = airflow.run("probe")
-    until_open(triggerer, 1)
-    settle()
-    before = collected(airflow, triggerer)
-    files, connected = open_files(triggerer[0]), _connections(broker)
-    began, clock = time.monotonic(), time.time()
-    runs = open_waits(airflow, f"{name}_10", 10, count, queue=broker.queue)
-    made = time.monotonic() - began
-    until_open(triggerer, count + 1)
-    seconds = time.monotonic() - began
-    settle()
-    settle()
-    rested = time.time()
-    worked = [busy(process) for process in triggerer]
-    time.sleep(stage.options.look)
-    cores = [(busy(process) - was) / stage.options.look for process, was in zip(triggerer, worked, strict=True)]
-    standing = _stood_still(airflow, clock, rested), _stood_still(airflow, rested, time.time())
-    memory = [now - was for now, was in zip(collected(airflow, triggerer), before, strict=True)]
-    found = {
-        "made": round(made, 1),
-        "seconds": round(seconds, 1),
-        "supervisor": memory[0],
-        "runner": memory[1],
-        "files": open_files(triggerer[0]) - files,
-        "connections": _connections(broker) - connected,
-        "supervisor_cores": round(cores[0], 4),
-        "runner_cores": round(cores[1], 4),
-        "stood_still_beginning": round(standing[0], 3),
-        "stood_still": round(standing[1], 3),
-        "sent": [_until_told(broker, run) for run in runs[:: max(len(runs) // SENT, 1)]] if name == WATCH else [],
-    }
-    end(airflow, [probe, *runs])
-    return found
+    connected, clock = 0, time.time()
+
+    def before() -> None:
+        nonlocal connected, clock
+        connected, clock = _connections(broker), time.time()
+
+    with opened(airflow, f"{name}_10", 10, count, beside="probe", before=before, queue=broker.queue) as those:
+        settle()
+        rested = time.time()
+        cores = those.idle(stage.options.look)
+        begun, rest = _stood_still(airflow, clock, rested), _stood_still(airflow, rested, time.time())
+        return {
+            "made": those.made,
+            "seconds": those.seconds,
+            **those.memory(),
+            "files": those.files,
+            "connections": _connections(broker) - connected,
+            **cores,
+            "stood_still_beginning": round(begun, 3),
+            "stood_still": round(rest, 3),
+            "sent": [_until_told(broker, run) for run in those.runs[:: max(len(those.runs) // SENT, 1)]]
+            if name == WATCH
+            else [],
+        }
 
 
 def _until_told(broker: Any, run: Any) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,86 @@ def open_waits(
         conf["due"] = due.isoformat()
     label = f"{time.time():.0f}"
     return [airflow.run(dag_id, conf, run_id=f"{label}-{number}") for number in range(count // waits)]
+
+
+@dataclass
+class Opened:
+    """
+    Waits that are open in a triggerer which had none before.
+
+    :param runs: theirs.
+    :param made: seconds until their runs were made.
+    :param seconds: until all of them waited.
+    :param files: open files of the supervisor that there are more than before.
+    """
+
+    airflow: Any
+    triggerer: tuple[Any, Any]
+    runs: list
+    made: float
+    seconds: float
+    files: int
+    before: list[int]
+
+    def memory(self) -> dict[str, int]:
+        """Return the KB by which runner and supervisor have grown."""
+        after = collected(self.airflow, self.triggerer)
+        supervisor, runner = (now - was for now, was in zip(after, self.before, strict=True))
+        return {"runner": runner, "supervisor": supervisor}
+
+    def idle(self, seconds: float, look: Callable[[], None] | None = None) -> dict[str, float]:
+        """
+        Return how much of a core runner and supervisor take while nothing happens.
+
+        :param seconds: for which they are looked at.
+        :param look: done again and again meanwhile.
+        """
+        worked = [busy(process) for process in self.triggerer]
+        ends = time.monotonic() + seconds
+        while look is not None and time.monotonic() < ends:
+            look()
+            time.sleep(0.05)
+        time.sleep(max(ends - time.monotonic(), 0))
+        took = [busy(process) - was for process, was in zip(self.triggerer, worked, strict=True)]
+        return {"supervisor_cores": round(took[0] / seconds, 4), "runner_cores": round(took[1] / seconds, 4)}
+
+
+@contextlib.contextmanager
+def opened(
+    airflow: Any,
+    dag_id: str,
+    waits: int,
+    count: int,
+    *,
+    beside: str = "",
+    before: Callable[[], None] = lambda: None,
+    **conf: str,
+) -> Iterator[Opened]:
+    """
+    Have so many waits open in a triggerer that is new, and end them.
+
+    :param waits: in each run of the DAG.
+    :param count: in all.
+    :param beside: the DAG of one trigger more, which runs before what is there is looked at.
+    :param before: called when the triggerer is there and no wait is.
+    :param conf: of the runs.
+    """
+    triggerer = fresh_triggerer(airflow)
+    others = [airflow.run(beside)] if beside else []
+    if others:
+        until_open(triggerer, 1)
+        settle()
+    memory, files = collected(airflow, triggerer), open_files(triggerer[0])
+    before()
+    began = time.monotonic()
+    runs = open_waits(airflow, dag_id, waits, count, **conf)
+    made = time.monotonic() - began
+    until_open(triggerer, count + len(others))
+    seconds = time.monotonic() - began
+    settle()
+    more = open_files(triggerer[0]) - files
+    yield Opened(airflow, triggerer, runs, round(made, 1), round(seconds, 1), more, memory)
+    end(airflow, [*others, *runs])
 
 
 def tenth(waits: int) -> int:

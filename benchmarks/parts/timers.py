@@ -11,13 +11,10 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.processes import (
-    busy,
-    collected,
     end,
     fresh_triggerer,
-    open_files,
     open_waits,
-    settle,
+    opened,
     tenth,
     until_open,
 )
@@ -34,6 +31,8 @@ STARTED = {
     "mapped": "ours: `TimerListener`, mapped (`.expand`)",
     "in_one": "ours: `wait_for_events(TimerListener, …)`, one task",
 }
+# Waits of the DAGs in which they are few.
+FEW = (3, 10)
 # Events of that one task, as its DAG has it.
 IN_ONE = 1000
 # Seconds.
@@ -136,31 +135,24 @@ def _steps(row: dict[str, Any]) -> list[str]:
 def memory(stage: Stage) -> Rows:
     """What an open wait costs the triggerer, above one that has none."""
     found = []
-    for waits, count in [*((10, count) for count in stage.options.waits), (300, stage.options.in_one_dag)]:
+    many = [(waits, count - count % waits) for count in stage.options.waits for waits in FEW]
+    for waits, count in [*many, (300, stage.options.in_one_dag)]:
         for name in ("floor", "ours", "peer_in_triggerer"):
-            cost = _cost(stage, f"{name}_{waits}", waits, count)
-            found.append({"name": name, "in_dag": waits, "waits": count, "look": stage.options.look, **cost})
+            with opened(stage.airflow, f"{name}_{waits}", waits, count) as those:
+                memory, cores = those.memory(), those.idle(stage.options.look)
+            found.append(
+                {
+                    "name": name,
+                    "in_dag": waits,
+                    "waits": count,
+                    "look": stage.options.look,
+                    **memory,
+                    "files": those.files,
+                    "cores": round(sum(cores.values()), 4),
+                }
+            )
             print(found[-1], flush=True)
     return found
-
-
-def _cost(stage: Stage, dag_id: str, waits: int, count: int) -> dict[str, float]:
-    """Return the KB and files that the waits add to runner and supervisor, and the cores that these idle with."""
-    airflow, look = stage.airflow, stage.options.look
-    triggerer = fresh_triggerer(airflow)
-    before = collected(airflow, triggerer)
-    files = open_files(triggerer[0])
-    runs = open_waits(airflow, dag_id, waits, count)
-    until_open(triggerer, count)
-    settle()
-    after = collected(airflow, triggerer)
-    files = open_files(triggerer[0]) - files
-    worked = [busy(process) for process in triggerer]
-    time.sleep(look)
-    cores = sum(busy(process) - was for process, was in zip(triggerer, worked, strict=True)) / look
-    end(airflow, runs)
-    supervisor, runner = (now - was for now, was in zip(after, before, strict=True))
-    return {"runner": runner, "supervisor": supervisor, "files": files, "cores": round(cores, 4)}
 
 
 def memory_table(rows: Rows) -> str:
@@ -292,7 +284,7 @@ PARTS = {
     "memory": Part(
         memory,
         memory_table,
-        _dags(["floor", "ours", "peer_in_triggerer"], 10, 300),
+        _dags(["floor", "ours", "peer_in_triggerer"], *FEW, 300),
         plot="Memory that each open wait takes in the triggerer",
     ),
     "start": Part(start, start_table, (*_dags([*NAMES, "mapped"], 10), "in_one")),

@@ -23,7 +23,9 @@ asyncio.run(main())
 
 
 def test_a_process_that_was_stopped_begins_again_once():
-    with subprocess.Popen([sys.executable, "-c", STALLS], stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "6"}
+    command = [sys.executable, "-c", STALLS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             os.kill(process.pid, signal.SIGSTOP)
@@ -41,3 +43,8 @@ async def test_nothing_is_left_when_nobody_is_to_be_told():
     assert not stalls._told
     await asyncio.sleep(0)
     assert not [task for task in asyncio.all_tasks() if "stalls" in task.get_name()]
+
+
+def test_what_cannot_have_made_another_triggerer_take_over_is_no_stall(monkeypatch):
+    monkeypatch.setenv("AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD", "30")
+    assert stalls._shortest() == 10
