@@ -46,6 +46,7 @@ def _have(stage: Stage, name: str, count: int) -> dict[str, Any]:
         counts.append(0 if name == FLOOR else _count(name, broker))
 
     with opened(stage.airflow, f"{name}_10", 10, count, before=look, queue=where) as those:
+        those.rest()
         cores = those.idle(stage.options.look, look)
         memory = those.memory()
     before, *then = counts

@@ -15,6 +15,8 @@ from typing import Any
 settled = 10.0
 # Seconds in which the triggerer's processes have collected their garbage, once told.
 COLLECTING = 5.0
+# Cores that a supervisor takes while nobody asks it anything: less than so many, also with 10,000 waits.
+RESTING = 0.2
 
 
 def settle() -> None:
@@ -62,6 +64,19 @@ class Opened:
     seconds: float
     files: int
     before: list[int]
+
+    def rest(self) -> None:
+        """Wait until its supervisor has answered what the waits asked as they began."""
+        from deployment import until
+
+        supervisor = self.triggerer[0]
+
+        def rests() -> bool:
+            worked = busy(supervisor)
+            time.sleep(5)
+            return busy(supervisor) - worked < 5 * RESTING
+
+        until(rests, "the triggerer's supervisor rests", timeout=60 + len(self.runs), pause=0)
 
     def memory(self) -> dict[str, int]:
         """Return the KB by which runner and supervisor have grown."""

@@ -139,6 +139,7 @@ def memory(stage: Stage) -> Rows:
     for waits, count in [*many, (300, stage.options.in_one_dag)]:
         for name in ("floor", "ours", "peer_in_triggerer"):
             with opened(stage.airflow, f"{name}_{waits}", waits, count) as those:
+                those.rest()
                 memory, cores = those.memory(), those.idle(stage.options.look)
             found.append(
                 {
