@@ -49,7 +49,7 @@ def _shortest() -> float:
     third of it counts. Below that are the stalls of every large triggerer, whose runner decodes long messages in
     one piece while its supervisor sends heartbeats.
     """
-    return conf.getfloat("triggerer", "triggerer_health_check_threshold") / 3
+    return float(conf.getfloat("triggerer", "triggerer_health_check_threshold")) / 3
 
 
 async def _watch(told: set[Callable[[], None]], before: float) -> None:
