@@ -163,13 +163,13 @@ class EventTrigger(BaseTrigger):
         record = XComRecord(wait)
         self._foreseen = foresee(listener, wait, self.listener_args, self.listener_kwargs)
         first_try = self.task_instance.try_number == 1
+        # Of what is foreseen there is no record before the first try ends.
+        nothing_yet = first_try and self._foreseen is not None
         self._reads_later = self._foreseen is None and _may_poll_unread(listener)
         self._unread = self._reads_later and first_try
         with stalls.told_to(self._poll_anew):
             while True:
                 self._arrived = None
-                # Of what is foreseen there is no record before the first try ends.
-                nothing_yet = first_try and self._foreseen is not None
                 stored = None if nothing_yet or self._unread else await record.read()
                 if record.to_come is not None and not self._foresees(record.to_come):
                     await record.drop(record.to_come)  # for its moment would come, and this is another event
@@ -340,7 +340,8 @@ class EventTrigger(BaseTrigger):
                         if alarm is not None:
                             alarm.cancel()
             finally:
-                Lookups.of_loop().discard(self._see_whether_recorded)
+                if self._reads_later:
+                    Lookups.of_loop().discard(self._see_whether_recorded)
                 # A task of its own, so that a listener which swallows its cancellation cannot end the wait.
                 if not poll.done():
                     poll.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -28,7 +29,8 @@ class Lookups:
     _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Lookups]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._looks: dict[Callable[[], Awaitable[None]], None] = {}  # in the order in which they came
+        # In the order of their turns, with a mark by which a look is known that was added anew while it was taken.
+        self._looks: OrderedDict[Callable[[], Awaitable[None]], object] = OrderedDict()
         self._work: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -42,7 +44,7 @@ class Lookups:
 
     def add(self, look: Callable[[], Awaitable[None]]) -> None:
         """Call ``look`` when it is its turn, and again if that fails, until it was called or is discarded."""
-        self._looks[look] = None
+        self._looks[look] = object()
         if self._work is None or self._work.done():
             self._work = background(self._take_turns(), "looks for what is recorded already")
 
@@ -52,14 +54,14 @@ class Lookups:
 
     async def _take_turns(self) -> None:
         while self._looks:
-            look = next(iter(self._looks))
+            look, mark = next(iter(self._looks.items()))
             try:
                 await look()
             except Exception:
                 log.warning("Could not see whether an event is recorded already", exc_info=True)
                 await asyncio.sleep(_PAUSE)
-                if look in self._looks:  # the others first
-                    del self._looks[look]
-                    self._looks[look] = None
+                if look in self._looks:
+                    self._looks.move_to_end(look)  # the others first
                 continue
-            self._looks.pop(look, None)
+            if self._looks.get(look) is mark:
+                del self._looks[look]

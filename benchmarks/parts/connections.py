@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from parts import Part, Rows, Stage
+from parts import Part, Rows, Stage, timers
 from parts.processes import opened, tenth
 from parts.queues import KAFKA, SQS, sqs_queue
 
 REDIS = ("of_redis", "Valkey")
 FLOOR = "floor"
 NAMES = {
-    FLOOR: "the floor: a trigger that awaits forever",
+    FLOOR: timers.NAMES[FLOOR],
     "kafka_ours": "ours: `KafkaListener`, Kafka",
     "kafka_watch": "ours: `KafkaWatchListener`, Kafka",
     "kafka_peer": "`AwaitMessageSensor`, Kafka",

@@ -20,8 +20,7 @@ WHO = {
     WATCH: "ours: `KafkaWatchListener`, each for a message of its own in one topic",
     "peer_in_triggerer": NAMES["peer_in_triggerer"],
 }
-# Messages that are sent one after another while all wait, and for how many seconds each is looked for. Each watch
-# has read its record before it looks, which its supervisor answers one by one: of 10,000 that takes minutes.
+# Messages that are sent one after another while all wait, and for how many seconds each is looked for.
 SENT = 10
 LOOKED_FOR = 900
 

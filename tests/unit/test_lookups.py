@@ -75,6 +75,20 @@ async def test_a_look_that_fails_is_taken_again_after_the_others(monkeypatch, ca
     assert "no database" in caplog.text
 
 
+async def test_who_comes_again_during_its_look_is_looked_for_again():
+    queue, taken = Lookups(), []
+
+    async def look():
+        taken.append("look")
+        if len(taken) == 1:  # as after a stall, whose answer may be from before it
+            queue.discard(look)
+            queue.add(look)
+
+    queue.add(look)
+    await until_done(queue)
+    assert taken == ["look", "look"]
+
+
 async def test_each_event_loop_has_its_own():
     here = Lookups.of_loop()
     assert Lookups.of_loop() is here
