@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import time
+import uuid
 from datetime import datetime, timezone
 from typing import Any
 
@@ -153,13 +154,20 @@ class RabbitMQ(Broker):
         return self.do(look())
 
     def ask(self, expression: str) -> str:
-        """Evaluate an Erlang expression on the server, as ``rabbitmqctl eval`` does, which takes seconds."""
-        cookie = (self.server.folder / ".erlang.cookie").read_text()
-        return subprocess.run(
-            ["erl_call", "-c", cookie, "-n", self.server.node, "-e", "-timeout", "25"],
-            input=f"{expression}\n", capture_output=True, text=True, check=True,
+        """
+        Evaluate an Erlang expression on the server, as ``rabbitmqctl eval`` does, which takes seconds.
+
+        Each time under a name of its own: the server refuses whoever has the name of a node that it has not yet
+        seen leave, and ``erl_call`` always has the same, or with ``-r`` one of a few.
+        """
+        cookie, name = (self.server.folder / ".erlang.cookie").read_text(), f"tests-{uuid.uuid4().hex}"
+        done = subprocess.run(
+            ["erl_call", "-c", cookie, "-h", name, "-n", self.server.node, "-e", "-timeout", "25"],
+            input=f"{expression}\n", capture_output=True, text=True,
             env={**os.environ, **self.server.environment},
-        ).stdout  # fmt: skip
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def queues(self) -> dict[str, int]:
         """Return all queues of the server and how many messages each has, given out or not."""
