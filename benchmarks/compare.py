@@ -15,7 +15,6 @@ import importlib
 import json
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
@@ -92,7 +91,6 @@ def main() -> None:
     bootstrap.run_inside("[test,benchmark]")
     from parts import plots
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # not without ending what it started
     failed = []
     if not options.draw:
         # One open log file a wait.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,14 @@ def run_inside(extras: str = "") -> None:
     Continue the calling script inside of the project's virtual environment, which is made if need be.
 
     Returns at once if it runs there already. The project's own wheel is built anew each time; what it depends
-    on is installed again when ``setup.cfg`` or ``constraints.txt`` has changed.
+    on is installed again when ``setup.cfg`` or ``constraints.txt`` has changed. From then on SIGTERM does what
+    Ctrl-C does, so that what the script starts ends with it.
 
     :param extras: of the package, as pip writes them: ``[test]``.
     """
     venv = ROOT / ".venv" / f"py{sys.version_info.major}.{sys.version_info.minor}"
     if Path(sys.prefix) == venv:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return
     if sys.version_info < (3, 10):  # noqa: UP036 (whoever has an older one learns it here)
         fail(f"needs Python 3.10 or later; {sys.executable} is {sys.version.split()[0]}")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import socket
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -53,7 +51,6 @@ def main() -> None:
     from deployment import Deployment
 
     shutil.rmtree(HOME, ignore_errors=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     airflow = Deployment(HOME, port=options.port, say=say)
     try:
         show(airflow, options.once)
