@@ -32,7 +32,7 @@ def run_inside(extras: str = "") -> None:
     """
     venv = ROOT / ".venv" / f"py{sys.version_info.major}.{sys.version_info.minor}"
     if Path(sys.prefix) == venv:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _interrupt)
         return
     if sys.version_info < (3, 10):  # noqa: UP036 (whoever has an older one learns it here)
         fail(f"needs Python 3.10 or later; {sys.executable} is {sys.version.split()[0]}")
@@ -52,6 +52,11 @@ def run_inside(extras: str = "") -> None:
         stamp.write_text(wanted)
     _run("pip could not install the wheel", *pip, "install", "--no-deps", "--force-reinstall", str(wheel))
     os.execv(python, [str(python), *sys.argv])
+
+
+def _interrupt(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, and to end takes a while
+    raise KeyboardInterrupt
 
 
 def _build(pip: list[str]) -> Path:
