@@ -25,7 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "sources"), str(BENCHMARKS)]
 
-from parts import Stage, connections, database, imports, large, pages, processes, queues, ray_workflow, timers  # noqa: E402
+from parts import (  # noqa: E402
+    Stage,
+    connections,
+    database,
+    imports,
+    large,
+    messages,
+    pages,
+    processes,
+    queues,
+    ray_workflow,
+    timers,
+)
 
 import bootstrap  # noqa: E402
 
@@ -35,6 +47,7 @@ PARTS = {
     **queues.PARTS,
     **ray_workflow.PARTS,
     **connections.PARTS,
+    **messages.PARTS,
     **imports.PARTS,
     **database.PARTS,
 }
@@ -133,9 +146,10 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
             stack.callback(broker.stop)
             connections[f"AIRFLOW_CONN_{kind.connection_type.upper()}_DEFAULT"] = json.dumps(broker.connection())
             if name == "Kafka":
-                for number in range(options.at_once):
-                    peer = broker.connection(extra={**KAFKA, "group.id": f"peer{number}"})
-                    connections[f"AIRFLOW_CONN_KAFKA_{number}"] = json.dumps(peer)
+                in_tens = range(processes.tenth(max(options.waits)) // 10)
+                for group in (*range(options.at_once), *(f"{run}{wait}" for run in in_tens for wait in range(10))):
+                    peer = broker.connection(extra={**KAFKA, "group.id": f"peer{group}"})
+                    connections[f"AIRFLOW_CONN_KAFKA_{group}"] = json.dumps(peer)
         airflow = Deployment(home, database=postgres.url, settings=SETTINGS, variables=connections)
         stack.enter_context(airflow)
         airflow.prepare()

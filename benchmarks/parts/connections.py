@@ -6,9 +6,8 @@ from typing import Any
 
 from parts import Part, Rows, Stage, timers
 from parts.processes import opened, tenth
-from parts.queues import KAFKA, SQS, sqs_queue
+from parts.queues import KAFKA, REDIS, SQS, fresh_queue
 
-REDIS = ("of_redis", "Valkey")
 FLOOR = "floor"
 NAMES = {
     FLOOR: timers.NAMES[FLOOR],
@@ -21,7 +20,6 @@ NAMES = {
     "sqs_ours": "ours: `SqsListener`, emulator",
     "sqs_peer_1s": "`SqsSensor(deferrable=True, poke_interval=1)`, emulator",
 }
-BROKERS = {FLOOR: KAFKA, "kafka": KAFKA, "redis": REDIS, "sqs": SQS}
 # Those that begin on one.
 ON_WORKERS = ("kafka_peer", "kafka_queue", "sqs_peer_1s")
 
@@ -37,9 +35,7 @@ def connections(stage: Stage) -> Rows:
 
 
 def _have(stage: Stage, name: str, count: int) -> dict[str, Any]:
-    broker = stage.brokers[BROKERS[name.partition("_")[0]][1]]
-    broker.fresh()
-    where = sqs_queue(broker) if name.startswith("sqs") else broker.queue
+    broker, where = fresh_queue(stage, name)
     counts: list[int] = []
 
     def look() -> None:

@@ -39,11 +39,14 @@ def fresh_triggerer(airflow: Any) -> tuple[Any, Any]:
 def open_waits(
     airflow: Any, dag_id: str, waits: int, count: int, due: datetime | None = None, **conf: str
 ) -> list:
-    """Start as many runs of a DAG with so many waits as make ``count``."""
+    """Start as many runs of a DAG with so many waits as make ``count``, and tell each its number."""
     if due:
         conf["due"] = due.isoformat()
     label = f"{time.time():.0f}"
-    return [airflow.run(dag_id, conf, run_id=f"{label}-{number}") for number in range(count // waits)]
+    return [
+        airflow.run(dag_id, {**conf, "number": f"{number}"}, run_id=f"{label}-{number}")
+        for number in range(count // waits)
+    ]
 
 
 @dataclass

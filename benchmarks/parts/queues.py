@@ -16,6 +16,7 @@ from parts.timers import latency_lines, note, nothing_noted
 
 SQS = ("of_sqs", "Sqs")
 KAFKA = ("of_kafka", "Kafka")
+REDIS = ("of_redis", "Valkey")
 
 
 @dataclass
@@ -86,6 +87,13 @@ class Source:
 
     def part(self) -> Part:
         return Part(self.measure, self.table, tuple(f"{name}_1" for name in self.names), (self.broker,))
+
+
+def fresh_queue(stage: Stage, name: str) -> tuple[Any, str]:
+    """Make a queue for the contender of this name, and return its broker and what it is called in a DAG."""
+    _, broker = {"redis": REDIS, "sqs": SQS}.get(name.partition("_")[0], KAFKA)
+    made = stage.brokers[broker]
+    return made, sqs_queue(made) if broker == SQS[1] else _topic(made)
 
 
 def sqs_queue(broker: Any) -> str:

@@ -256,15 +256,16 @@ def burst_table(rows: Rows) -> str:
         "| waits due at once | due to the first success | the median | the last | per second |",
         "|---" * 5 + "|",
     ]
-    lines += [
-        f"| {NAMES[row['name']]}; {row['waits']:,} | {row['ends'][0]:.1f} s "
-        f"| {statistics.median(row['ends']):.1f} s | {row['ends'][-1]:.1f} s "
-        f"| {row['waits'] / row['ends'][-1]:.0f} |"
-        for row in rows
-    ]
+    lines += [f"| {NAMES[row['name']]}; {row['waits']:,} | {ends_of(row)} |" for row in rows]
     return "\n".join(
         [*lines, "", "Runs of a DAG with 10 waits; a wait's success is the end of its task instance."]
     )
+
+
+def ends_of(row: dict[str, Any]) -> str:
+    """Return when the first, the median and the last of a row's waits ended, and how many did in a second."""
+    first, median, last = row["ends"][0], statistics.median(row["ends"]), row["ends"][-1]
+    return f"{first:.1f} s | {median:.1f} s | {last:.1f} s | {row['waits'] / last:.1f}"
 
 
 def spread(seconds: list[float]) -> str:
