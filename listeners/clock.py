@@ -6,8 +6,8 @@ import asyncio
 import heapq
 import itertools
 from datetime import datetime, timezone
-from typing import ClassVar
-from weakref import WeakKeyDictionary
+
+from airflow_events.listeners.shared import OnePerLoop
 
 # Seconds. Looking at the clock in steps bounds by how much a moment is late after it was set forward.
 _LONGEST_SLEEP = 60.0
@@ -15,14 +15,12 @@ _LONGEST_SLEEP = 60.0
 _AT_ONCE = 100
 
 
-class Clock:
+class Clock(OnePerLoop):
     """
     One heap of moments for all of an event loop, and one call for the next of them.
 
     A moment is compared with the wall clock, which may be set, so no moment goes off before it has come.
     """
-
-    _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Clock]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, asyncio.Future[None]]] = []
@@ -33,11 +31,6 @@ class Clock:
     def __len__(self) -> int:
         """Count the moments that somebody waits for."""
         return len(self._heap) - self._gone
-
-    @classmethod
-    def of_loop(cls) -> Clock:
-        """Return the clock of the running event loop."""
-        return cls._of.setdefault(asyncio.get_running_loop(), cls())
 
     def until(self, moment: datetime) -> asyncio.Future[None]:
         """Return what can be awaited until ``moment``; it is done already if that has come."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 
@@ -19,6 +19,7 @@ class Resource(Protocol):
 
 _R = TypeVar("_R", bound=Resource)
 _C = TypeVar("_C")
+_O = TypeVar("_O", bound="OnePerLoop")
 _open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, tuple[Any, set[object]]]] = WeakKeyDictionary()
 
 
@@ -84,6 +85,21 @@ class _Connection(Generic[_C]):
     async def close(self) -> None:
         if self._open is not None:
             await self._close(self._open)
+
+
+class OnePerLoop:
+    """What an event loop has one of, for all its waits, as long as there is the loop."""
+
+    _ones: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[type[Any], Any]]] = WeakKeyDictionary()
+
+    @classmethod
+    def of_loop(cls: type[_O]) -> _O:
+        """Return that of the running event loop."""
+        ones = cls._ones.setdefault(asyncio.get_running_loop(), {})
+        if cls not in ones:
+            ones[cls] = cls()
+        one: _O = ones[cls]
+        return one
 
 
 def background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -25,6 +25,7 @@ from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.foreseen import Foreseen, foresee
 from airflow_events.triggers.lookups import Lookups
 from airflow_events.triggers.record import RECORD_KEY, XComRecord
+from airflow_events.triggers.requests import Requests
 from airflow_events.triggers.watchdog import Steps
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class EventTrigger(BaseTrigger):
         self._unread = self._reads_later and first_try
         with stalls.told_to(self._poll_anew):
             while True:
-                self._arrived = None
+                self._arrived = record.arrived = None
                 stored = None if nothing_yet or self._unread else await record.read()
                 if record.to_come is not None and not self._foresees(record.to_come):
                     await record.drop(record.to_come)  # for its moment would come, and this is another event
@@ -206,6 +207,7 @@ class EventTrigger(BaseTrigger):
                         if self.timeout is not None:
                             await record.hand_over_deadline()
                         raise
+                    record.arrived = self._arrived
                     if commits(listener) and await self._has_ended(wait):
                         self.log.warning("The task has ended meanwhile; its event goes back to the source")
                         await self._release(listener, wait)
@@ -460,14 +462,14 @@ class EventTrigger(BaseTrigger):
 
     async def _state(self, wait: Wait) -> str | None:
         """Return the task instance's state; ``removed`` if it, or its run, was deleted."""
-        answer: Any = await task_runner.SUPERVISOR_COMMS.asend(
-            GetTaskStates(
-                dag_id=wait.dag_id,
-                run_ids=[wait.run_id],
-                task_ids=[wait.task_id],
-                map_index=wait.map_index if wait.map_index >= 0 else None,
-            )
+        asked = GetTaskStates(
+            dag_id=wait.dag_id,
+            run_ids=[wait.run_id],
+            task_ids=[wait.task_id],
+            map_index=wait.map_index if wait.map_index >= 0 else None,
         )
+        async with Requests.of_loop().turn(self._arrived):
+            answer: Any = await task_runner.SUPERVISOR_COMMS.asend(asked)
         states = answer.task_states.get(wait.run_id, {})
         name = wait.task_id if wait.map_index < 0 else f"{wait.task_id}_{wait.map_index}"
         state: str | None = states.get(name, "removed")

@@ -6,10 +6,8 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import ClassVar
-from weakref import WeakKeyDictionary
 
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.shared import OnePerLoop, background
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +15,7 @@ log = logging.getLogger(__name__)
 _PAUSE = 5.0
 
 
-class Lookups:
+class Lookups(OnePerLoop):
     """
     A queue of looks for all waits of an event loop, which are taken one after the other.
 
@@ -25,8 +23,6 @@ class Lookups:
     thousands of waits that begin asked at once, an event that comes meanwhile would be recorded after the last
     of their answers; so it is behind one of them at most.
     """
-
-    _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Lookups]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         # In the order of their turns, with a mark by which a look is known that was added anew while it was taken.
@@ -36,11 +32,6 @@ class Lookups:
     def __len__(self) -> int:
         """Count the looks that are still to come."""
         return len(self._looks)
-
-    @classmethod
-    def of_loop(cls) -> Lookups:
-        """Return the queue of the running event loop."""
-        return cls._of.setdefault(asyncio.get_running_loop(), cls())
 
     def add(self, look: Callable[[], Awaitable[None]]) -> None:
         """Call ``look`` when it is its turn, and again if that fails, until it was called or is discarded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,6 +12,7 @@ from airflow.sdk.execution_time.comms import DeleteXCom
 from airflow.sdk.execution_time.xcom import XCom
 from airflow_events.listeners.base import Wait
 from airflow_events.listeners.commit import Record
+from airflow_events.triggers.requests import Requests
 
 RECORD_KEY = "event_record"
 LOST_KEY = "event_lost"
@@ -32,9 +34,11 @@ class XComRecord:
     :param wait: as it was when its trigger was made.
     :param after: the id of the record that was dropped last, as far as was read.
     :param to_come: what was written, as far as was read, ahead of an event that has not come yet.
+    :param arrived: when the event came that is being recorded, in seconds since the epoch; None if none has come.
     """
 
     wait: Wait
+    arrived: float | None = None
     after: str = field(init=False)
     to_come: Record | None = field(init=False, default=None)
 
@@ -85,18 +89,20 @@ class XComRecord:
     async def deliver(self, value: Any, *, mapped_length: int | None = None, dag_result: bool = False) -> None:
         """Write the task's return value, which Airflow's worker would do."""
         # The private parameter is what the worker uses too; without it no task can be mapped over the value.
-        await XCom.aset(
-            key=XCom.XCOM_RETURN_KEY,
-            value=value,
-            dag_result=dag_result,
-            _mapped_length=mapped_length,
-            **self._key,
-        )
+        async with self._turn():
+            await XCom.aset(
+                key=XCom.XCOM_RETURN_KEY,
+                value=value,
+                dag_result=dag_result,
+                _mapped_length=mapped_length,
+                **self._key,
+            )
 
     async def undeliver(self) -> None:
         """Delete the task's return value, which was written ahead of an event that will not come."""
         # There is no async method for it.
-        await task_runner.SUPERVISOR_COMMS.asend(DeleteXCom(key=XCom.XCOM_RETURN_KEY, **self._key))
+        async with self._turn():
+            await task_runner.SUPERVISOR_COMMS.asend(DeleteXCom(key=XCom.XCOM_RETURN_KEY, **self._key))
 
     @property
     def _key(self) -> dict[str, Any]:
@@ -107,8 +113,13 @@ class XComRecord:
             "map_index": self.wait.map_index,
         }
 
+    def _turn(self) -> AbstractAsyncContextManager[None]:
+        return Requests.of_loop().turn(self.arrived)
+
     async def _get(self, key: str) -> Any:
-        return await XCom.aget_one(key=key, **self._key)
+        async with self._turn():
+            return await XCom.aget_one(key=key, **self._key)
 
     async def _set(self, key: str, value: Any) -> None:
-        await XCom.aset(key=key, value=value, **self._key)
+        async with self._turn():
+            await XCom.aset(key=key, value=value, **self._key)

@@ -24,7 +24,7 @@ from airflow_events import EventListener, Wait, current_wait
 from airflow_events.errors import EventLost
 from airflow_events.listeners import commit
 from airflow_events.operators.record import WorkerRecord
-from airflow_events.triggers import lookups, outcome
+from airflow_events.triggers import lookups, outcome, requests
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
 
@@ -55,6 +55,7 @@ class Process:
     task: asyncio.Task[None] | None = None
     dead: bool = False
     lookups: lookups.Lookups = field(default_factory=lookups.Lookups)
+    requests: requests.Requests = field(default_factory=requests.Requests)
 
     @property
     def at(self) -> str | None:

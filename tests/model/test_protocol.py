@@ -20,6 +20,7 @@ from airflow_events.listeners.commit import Record, settle
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import lookups, reference
 from airflow_events.triggers.lookups import Lookups
+from airflow_events.triggers.requests import Requests
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -62,8 +63,14 @@ class Protocol(RuleBasedStateMachine):
             finish_on_worker=self.finish_on_worker,
             compare_and_set=self.compare_and_set,
         )
-        self.before = (task_runner.__dict__.get("SUPERVISOR_COMMS"), reference.load, uuid.uuid4)
+        self.before = (
+            task_runner.__dict__.get("SUPERVISOR_COMMS"),
+            Requests.of_loop,
+            reference.load,
+            uuid.uuid4,
+        )
         task_runner.SUPERVISOR_COMMS = self.world
+        Requests.of_loop = lambda: PROCESS.get().requests  # each process asks its own supervisor
         uuid.uuid4 = drawn_uuid
         reference.load = lambda name: self.world.source
         for _ in range(3):
@@ -76,7 +83,7 @@ class Protocol(RuleBasedStateMachine):
             if self.world.violation() is None:
                 self.finish()
         finally:
-            task_runner.SUPERVISOR_COMMS, reference.load, uuid.uuid4 = self.before
+            task_runner.SUPERVISOR_COMMS, Requests.of_loop, reference.load, uuid.uuid4 = self.before
             self.loop.run_until_complete(self.end_all())
             self.loop.close()
             self.time.stop()
