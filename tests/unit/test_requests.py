@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from types import SimpleNamespace
 
 import pytest
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import GetTaskStates, GetXCom, XComResult
+from airflow_events.listeners.base import EventListener
+from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.requests import Requests
 
 
@@ -79,3 +85,69 @@ async def test_a_request_that_fails_holds_up_nobody():
     assert await waits.rest() == ["the one after"]
     waits.answers["the one after"].set()
     await waits.rest()
+
+
+class Bell(EventListener):
+    """All waits hear it at once; each claims what it hears, and commits."""
+
+    repeatable_poll = True
+    rings = asyncio.Event()
+    heard_by = 0
+
+    async def poll_for_event(self):
+        type(self).heard_by += 1
+        await self.rings.wait()
+        return "heard"
+
+    async def event_checkpointed(self, event): ...
+
+
+class Supervisor:
+    """Answers one request after another, and counts them."""
+
+    def __init__(self):
+        self.asked = 0
+        self._lock = asyncio.Lock()
+
+    async def asend(self, message):
+        async with self._lock:
+            self.asked += 1
+            await asyncio.sleep(0)
+        if isinstance(message, GetTaskStates):
+            return SimpleNamespace(task_states={run: {"task": "deferred"} for run in message.run_ids})
+        return XComResult(key=message.key, value=None) if isinstance(message, GetXCom) else None
+
+
+async def asked_until_the_first_ended(monkeypatch, waits):
+    supervisor = Supervisor()
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", supervisor, raising=False)
+    monkeypatch.setattr(Bell, "rings", asyncio.Event())
+    monkeypatch.setattr(Bell, "heard_by", 0)
+    ended = []
+
+    async def wait(run):
+        trigger = EventTrigger(
+            listener=f"{__name__}:Bell", wait={"dag_id": "dag", "run_id": run, "task_id": "task"}
+        )
+        trigger.task_instance = SimpleNamespace(task_id="task", try_number=1)
+        async for _ in trigger.run():
+            ended.append(supervisor.asked)
+
+    tasks = [asyncio.create_task(wait(f"run{number}")) for number in range(waits)]
+    while Bell.heard_by < waits:
+        await asyncio.sleep(0)
+    before = supervisor.asked
+    Bell.rings.set()
+    await asyncio.gather(*tasks)
+    return ended[0] - before, ended[-1] - before
+
+
+async def test_of_many_events_at_once_the_first_does_not_wait_for_the_last(monkeypatch):
+    alone, _ = await asked_until_the_first_ended(monkeypatch, 1)
+    first, last = await asked_until_the_first_ended(monkeypatch, 20)
+    assert last == 20 * alone
+    assert first <= 2 * alone, "another may ask while the first commits"
+
+    monkeypatch.setattr(Requests, "turn", lambda *_: contextlib.nullcontext())
+    first, last = await asked_until_the_first_ended(monkeypatch, 20)
+    assert first > last / 2, "in the order of asking, as it would be without turns"
