@@ -19,9 +19,9 @@ class Lookups(OnePerLoop):
     """
     A queue of looks for all waits of an event loop, which are taken one after the other.
 
-    Each asks Airflow, and a triggerer's supervisor answers one request in each of its loops, in their order. If
-    thousands of waits that begin asked at once, an event that comes meanwhile would be recorded after the last
-    of their answers; so it is behind one of them at most.
+    Each asks Airflow, and a triggerer's supervisor answers one request in each of its loops. That an event which
+    comes meanwhile is behind one of them at most is the order of `Requests`; this queue is instead of a task for
+    each of thousands of waits that begin, which would stand there for minutes.
     """
 
     def __init__(self) -> None:

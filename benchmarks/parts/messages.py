@@ -9,7 +9,7 @@ from typing import Any
 from parts import Part, Rows, Stage, connections
 from parts.processes import opened, tenth
 from parts.queues import KAFKA, REDIS, SQS, fresh_queue, order_of
-from parts.timers import ends_of, since
+from parts.timers import ends_of, successes
 
 NAMES = {name: what for name, what in connections.NAMES.items() if name not in (connections.FLOOR, "redis_watch")}
 # Those that need workers.
@@ -37,12 +37,9 @@ def _sent(stage: Stage, name: str, count: int) -> dict[str, Any]:
         begin = datetime.now(timezone.utc)
         broker.send(*({"order": order_of(run, wait)} for run, wait in waits))
         sending = (datetime.now(timezone.utc) - begin).total_seconds()
-        for run in those.runs:
-            assert run.finished(timeout=LONGEST) == "success", run
-        moments = [task["end_date"] for run in those.runs for task in run.tasks().values()]
         return {
             "sending": round(sending, 1),
-            "ends": sorted(since(begin, moment) for moment in moments),
+            "ends": successes(those.runs, begin, LONGEST),
             "workers": statistics.mean(run.worker_starts(wait) for run, wait in waits),
         }
 

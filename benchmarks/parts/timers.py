@@ -242,11 +242,7 @@ def burst(stage: Stage) -> Rows:
         runs = open_waits(stage.airflow, f"{name}_10", 10, count, due)
         until_open(triggerer, count)
         assert datetime.now(timezone.utc) < due, "they are due before all wait"
-        ends = []
-        for run in runs:
-            assert run.finished(timeout=600) == "success", run
-            ends += [task["end_date"] for task in run.tasks().values()]
-        found.append({"name": name, "waits": count, "ends": sorted(since(due, moment) for moment in ends)})
+        found.append({"name": name, "waits": count, "ends": successes(runs, due, 600)})
         print(name, found[-1]["ends"][-1], flush=True)
     return found
 
@@ -260,6 +256,19 @@ def burst_table(rows: Rows) -> str:
     return "\n".join(
         [*lines, "", "Runs of a DAG with 10 waits; a wait's success is the end of its task instance."]
     )
+
+
+def successes(runs: list, begin: datetime, timeout: float) -> list[float]:
+    """
+    Return how long after ``begin`` each task of these runs has succeeded, in their order.
+
+    :param timeout: seconds that a run may take from when it is looked for.
+    """
+    moments = []
+    for run in runs:
+        assert run.finished(timeout=timeout) == "success", run
+        moments += [task["end_date"] for task in run.tasks().values()]
+    return sorted(since(begin, moment) for moment in moments)
 
 
 def ends_of(row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from airflow_events import EventListener, Wait, current_wait
 from airflow_events.errors import EventLost
 from airflow_events.listeners import commit
 from airflow_events.operators.record import WorkerRecord
-from airflow_events.triggers import lookups, outcome, requests
+from airflow_events.triggers import outcome
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
 
@@ -54,13 +54,18 @@ class Process:
     gates: list[tuple[str, asyncio.Future[None]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     dead: bool = False
-    lookups: lookups.Lookups = field(default_factory=lookups.Lookups)
-    requests: requests.Requests = field(default_factory=requests.Requests)
+    ones: dict[type[Any], Any] = field(default_factory=dict)
 
     @property
     def at(self) -> str | None:
         """Return the step that it is about to take, or None if it has ended or was killed."""
         return None if self.dead or not self.gates else self.gates[0][0]
+
+    def one(self, kind: type[Any]) -> Any:
+        """Return what an event loop has one of, as the process would have it in a loop of its own."""
+        if kind not in self.ones:
+            self.ones[kind] = kind()
+        return self.ones[kind]
 
 
 async def step(name: str) -> None:

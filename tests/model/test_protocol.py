@@ -17,10 +17,10 @@ import time_machine
 from airflow.sdk.execution_time import task_runner
 from airflow_events.listeners import commit
 from airflow_events.listeners.commit import Record, settle
+from airflow_events.listeners.shared import OnePerLoop
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import lookups, reference
 from airflow_events.triggers.lookups import Lookups
-from airflow_events.triggers.requests import Requests
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -65,12 +65,13 @@ class Protocol(RuleBasedStateMachine):
         )
         self.before = (
             task_runner.__dict__.get("SUPERVISOR_COMMS"),
-            Requests.of_loop,
+            OnePerLoop.__dict__["of_loop"],
             reference.load,
             uuid.uuid4,
         )
         task_runner.SUPERVISOR_COMMS = self.world
-        Requests.of_loop = lambda: PROCESS.get().requests  # each process asks its own supervisor
+        # What is of the loop dies with a process, and no other waits for it.
+        OnePerLoop.of_loop = classmethod(lambda kind: PROCESS.get().one(kind))
         uuid.uuid4 = drawn_uuid
         reference.load = lambda name: self.world.source
         for _ in range(3):
@@ -83,7 +84,7 @@ class Protocol(RuleBasedStateMachine):
             if self.world.violation() is None:
                 self.finish()
         finally:
-            task_runner.SUPERVISOR_COMMS, Requests.of_loop, reference.load, uuid.uuid4 = self.before
+            task_runner.SUPERVISOR_COMMS, OnePerLoop.of_loop, reference.load, uuid.uuid4 = self.before
             self.loop.run_until_complete(self.end_all())
             self.loop.close()
             self.time.stop()
@@ -237,9 +238,8 @@ class Watched(Protocol):
 
     @initialize()
     def begin(self):
-        self.world_before = (Lookups.of_loop, lookups.background)
-        # Each process has a queue of its own, whose work is stepped with it and dies with it.
-        Lookups.of_loop = lambda: PROCESS.get().lookups
+        self.background_before = lookups.background
+        # Its work is stepped with the process, and dies with it.
         lookups.background = lambda work, name: asyncio.create_task(work, name=name)
         super().begin()
 
@@ -247,7 +247,7 @@ class Watched(Protocol):
         try:
             super().teardown()
         finally:
-            Lookups.of_loop, lookups.background = self.world_before
+            lookups.background = self.background_before
 
     def a_claim_lapses(self, number):
         """There is none."""
