@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 from airflow.sdk import dag, task
-from airflow_events import EventListener, current_wait, wait_for_event
-from airflow_events.errors import EventLost
+from airflow_events import EventListener, wait_for_event
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 
 
@@ -30,36 +27,23 @@ class LineListener(EventListener):
 
 class TicketListener(EventListener):
     """
-    The tickets ``a``, ``b``, ``c`` ... of a folder; each goes to one wait.
+    The tickets of a folder, which are files without a suffix; each goes to one wait.
 
-    A ticket is claimed by linking a file with the wait's name in it to ``a.claim``, which only one wait can, and
-    it is committed by ``a.done``.
+    All waits may poll the same ticket at once: by its id Airflow knows that it is the same, and one wait gets it.
+    It is gone once it is committed, which may happen again, and by whoever comes to know that it is another's.
     """
 
-    repeatable_poll = True
-
     async def poll_for_event(self, folder):
-        me = current_wait().id
-        while True:
-            for ticket in sorted(p for p in Path(folder).glob("*") if p.suffix == ""):
-                claim, done = ticket.with_suffix(".claim"), ticket.with_suffix(".done")
-                if done.exists():
-                    continue
-                # In one step: a process that dies leaves the whole claim or none.
-                with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".new") as mine:
-                    mine.write(me)
-                    mine.flush()
-                    with contextlib.suppress(FileExistsError):
-                        os.link(mine.name, claim)
-                if claim.read_text() == me:
-                    return str(ticket)
+        while not (tickets := sorted(file for file in Path(folder).glob("*") if file.suffix == "")):
             await asyncio.sleep(0.5)
+        return {"ticket": str(tickets[0]), "changed": tickets[0].stat().st_mtime_ns}
+
+    def event_id(self, event):
+        return f"{event['ticket']} {event['changed']}"  # the next ticket of that name is another one
 
     async def event_checkpointed(self, event):
-        ticket = Path(event)
-        if ticket.with_suffix(".claim").read_text() != current_wait().id:
-            raise EventLost(f"another wait has {ticket.name}")
-        ticket.with_suffix(".done").touch()
+        with contextlib.suppress(FileNotFoundError):
+            Path(event["ticket"]).rename(f"{event['ticket']}.done")
 
 
 def _lines(path):

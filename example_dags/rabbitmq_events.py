@@ -2,7 +2,8 @@
 Orders from a RabbitMQ queue: each run takes one message, exactly once, and another task reads it.
 
 The connection is ``rabbitmq_default``, for a local server
-``AIRFLOW_CONN_RABBITMQ_DEFAULT='{"conn_type": "amqp", "host": "localhost"}'``. The queue must be there, durable.
+``AIRFLOW_CONN_RABBITMQ_DEFAULT='{"conn_type": "amqp", "host": "localhost"}'``. The queue must be there, durable,
+and each message must have a ``message_id`` of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def events_rabbitmq():
 
     @task
     def handle(event):
-        return {"id": event["id"], "order": event["value"]}
+        return {"id": event["message_id"], "order": event["value"]}
 
     handle(order)
 

@@ -24,9 +24,7 @@ from airflow_events.listeners.sqs import SqsListener
 @dag(schedule=None, catchup=False, tags=["events"], params={"queue": "orders"})
 def events_sqs():
     """Take one message, of which the body is JSON, from the queue ``orders``, or another by the run's conf."""
-    order = wait_for_event.override(task_id="order", timeout=timedelta(hours=6))(
-        SqsListener, "{{ params.queue }}", claim_timeout=timedelta(minutes=15)
-    )
+    order = wait_for_event.override(task_id="order", timeout=timedelta(hours=6))(SqsListener, "{{ params.queue }}")
 
     @task
     def read(event):

@@ -113,16 +113,16 @@ class EventListener(abc.ABC):
     - Events are made of what Airflow's serde takes: JSON shapes, datetimes, UUIDs, tuples, sets.
     """
 
-    repeatable_poll: ClassVar[bool] = False
-    """
-    True promises that polling again for the same wait (`current_wait().id`) returns an equal event
-    until it is committed, in whatever process. Such a wait needs no worker.
-    """
-
     recorded_from_outside: ClassVar[bool] = False
     """
     True says that somebody else than the wait itself may record its event, at any moment, and end the task.
     When the time of such a wait is up, a worker looks for a record before it believes so.
+    """
+
+    hosted: ClassVar[bool] = False
+    """
+    True says that one trigger may poll for many waits at once, each with an instance of its own: the waits of a
+    listener that has nothing to commit share a trigger then. What their polls log is in the log of one of them.
     """
 
     @abc.abstractmethod
@@ -143,13 +143,72 @@ class EventListener(abc.ABC):
 
         This promises, of a listener that has nothing to commit, that all polls of the wait return an equal
         event, whenever and wherever, and none before that moment. So none begins before it, and an open wait is
-        an entry in a heap; and what Airflow has to write for the event is written before it comes. Of a class
-        that defines `poll_for_event` anew, and not this, nothing is believed to be foreseen.
+        an entry in a heap. Of a class that defines `poll_for_event` anew, and not this, nothing is believed to be
+        foreseen.
 
         :param args: what `poll_for_event` is called with; ``kwargs`` likewise.
         :return: the event, and a datetime with a time zone.
         """
         return None
+
+    @classmethod
+    def address(cls, *args: Any, **kwargs: Any) -> str | None:
+        """
+        Return the digest under which others can send events to the wait: a SHA-256 in hex; None if there is none.
+
+        Of a listener that is `recorded_from_outside`.
+
+        :param args: what `poll_for_event` is called with; ``kwargs`` likewise.
+        :raises ValueError: the arguments name none that is valid.
+        """
+        return None
+
+    @classmethod
+    def sought(cls, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """
+        Return what the API server is to look for in Airflow's own database; None if there is nothing.
+
+        Of the listeners of `airflow_events.listeners.airflow`, which the API server knows. JSON shapes, which rows
+        hold: ``kind``, ``of`` (the same for all waits with this `address`), and since when: ``since``, a moment in
+        ISO 8601, or ``after``, seconds after the start of the run, or neither (both are None).
+
+        :param args: what `poll_for_event` is called with; ``kwargs`` likewise.
+        :raises ValueError: the arguments are not in order.
+        """
+        return None
+
+    @classmethod
+    def check_arguments(cls, *args: Any, **kwargs: Any) -> None:
+        """
+        Refuse, as a DAG is parsed, arguments that no wait could wait with.
+
+        :param args: what `poll_for_event` will be called with, with templates as they are written; ``kwargs``
+            likewise. Not called while they hold outputs of other tasks.
+        :raises ValueError: they are not in order, whatever the templates say.
+        """
+
+    def event_id(self, event: Any) -> str | None:
+        """
+        Return what tells ``event`` from every other, also when its source delivers it again.
+
+        With it, a source that delivers at least once delivers exactly once here: an id is recorded for one wait at
+        most. It is the source's own coordinates, such as cluster, topic, partition and offset, and holds whatever
+        tells a source from another that this class can read. None means that a redelivery is a new event.
+
+        A redelivery has to be equal to the first delivery: an id that comes with another content is taken for a
+        new event. So an event holds nothing that differs between the two, such as a receipt or a count.
+        """
+        return None
+
+    def event_content(self, event: Any) -> Any:
+        """
+        Return what of ``event`` is equal at each delivery, of an event with an `event_id`.
+
+        It is all of it, unless a source shows a message to several waits at once: then what the event says of how
+        it was read, such as by which connection, must not make a new event of it. Of a source that never gives an
+        id again it may be the id.
+        """
+        return event
 
     async def event_checkpointed(self, event: Any) -> None:
         """
@@ -157,6 +216,8 @@ class EventListener(abc.ABC):
 
         Not defining it means that there is nothing to tell.
 
+        :raises AtRedelivery: only the process that received the event can, and that is another one: the source
+            delivers it again, and it is acknowledged then. The wait goes on. Of events that have an `event_id`.
         :raises EventLost: the source has given the event to another wait. This wait drops its record
             and waits on. Any other exception makes the commit be tried again, for ``[events]
             commit_timeout`` seconds.
@@ -166,9 +227,10 @@ class EventListener(abc.ABC):
         """
         Give back what the wait holds at the source and has not committed.
 
-        Called when a user cleared or marked the task before an event was recorded, and for an event
-        that a second triggerer took for the same wait. Of an event that is committed it changes
-        nothing. It is a courtesy, which a crash leaves out: claims must lapse by themselves as well.
+        Called for an event that was polled and is not recorded: the wait ended before, or has another event. Of
+        a listener without `event_id` only when the wait has ended, since it may hold the event for whoever polls
+        for the wait next. Of an event that is committed it changes nothing. It is a courtesy, which a crash
+        leaves out: the source must deliver again by itself what was not acknowledged.
 
         :param event: what `poll_for_event` returned, or None if it had not returned.
         :param args: what `poll_for_event` was called with; ``kwargs`` likewise.

@@ -7,25 +7,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
-from airflow.sdk.execution_time.xcom import XCom
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.base import EventListener
 
-# The key that a wait has is the value of one XCom, and part of the name of another, by which it is found.
-KEY = "event_key"
 LONGEST_KEY = 256
-_LAST_IN_NAMES = "\uffff"
-
-
-def key_entry(key: str) -> str:
-    """
-    Return the name of the XCom by which the waits with a key are found.
-
-    MySQL has names without the characters beyond U+FFFF, by the collation that Airflow gives them there. A key
-    with such a one goes by its digest.
-    """
-    if max(key) > _LAST_IN_NAMES:
-        key = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{KEY}:{key}"
 
 
 def check_key(key: Any) -> str:
@@ -39,17 +23,40 @@ def check_key(key: Any) -> str:
     return key
 
 
+def address_of(key: str) -> str:
+    """
+    Return the address of a key, by which the inbox finds its waits and its events: its SHA-256 in hex.
+
+    Every database tells digests apart alike, whatever its collation makes of texts. Rows hold them: the form is
+    frozen.
+    """
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 class HttpListener(EventListener):
     """
     An event that comes as a request to Airflow's API server (``docs/http-events.md``).
 
     The API server records the event and ends the task, in one transaction, so there is nothing to poll and
-    nothing to commit; what came before the wait had begun is its record already when it begins. Which is why
+    nothing to commit; what came before the wait had begun is its event already when it begins. Which is why
     this takes no worker and, while it waits, does nothing.
     """
 
-    repeatable_poll: ClassVar[bool] = True
     recorded_from_outside: ClassVar[bool] = True
+
+    @classmethod
+    def address(cls, key: str | None = None, *, schema: Mapping[str, Any] | bool | None = None) -> str | None:
+        return None if key is None else address_of(check_key(key))
+
+    @classmethod
+    def check_arguments(cls, key: Any = None, *, schema: Any = None) -> None:
+        if schema is not None:
+            from airflow_events.listeners.schemas import check_schema  # of use for few
+
+            try:
+                check_schema(schema)
+            except ValueError as error:
+                raise ValueError(f"schema: {error}") from None
 
     async def poll_for_event(
         self, key: str | None = None, *, schema: Mapping[str, Any] | bool | None = None
@@ -64,18 +71,6 @@ class HttpListener(EventListener):
         :raises ValueError: the key is none.
         """
         if key is not None:
-            await _register(check_key(key))
+            check_key(key)
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
-
-
-async def _register(key: str) -> None:
-    wait = current_wait()
-    of_wait = {
-        "dag_id": wait.dag_id,
-        "run_id": wait.run_id,
-        "task_id": wait.task_id,
-        "map_index": wait.map_index,
-    }
-    await XCom.aset(key=KEY, value=key, **of_wait)
-    await XCom.aset(key=key_entry(key), value=key, **of_wait)

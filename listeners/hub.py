@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import logging
 import time
+from collections.abc import Coroutine
 from typing import Any, ClassVar, Generic, TypeVar
 
 from airflow_events import settings
@@ -27,10 +28,16 @@ log = logging.getLogger(__name__)
 
 # Seconds that `serve` has to end when it is cancelled, less than a trigger gives a poll.
 _GOODBYE = 8
+# Seconds after which a hub that pauses says that it lives.
+_LONGEST_PAUSE = 10.0
 # How many waits that were given an event go on in one turn of the event loop.
 _AT_ONCE = 50
 # Seconds between two attempts to connect.
 _PAUSES = wait_exponential(multiplier=0.2, max=15) + wait_random(0, 0.3)
+
+
+class NoAnswer(ConnectionError):
+    """The source was asked and has not answered in time, or its client has given up without saying why."""
 
 
 class Seeker:
@@ -80,11 +87,27 @@ class Hub(abc.ABC, Generic[_S]):
     with growing pauses. Anything else fails the waits.
     """
 
+    connect_within: ClassVar[float | None] = 60.0
+    """
+    Seconds within which `connect` returns, or `heard` is called; one that does not is ended, and counts as `lost`.
+    So does `disconnect`, which is then left. None is for a source that bounds it itself.
+    """
+
+    serve_within: ClassVar[float | None] = 120.0
+    """
+    The same for `serve`. It must be several times what the source blocks for, and what its slowest request may
+    take; a `serve` that makes many requests calls `heard` after each.
+    """
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.seekers: dict[_S, None] = {}  # in the order in which they came
         self._changed = asyncio.Event()
         self._turns = Turns(_AT_ONCE)
+        self._up = asyncio.Event()
+        self._asked_for = 0  # how many want a connection, and no event
+        self._heard = time.monotonic()
+        self._trouble: tuple[Any, ...] | None = None  # what the waits were told, while the source is unreachable
         self._work = background(self._run(), name)
 
     async def take(self, seeker: _S) -> Any:
@@ -98,19 +121,38 @@ class Hub(abc.ABC, Generic[_S]):
         self.seekers[seeker] = None
         self._changed.set()
         self.joined(seeker)
+        if self._trouble is not None:
+            seeker.tell(logging.WARNING, *self._trouble)
         try:
             event = await seeker.found
             await self._turns.take()
             return event
         finally:
-            self.seekers.pop(seeker, None)
+            self._let_go(seeker)
             self.left(seeker)
+
+    def _let_go(self, seeker: _S) -> None:
+        self.seekers.pop(seeker, None)
 
     async def close(self) -> None:
         while not self._work.done():
             self._work.cancel()
             # A hub may have something to put back first; or its client has swallowed the cancellation.
             await asyncio.wait({self._work}, timeout=_GOODBYE)
+
+    async def connected(self) -> None:
+        """Return once there is a connection; for what is done beside `serve`."""
+        self._asked_for += 1
+        self._changed.set()
+        try:
+            await self._up.wait()
+        finally:
+            self._asked_for -= 1
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the hub must stay although nobody waits."""
+        return False
 
     @abc.abstractmethod
     async def connect(self) -> None:
@@ -135,13 +177,21 @@ class Hub(abc.ABC, Generic[_S]):
     def left(self, seeker: _S) -> None:
         """Forget a seeker."""
 
+    def heard(self) -> None:
+        """Note that the source has answered, in a `connect` or a `serve` that takes long."""
+        self._heard = time.monotonic()
+
     async def pause(self, seconds: float) -> None:
-        """Wait, but not longer than until another seeker has come."""
-        # Not asyncio.wait_for, which before Python 3.12 may swallow the cancellation.
+        """Wait, but not longer than until another seeker has come. Meanwhile the source has nothing to say."""
         self._changed.clear()
-        alarm = asyncio.get_running_loop().call_later(seconds, self._changed.set)
-        await self._changed.wait()
-        alarm.cancel()
+        changed = asyncio.ensure_future(self._changed.wait())
+        end = time.monotonic() + seconds
+        try:
+            while not changed.done() and (left := end - time.monotonic()) > 0:
+                await asyncio.wait({changed}, timeout=min(left, _LONGEST_PAUSE))
+                self.heard()
+        finally:
+            changed.cancel()
 
     async def _run(self) -> None:
         try:
@@ -149,40 +199,71 @@ class Hub(abc.ABC, Generic[_S]):
                 try:
                     await self._connected()
                 except Exception as error:
-                    # These cannot be served. Those who come later are tried anew: it may have been mended.
+                    # These cannot be served. Those who come later are tried again: it may have been mended.
+                    self._trouble = None
                     for seeker in list(self.seekers):
                         seeker.fail(error)
                     await self._disconnect()
                     await self._idle()
+                    await asyncio.sleep(_pause(1))
         finally:
             await self._disconnect()
 
     async def _connected(self) -> None:
         """Serve, over as many connections as it takes, until something does not go away by itself."""
         away_since, attempts = time.monotonic(), 0
+        lost: tuple[type[BaseException], ...] = (NoAnswer, *self.lost)
         while True:
             try:
-                await self.connect()
+                await self._bounded(self.connect(), self.connect_within, "connect")
+                self._up.set()
                 while True:
                     if all(seeker.done for seeker in self.seekers):
                         away_since, attempts = 0.0, 0  # it counts from when somebody waits
+                        self._trouble = None
                     await self._idle()
-                    await self.serve()
-                    # Only now: what lets us connect and does nothing more is away, too.
-                    if attempts > 1:
+                    self.heard()
+                    await self._bounded(self.serve(), self.serve_within, "serve")
+                    # Only now: what lets us connect and does nothing more is unreachable, too.
+                    if self._trouble is not None:
+                        self._trouble = None
                         self._tell_all(logging.INFO, "%s is there again", self.name)
                     away_since, attempts = 0.0, 0
-            except self.lost as error:
+            except lost as error:
                 attempts += 1
-                away_since = away_since or time.monotonic()
+                # Of a request without an answer it counts from the last that had one.
+                away_since = away_since or (self._heard if isinstance(error, NoAnswer) else time.monotonic())
                 await self._disconnect()
                 if time.monotonic() - away_since > settings.unreachable_timeout():
                     seconds = time.monotonic() - away_since
                     raise SourceUnreachable(self.name, seconds, error) from error
-                if attempts == 2:  # the first may be a connection that had grown old
+                # One error may be of a connection that had grown old.
+                if self._trouble is None and (attempts > 1 or isinstance(error, NoAnswer)):
                     message = "%s cannot be reached, which is tried again for up to %.0f s: %s"
-                    self._tell_all(logging.WARNING, message, self.name, settings.unreachable_timeout(), error)
+                    self._trouble = (message, self.name, settings.unreachable_timeout(), _text_of(error))
+                    self._tell_all(logging.WARNING, *self._trouble)
                 await asyncio.sleep(_pause(attempts))
+
+    async def _bounded(self, work: Coroutine[Any, Any, None], seconds: float | None, what: str) -> None:
+        """
+        Do ``work``, as a task of its own: a client that cancels whoever uses it does not end the hub.
+
+        :param seconds: how long the source may be silent; None is without end.
+        :raises NoAnswer: it was silent for longer.
+        """
+        self.heard()
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                left = None if seconds is None else self._heard + seconds - time.monotonic()
+                if left is not None and left <= 0:
+                    raise NoAnswer(f"it has not answered for {seconds:.0f} s ({what})")
+                await asyncio.wait({task}, timeout=left)
+        finally:
+            await _end(task)
+        if task.cancelled():
+            raise NoAnswer(f"its client has given up ({what})")
+        task.result()
 
     def _tell_all(self, level: int, message: str, *arguments: Any) -> None:
         log.log(level, message, *arguments)
@@ -190,13 +271,41 @@ class Hub(abc.ABC, Generic[_S]):
             seeker.tell(level, message, *arguments)
 
     async def _idle(self) -> None:
-        while not any(not seeker.done for seeker in self.seekers):
+        while not self._is_wanted:
             self._changed.clear()
             await self._changed.wait()
 
+    @property
+    def _is_wanted(self) -> bool:
+        return any(not seeker.done for seeker in self.seekers) or bool(self._asked_for and not self._up.is_set())
+
     async def _disconnect(self) -> None:
+        self._up.clear()
         with contextlib.suppress(Exception):
-            await self.disconnect()
+            await self._bounded(self.disconnect(), self.connect_within, "disconnect")
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """
+    Cancel ``task``, as often as it takes.
+
+    :raises asyncio.CancelledError: the one who waits for it was cancelled meanwhile.
+    """
+    cancelled = False
+    while not task.done():
+        task.cancel()
+        try:
+            await asyncio.wait({task}, timeout=_GOODBYE)
+        except asyncio.CancelledError:
+            cancelled = True
+    if not task.cancelled():
+        task.exception()  # it is looked at, so that asyncio does not complain
+    if cancelled:
+        raise asyncio.CancelledError
+
+
+def _text_of(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _pause(attempts: int) -> float:

@@ -1,4 +1,11 @@
-"""Watching a log, such as a stream or a topic: the first message that matches, and nothing taken from others."""
+"""
+Watching a log, such as a stream or a topic: the first message that matches, and nothing taken from others.
+
+One reader is at the log's end, for all who watch it, and never goes back. A wait that looks from before what that
+one has kept is caught up by another reader, and joins those at the end when it has come to what is kept, so that
+nothing lies between. A wait that comes meanwhile is caught up by the same reader or, if that one is past what it
+wants, by the next. So an old ``since`` delays nobody else, and the log is not read once for each wait that comes.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +14,36 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, Generic, TypeVar
 
-from airflow_events.errors import EventUndecodable
+from airflow_events.errors import EventUndecodable, SourceUnfit
 from airflow_events.listeners.base import Wait, current_wait
 from airflow_events.listeners.hub import Hub, Seeker
 from airflow_events.listeners.moments import when
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Index, Match, OnUndecodable
+from airflow_events.listeners.values import Index, Match, OnUndecodable, checked, unreadable
 
 log = logging.getLogger(__name__)
 
-# How many messages are kept for waits that come a little late; the log is read again for those that come later.
-_RECENT = 10_000
+# How many messages are kept for waits that come a little late, and how many bytes they may have at the source: as
+# Python has them it may be twenty times that. The log is read again for waits that come later.
+_KEPT = 10_000
+_KEPT_BYTES = 4 * 2**20
+
+READ_BYTES = 2 * 2**20
+"""How many bytes a `Reader` should return at once, where it can tell before; one message may be larger."""
+
+# From how long before now on the first who watch a log have it read by the reader at its end.
+_LATELY = timedelta(minutes=2)
+
+# Seconds between two questions what the log has dropped, however many come late.
+_ASK_EVERY = 10.0
+
+# Seconds for which a reader waits for messages, after which new waits are seen.
+_BLOCK = 0.5
 
 # Seconds for which matching may hold the triggerer's loop.
 _LONGEST_WORK = 0.02
@@ -33,16 +54,39 @@ _P = TypeVar("_P")
 @dataclass(frozen=True)
 class Message:
     """
-    A message of a log.
+    A message of a log, as `message_of` makes it.
 
     :param timestamp: when it was published, as the log says.
+    :param size: how many bytes it has at the source.
+    :param where: its coordinates, for errors.
     :param event: what a wait gets for it; its ``value`` is what `Match` looks at.
     :param undecodable: why it has no value.
     """
 
     timestamp: datetime
+    size: int
+    where: str
     event: dict[str, Any]
     undecodable: EventUndecodable | None = None
+
+
+def message_of(timestamp: datetime | None, size: int, where: str, event: Callable[[], dict[str, Any]]) -> Message:
+    """
+    Make a message of what a source has; whatever is wrong with it is its own matter, and fails no reader.
+
+    :param timestamp: None, where it has none that can be read, counts as published now.
+    :param event: makes the event. What it raises makes the message undecodable; only `OSError` and `SourceUnfit`
+        escape, which are not the message's, but the source's or a schema registry's.
+    """
+    timestamp = timestamp or datetime.now(timezone.utc)
+    try:
+        return Message(timestamp, size, where, event())
+    except EventUndecodable as error:
+        return Message(timestamp, size, where, {}, error)
+    except (OSError, SourceUnfit):
+        raise
+    except Exception as error:
+        return Message(timestamp, size, where, {}, unreadable(where, error))
 
 
 class Watcher(Seeker):
@@ -55,56 +99,209 @@ class Watcher(Seeker):
         self.on_undecodable = on_undecodable
 
 
-class LogHub(Hub[Watcher], Generic[_P]):
+class Reader(abc.ABC, Generic[_P]):
     """
-    Reads a log once for all who watch it.
+    Reads a log on from one place, over its hub's connection.
 
-    It reads on from where it is, and goes back only for a wait whose ``since`` lies before what it has read
-    lately. Who comes while it reads from further back is served in the same reading.
+    :ivar position: what follows is read next. None while nobody knows, of a reader that began at a moment and has
+        read nothing.
     """
+
+    position: _P | None = None
+
+    @abc.abstractmethod
+    async def read(self, seconds: float) -> list[Message]:
+        """
+        Return what comes next, and move `position` behind it.
+
+        Some hundred messages and `READ_BYTES` at most; none while `position` is not known.
+
+        :param seconds: how long to wait if there is nothing.
+        """
+
+    async def close(self) -> None:
+        """End it before its connection ends."""
+
+
+class _Reading(Generic[_P]):
+    """
+    A way through the log, over as many connections as it takes, and who is served on it.
+
+    :ivar since: nothing of then or later has been passed over.
+    """
+
+    def __init__(self, since: datetime) -> None:
+        self.since = since
+        self.position: _P | None = None
+        self.index = Index()
+        self.watchers: dict[Watcher, None] = {}
+        self._reader: Reader[_P] | None = None
+
+    def add(self, watcher: Watcher) -> None:
+        self.watchers[watcher] = None
+        self.index.add(watcher, watcher.match)
+
+    def remove(self, watcher: Watcher) -> None:
+        del self.watchers[watcher]
+        self.index.remove(watcher, watcher.match)
+
+    async def read(self, hub: LogHub[_P], seconds: float) -> list[Message]:
+        if self._reader is None:
+            self._reader = await hub.reader(self.since, self.position)
+        before = self._reader.position
+        messages = await self._reader.read(seconds)
+        self.position = self._reader.position
+        if messages:
+            assert before is not None
+            self.has_read(before, messages)
+        return messages
+
+    def has_read(self, before: _P, messages: list[Message]) -> None:
+        """Note what was read from the position ``before`` on."""
+        self._past(messages)
+
+    def disconnected(self) -> None:
+        self._reader = None
+
+    def start_over(self) -> None:
+        self._reader = self.position = None
+        self.since = min((watcher.since for watcher in self.watchers), default=datetime.now(timezone.utc))
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            await self._reader.close()
+
+    def _past(self, messages: list[Message]) -> None:
+        for message in messages:
+            self.since = max(self.since, message.timestamp + timedelta.resolution)
+
+
+class _End(_Reading[_P]):
+    """The reading at the log's end. It keeps what it has read last, so nothing that is kept is past."""
+
+    def __init__(self, since: datetime) -> None:
+        super().__init__(since)
+        self._batches: deque[tuple[_P, list[Message]]] = deque()  # with the position before each
+        self._count = self._bytes = 0
+
+    @property
+    def kept_from(self) -> _P | None:
+        """Return the position after which all that was read is kept."""
+        return self._batches[0][0] if self._batches else self.position
+
+    def kept(self) -> list[Message]:
+        return [message for _, batch in self._batches for message in batch]
+
+    def has_read(self, before: _P, messages: list[Message]) -> None:
+        self._batches.append((before, messages))
+        self._count_in(messages, 1)
+        while self._count > _KEPT or self._bytes > _KEPT_BYTES:
+            _, oldest = self._batches.popleft()
+            self._count_in(oldest, -1)
+            self._past(oldest)
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._batches.clear()
+        self._count = self._bytes = 0
+
+    def _count_in(self, messages: list[Message], sign: int) -> None:
+        self._count += sign * len(messages)
+        self._bytes += sign * sum(message.size for message in messages)
+
+
+class LogHub(Hub[Watcher], Generic[_P]):
+    """Reads a log for all who watch it; see this module."""
 
     def __init__(self, name: str) -> None:
-        self._index = Index()
         self._new: list[Watcher] = []
-        self._position: _P | None = None
-        self._recent: deque[Message] = deque()
-        self._recent_from = datetime.max.replace(tzinfo=timezone.utc)
+        self._end: _End[_P] | None = None
+        # By the ranks of those who are caught up.
+        self._catching: dict[int, _Reading[_P]] = {}
+        self._late: dict[int, list[Watcher]] = {}
+        self._places: dict[Watcher, _Reading[_P]] = {}
+        self._dropped: datetime | None = None
+        self._asked_at = float("-inf")
         super().__init__(name)
 
     @abc.abstractmethod
-    async def position(self, since: datetime) -> _P:
-        """Return where to read on from so that nothing published at ``since`` or later is missed."""
+    async def reader(self, since: datetime, position: _P | None) -> Reader[_P]:
+        """
+        Open a reader at ``position``.
 
-    @abc.abstractmethod
-    async def read(self, position: _P) -> tuple[_P, list[Message]]:
-        """Return what comes after ``position``, and the position after that; wait for at most a second."""
+        If that is None, open it so that nothing published at ``since`` or later is missed.
+        """
 
     @abc.abstractmethod
     async def dropped_until(self) -> datetime | None:
         """Return until when messages may be gone from the log already, or None if none are."""
 
+    def reached(self, position: _P, other: _P) -> bool:
+        """Whether all that comes before ``other`` comes before ``position``."""
+        return bool(position >= other)  # type: ignore[operator]
+
+    def start_over(self, reason: str) -> None:
+        """Read the log from its beginning: another one goes by its name now. It is called by `connect`."""
+        for seeker in self.seekers:
+            seeker.tell(logging.WARNING, "%s %s, and is read from its beginning", self.name, reason)
+        self._asked_at = float("-inf")
+        for reading in self._readings():
+            reading.start_over()
+
     def joined(self, seeker: Watcher) -> None:
-        self._index.add(seeker, seeker.match)
         self._new.append(seeker)
 
     def left(self, seeker: Watcher) -> None:
-        self._index.remove(seeker, seeker.match)
+        if (reading := self._places.pop(seeker, None)) is not None:
+            reading.remove(seeker)
 
     async def serve(self) -> None:
-        if new := {watcher: None for watcher in self._new if not watcher.done}:
-            await self._begin(list(new))
-        self._new = [watcher for watcher in self._new if not watcher.done and watcher not in new]
-        if self._position is None:
-            return
-        self._position, messages = await self.read(self._position)
-        await self._offer(messages)
-        for message in messages:
-            self._remember(message)
+        try:
+            await self._admit()
+            if self._end is None:
+                return
+            messages = await self._end.read(self, 0 if self._catching else _BLOCK)
+            await self._offer(messages, self._end)
+            for rank in list(self._catching):
+                await self._catch_up(rank, self._end)
+        except BaseException:
+            for reading in self._readings():
+                reading.disconnected()
+            raise
 
-    async def _begin(self, new: list[Watcher]) -> None:
-        dropped = await self.dropped_until()
-        for watcher in new:
-            if dropped is not None and watcher.since < dropped:
+    def _readings(self) -> Iterator[_Reading[_P]]:
+        yield from self._catching.values()
+        if self._end is not None:
+            yield self._end
+
+    async def _admit(self) -> None:
+        """Have those who are new read for."""
+        if new := [watcher for watcher in self._new if not watcher.done]:
+            if late := [watcher for watcher in new if self._end is None or watcher.since < self._end.since]:
+                await self._warn(late)
+            # Not before: whatever fails is tried again. Others may have come, and some of these have left.
+            admitted = set(new)
+            self._new = [watcher for watcher in self._new if not watcher.done and watcher not in admitted]
+            new = [watcher for watcher in new if not watcher.done]
+            if self._end is None:
+                self._end = _End(_beginning(new))
+            end = self._end
+            for watcher in new:
+                if watcher.since < end.since:
+                    self._place_late(watcher)
+            await self._place_at_end([watcher for watcher in new if watcher.since >= end.since], end)
+        for rank in self._late.keys() - self._catching.keys():
+            if waiting := [watcher for watcher in self._late.pop(rank) if not watcher.done]:
+                self._catching[rank] = _Reading(min(watcher.since for watcher in waiting))
+                for watcher in waiting:
+                    self._place(watcher, self._catching[rank])
+
+    async def _warn(self, late: list[Watcher]) -> None:
+        if time.monotonic() - self._asked_at > _ASK_EVERY:
+            self._dropped = await self.dropped_until()
+            self._asked_at = time.monotonic()
+        for watcher in late:
+            if (dropped := self._dropped) is not None and watcher.since < dropped:
                 watcher.tell(
                     logging.WARNING,
                     "%s has dropped messages until %s, and this wait looks from %s on: its event may be gone",
@@ -112,37 +309,93 @@ class LogHub(Hub[Watcher], Generic[_P]):
                     dropped.isoformat(timespec="seconds"),
                     watcher.since.isoformat(timespec="seconds"),
                 )
-        earliest = min(watcher.since for watcher in new)
-        if self._position is None or earliest < self._recent_from:
-            self._position = await self.position(earliest)
-            self._recent.clear()
-            self._recent_from = earliest
-            return
-        await self._offer(list(self._recent), set(new))
 
-    async def _offer(self, messages: list[Message], only: set[Watcher] | None = None) -> None:
+    def _place(self, watcher: Watcher, reading: _Reading[_P]) -> None:
+        self.left(watcher)
+        reading.add(watcher)
+        self._places[watcher] = reading
+
+    def _place_late(self, watcher: Watcher) -> None:
+        rank = _rank(datetime.now(timezone.utc) - watcher.since)
+        reading = self._catching.get(rank)
+        if reading is not None and reading.since <= watcher.since:
+            self._place(watcher, reading)
+        else:
+            self._late.setdefault(rank, []).append(watcher)
+
+    async def _place_at_end(self, watchers: Iterable[Watcher], end: _End[_P]) -> None:
+        """Serve them at the log's end from now on; what is kept they may not have seen."""
+        only = set(watchers)
+        for watcher in only:
+            self._place(watcher, end)
+        if only:
+            await self._offer(end.kept(), end, only)
+
+    async def _catch_up(self, rank: int, end: _End[_P]) -> None:
+        """Read on for those who are caught up, and let them join those at the end if they have come so far."""
+        reading = self._catching[rank]
+        if reading.watchers:
+            messages = await reading.read(self, _BLOCK / len(self._catching))
+            await self._offer(messages, reading)
+            here, there = reading.position, end.kept_from
+            has_met = here is not None and there is not None and self.reached(here, there)
+            if reading.watchers and not has_met:
+                return
+            await self._place_at_end(list(reading.watchers), end)
+        del self._catching[rank]
+        await reading.close()
+
+    async def _offer(
+        self, messages: list[Message], reading: _Reading[_P], only: set[Watcher] | None = None
+    ) -> None:
+        """Give messages to those of the reading who want them; ``only`` to these, for whom they are read again."""
         began = time.monotonic()
         for message in messages:
             if time.monotonic() - began > _LONGEST_WORK:  # let other triggers have the loop
                 await asyncio.sleep(0)
                 began = time.monotonic()
+            among = reading.watchers if only is None else only
             if message.undecodable is not None:
-                self._report(message, message.undecodable)
+                self._pass_over(message, message.undecodable, list(among), again=only is not None)
                 continue
-            for watcher in self._index.find(message.event["value"]):
-                if (only is None or watcher in only) and message.timestamp >= watcher.since:
+            wanting: list[Watcher] = []
+            try:
+                wanting += (watcher for watcher in reading.index.find(message.event["value"]) if watcher in among)
+                wanting = [watcher for watcher in wanting if message.timestamp >= watcher.since]
+                if wanting:
+                    checked(message.event, message.where)
+            except EventUndecodable as error:
+                self._pass_over(message, error, wanting)
+            except Exception as error:  # a value that cannot be compared with what is wanted
+                self._pass_over(message, unreadable(message.where, error), wanting)
+            else:
+                for watcher in wanting:
                     watcher.give(message.event)
 
-    def _report(self, message: Message, error: EventUndecodable) -> None:
-        log.warning("%s: passed over: %s", self.name, error)
-        for watcher in self.seekers:
+    def _pass_over(
+        self, message: Message, error: EventUndecodable, watchers: list[Watcher], again: bool = False
+    ) -> None:
+        if not again:
+            log.warning("%s: passed over: %s", self.name, error)
+        for watcher in watchers:
             if message.timestamp >= watcher.since and watcher.on_undecodable == "fail":
                 watcher.fail(error)
 
-    def _remember(self, message: Message) -> None:
-        self._recent.append(message)
-        if len(self._recent) > _RECENT:
-            self._recent_from = max(self._recent_from, self._recent.popleft().timestamp + timedelta.resolution)
+
+def _beginning(watchers: list[Watcher]) -> datetime:
+    """Return from when on a log's end is read: for those who look from lately on. The others are caught up."""
+    now = datetime.now(timezone.utc)
+    return min((watcher.since for watcher in watchers if now - _LATELY <= watcher.since < now), default=now)
+
+
+def _rank(age: timedelta) -> int:
+    """
+    Return who catch up together: those whose ``since`` is about as old.
+
+    The oldest of a rank is some four times as old as the youngest, and that much more is read for it, at most. So
+    none waits long for another that has far more to be read.
+    """
+    return max(int(age.total_seconds()), 0).bit_length() // 2
 
 
 async def first_match(

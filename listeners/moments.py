@@ -12,10 +12,18 @@ from airflow_events.listeners.base import Wait
 _EPOCH = re.compile(r"\d{9,12}(\.\d*)?")
 
 
+def of_epoch(milliseconds: float) -> datetime | None:
+    """Return the moment so many milliseconds after the epoch, in UTC; None if that is out of range."""
+    try:
+        return datetime.fromtimestamp(0, timezone.utc) + timedelta(milliseconds=milliseconds)
+    except (OverflowError, ValueError):
+        return None
+
+
 def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
     """Work out the moment, in UTC; parameters and errors as of `TimerListener.poll_for_event`."""
     if isinstance(moment, str):
-        moment = _parse(moment.strip())
+        moment = parsed(moment)
     if isinstance(moment, timedelta):
         if wait.run_start is None:
             raise ValueError(f"{moment} counts from the start of the run, and {wait.id} has none")
@@ -36,7 +44,13 @@ def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
     return datetime.fromtimestamp(moment.timestamp(), timezone.utc)
 
 
-def _parse(text: str) -> float | datetime | timedelta:
+def parsed(text: str) -> float | datetime | timedelta:
+    """
+    Return what a text says: seconds since the epoch, a moment, or a duration.
+
+    :raises ValueError: it is none of them.
+    """
+    text = text.strip()
     if _EPOCH.fullmatch(text):
         return float(text)
     try:

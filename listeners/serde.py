@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
 
 from airflow.sdk.serde import deserialize, serialize
@@ -13,6 +14,14 @@ from airflow_events.errors import EventNotSerializable
 
 # By these Airflow tells its own dicts from others; a payload that has them would be taken for a class.
 _RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
+
+DEEPEST = 95
+"""
+How many levels of lists and objects a value may have as it is stored.
+
+MySQL stores JSON of 100 levels, and a worker reads a value back by a parser that stops at 200. What is left is for
+what it is stored and read back in: the answer of Airflow's API, and a list of such values.
+"""
 
 
 def encode(value: Any) -> str:
@@ -37,17 +46,74 @@ def check(value: Any, name: str = "event") -> Any:
     :param name: what the value is called in the message.
     :raises EventNotSerializable: it does not; the message names the place and the type.
     """
-    for place, leaf in _leaves(value, name):
-        if reason := _refused(leaf):
-            raise EventNotSerializable(place, reason)
-    # Airflow reads some dicts as something else; this is for those that _leaves does not know of.
     try:
-        returned = decode(encode(value))
+        for place, leaf in _leaves(value, name):
+            if reason := _refused(leaf):
+                raise EventNotSerializable(place, reason)
+        # Airflow reads some dicts as something else; this is for those that _leaves does not know of.
+        text = encode(value)
+        is_too_deep, returned = is_deeper(json.loads(text), DEEPEST), decode(text)
+    except EventNotSerializable:
+        raise
+    except RecursionError:
+        is_too_deep, returned = True, None
     except Exception as error:
         raise EventNotSerializable(name, f"Airflow cannot read back what it would store ({error})") from error
+    if is_too_deep:
+        raise EventNotSerializable(
+            name, f"it is nested too deeply: Airflow reads back {DEEPEST} levels of lists and objects"
+        )
     if returned != value:
         raise EventNotSerializable(name, f"it would come back as {returned!r:.200}")
     return returned
+
+
+def arguments_digest(args: Any, kwargs: Any) -> str:
+    """
+    Name the arguments of a wait, so that a change of them is seen: SHA-256, in hexadecimal.
+
+    It is the same wherever they were rendered, in whatever process and by whatever version of Airflow. A list and
+    a tuple of the same items are one, as are sets whatever their order, and datetimes of the same moment. Frozen,
+    since records bear it.
+
+    :param args: checked, and `localized`; ``kwargs`` likewise.
+    """
+    text = json.dumps([_plain(args), _plain(kwargs)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in JSON shapes that are the same for values that a listener cannot tell apart."""
+    kind = type(value)
+    if kind is dict:
+        return {"{}": {key: _plain(item) for key, item in value.items()}}
+    if kind in (list, tuple):
+        return [_plain(item) for item in value]
+    if kind in (set, frozenset):
+        return {"set": sorted((_plain(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))}
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return {"at": datetime.isoformat(value.astimezone(timezone.utc), timespec="microseconds")}
+    if isinstance(value, timedelta):
+        return {"seconds": value.total_seconds()}
+    if kind in (str, int, float, bool, type(None)):
+        return value
+    stored = as_json(value)
+    if isinstance(stored, dict):
+        stored.pop("__version__", None)  # of Airflow's format
+    return {"other": stored}
+
+
+def is_deeper(shapes: Any, levels: int) -> bool:
+    """Whether JSON shapes have more levels of lists and objects than so many."""
+    inner = [shapes]
+    for _ in range(levels):
+        inner = [
+            item
+            for one in inner
+            if isinstance(one, (list, dict))
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, (list, dict)) for one in inner)
 
 
 def _refused(leaf: Any) -> str | None:
@@ -56,6 +122,8 @@ def _refused(leaf: Any) -> str | None:
     if leaf is None or kind is bool:
         return None
     if kind is str:
+        if "\0" in leaf:
+            return f"{leaf!r:.50} holds a NUL, which PostgreSQL does not store"
         return None if _is_unicode(leaf) else f"{leaf!r:.50} is no valid Unicode"
     if kind is int:
         return None if -(2**63) <= leaf < 2**64 else "it is an integer of more than 64 bits"

@@ -9,40 +9,73 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hasha
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+# Seconds for which a resource stays after its last user, since the next one often comes soon.
+_LINGER = 2.0
+
 
 class Resource(Protocol):
     """What can be shared: opened by its constructor, closed once."""
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether it must stay although nobody uses it."""
+
     async def close(self) -> None:
-        """End it. Called after its last user has left."""
+        """End it. Called some while after its last user has left."""
 
 
 _R = TypeVar("_R", bound=Resource)
 _C = TypeVar("_C")
 _O = TypeVar("_O", bound="OnePerLoop")
-_open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, tuple[Any, set[object]]]] = WeakKeyDictionary()
+_working: set[asyncio.Task[None]] = set()
+_open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]] = WeakKeyDictionary()
+
+
+class _Shared:
+    """A resource and those who use it."""
+
+    def __init__(self, resource: Any) -> None:
+        self.resource = resource
+        self.users = 0
+        self.closing: asyncio.Task[None] | None = None
 
 
 @contextlib.asynccontextmanager
 async def shared(key: Hashable, make: Callable[[], _R]) -> AsyncIterator[_R]:
     """
-    Use the resource that goes by ``key`` in this event loop; the first user makes it, the last closes it.
+    Use the resource that goes by ``key`` in this event loop.
+
+    The first user makes it; some while after the last one has left it is closed, and when the loop ends.
 
     :param make: called in the event loop, so it must not block; what it raises, the first user gets.
     """
     resources = _open.setdefault(asyncio.get_running_loop(), {})
     if key not in resources:
-        resources[key] = (make(), set())
-    resource, users = resources[key]
-    user = object()
-    users.add(user)
+        resources[key] = _Shared(make())
+    one = resources[key]
+    one.users += 1
+    if one.closing is not None:
+        one.closing.cancel()
+        one.closing = None
     try:
-        yield resource
+        yield one.resource
     finally:
-        users.remove(user)
-        if not users:
-            del resources[key]
-            await resource.close()
+        one.users -= 1
+        if not one.users:
+            one.closing = background(_close_later(resources, key, one), f"closing {key}")
+            await asyncio.sleep(0)  # it begins, so that the end of the loop does not come before it
+
+
+async def _close_later(resources: dict[Hashable, _Shared], key: Hashable, one: _Shared) -> None:
+    try:
+        is_needed = True
+        while is_needed:
+            await asyncio.sleep(_LINGER)
+            is_needed = one.resource.is_needed
+    finally:
+        if not one.users:  # it was not cancelled by another user, but by the end of the loop, or not at all
+            resources.pop(key, None)
+            await one.resource.close()
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +89,7 @@ async def connected(
     Use the connection that goes by ``key`` in this event loop; for short work, such as a commit.
 
     :param connect: opens it, for the first user, and again for whoever finds it closed; its errors escape.
-    :param close: closes it after its last user.
+    :param close: closes it some while after its last user.
     :param is_closed: whether it has gone by itself. A client that connects again by itself needs none.
     """
     async with shared(key, lambda: _Connection(connect, close, is_closed)) as connection:
@@ -64,6 +97,8 @@ async def connected(
 
 
 class _Connection(Generic[_C]):
+    is_needed = False
+
     def __init__(
         self,
         connect: Callable[[], Awaitable[_C]],
@@ -107,6 +142,9 @@ def background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]
     Start ``work`` as a task that belongs to no wait.
 
     A task inherits the context of whoever starts it, and with it, in a triggerer, the log of that wait's
-    task; this one starts with an empty context.
+    task; this one starts with an empty context. asyncio itself would not keep it.
     """
-    return contextvars.Context().run(asyncio.get_running_loop().create_task, work, name=name)
+    task = contextvars.Context().run(asyncio.get_running_loop().create_task, work, name=name)
+    _working.add(task)
+    task.add_done_callback(_working.discard)
+    return task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import ClassVar
 
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.clock import Clock
@@ -16,8 +15,6 @@ class TimerListener(EventListener):
 
     There is nothing to commit, and the moment is the same in every try, so a timer needs no worker.
     """
-
-    repeatable_poll: ClassVar[bool] = True
 
     async def poll_for_event(self, moment: float | str | datetime | timedelta) -> datetime:
         """

@@ -6,16 +6,18 @@ import base64
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from datetime import date
+from datetime import date, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
 import jmespath
-from airflow_events.errors import EventUndecodable
+from airflow_events.errors import EventNotSerializable, EventUndecodable
+from airflow_events.listeners import serde
 
 Format = Literal["json", "text", "bytes"]
-OnUndecodable = Literal["fail", "skip"]
+OnUndecodable = Literal["fail", "skip", "dead_letter"]
 FORMATS = ("json", "text", "bytes")
+_NOWHERE = object()
 
 
 def decode(raw: bytes | None, values: Format, where: str) -> Any:
@@ -34,8 +36,37 @@ def decode(raw: bytes | None, values: Format, where: str) -> Any:
         return base64.b64encode(raw).decode()
     try:
         return raw.decode() if values == "text" else json_of(raw)
-    except ValueError as error:  # of which UnicodeDecodeError and JSONDecodeError are kinds
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
         raise EventUndecodable(where, values, str(error), raw[:200]) from error
+
+
+def text_of(raw: bytes) -> str:
+    """Return metadata as text; what is no text that Airflow's database stores, as Base64: it has no format."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = "\0"
+    return base64.b64encode(raw).decode() if "\0" in text else text
+
+
+def checked(event: Any, where: str) -> Any:
+    """
+    Return an event as Airflow gives it back.
+
+    What can be read and what can be stored is one question, with one answer for both: ``on_undecodable``.
+
+    :param where: the message's coordinates, for the error.
+    :raises EventUndecodable: Airflow, or its database, does not store it.
+    """
+    try:
+        return serde.check(event)
+    except EventNotSerializable as error:
+        raise EventUndecodable(where, "storable", str(error), b"") from error
+
+
+def unreadable(where: str, error: Exception) -> EventUndecodable:
+    """Return what to say of a message that made its reader fail in a way that nobody foresaw."""
+    return EventUndecodable(where, "readable", f"{type(error).__name__}: {error}", b"")
 
 
 def json_of(raw: str | bytes) -> Any:
@@ -51,20 +82,45 @@ def _refuse(constant: str) -> float:
     raise ValueError(f"JSON has no {constant}")
 
 
+def seconds(duration: float | timedelta, name: str) -> float:
+    """
+    Return a duration in seconds.
+
+    :param name: what the user calls it.
+    :raises ValueError: it is not above zero.
+    """
+    found = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    if not found > 0:
+        raise ValueError(f"{name} is a time above zero, not {duration!r}")
+    return found
+
+
 def check_choices(
-    values: str, on_undecodable: str = "fail", *, formats: tuple[str, ...] = FORMATS, name: str = "values"
+    values: str,
+    on_undecodable: str = "fail",
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    name: str = "values",
+    dead_letter: object = _NOWHERE,
 ) -> None:
     """
     Check what a user chose.
 
     :param formats: what there is to choose from.
     :param name: what the user calls it.
+    :param dead_letter: where to messages go that cannot be read, None for nowhere; not given where they cannot.
     :raises ValueError: it is not to be had.
     """
     if values not in formats:
         raise ValueError(f"{name} is one of {', '.join(map(repr, formats))}, not {values!r}")
-    if on_undecodable not in ("fail", "skip"):
-        raise ValueError(f"on_undecodable is 'fail' or 'skip', not {on_undecodable!r}")
+    choices = ("fail", "skip") if dead_letter is _NOWHERE else ("fail", "skip", "dead_letter")
+    if on_undecodable not in choices:
+        raise ValueError(f"on_undecodable is {' or '.join(map(repr, choices))}, not {on_undecodable!r}")
+    if dead_letter is not _NOWHERE and (on_undecodable == "dead_letter") != bool(dead_letter):
+        raise ValueError(
+            f"on_undecodable='dead_letter' and dead_letter, which says where to, go together; these are "
+            f"{on_undecodable!r} and {dead_letter!r}"
+        )
 
 
 class Match:
@@ -104,7 +160,7 @@ class Match:
         assert self._finds is not None
         try:
             found = self._finds(value)
-        except jmespath.exceptions.JMESPathError:  # a function that does not take a value of that type
+        except Exception:  # a function that does not take such a value: a JMESPathError, or what Python raises
             return False
         return found == 0 or bool(found) if not isinstance(found, bool) else found
 
@@ -126,6 +182,8 @@ def _text(value: Any) -> str:
     """Write a field such that a number and its text are the same, and 1 and 1.0, and a date and its text."""
     if isinstance(value, str):
         return value
+    if type(value) is int:  # which most are
+        return str(value)
     if isinstance(value, date):  # a datetime is one
         return value.isoformat()
     if isinstance(value, UUID):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk.bases.decorator import get_unique_task_id
 from airflow.sdk.bases.operator import BaseOperator
+from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow.sdk.exceptions import (
     AirflowFailException,
@@ -20,21 +19,17 @@ from airflow.sdk.exceptions import (
 )
 from airflow.triggers.base import StartTriggerArgs
 from airflow_events import settings
-from airflow_events.errors import EventLost, EventNotSerializable, EventRejected, UnknownOutcome
+from airflow_events.errors import EventNotSerializable, EventRejected, UnknownOutcome
 from airflow_events.listeners import serde
-from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, describe
-from airflow_events.listeners.commit import Phase, Record, delivered, release, settle
-from airflow_events.operators.record import WorkerRecord
-from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
+from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
+from airflow_events.listeners.commit import delivered
+from airflow_events.operators.placement import placement, resolves_at_run_time
 from airflow_events.triggers import outcome, reference
-from airflow_events.triggers.event import EventTrigger
+from airflow_events.triggers.event import GRACE, EventTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk.definitions.context import Context
     from typing_extensions import Self
-
-# Should no triggerer be alive when the time is up, the scheduler ends the wait this much later.
-_GRACE = timedelta(minutes=5)
 
 
 class _Missing:
@@ -66,7 +61,7 @@ class _StartFromTrigger:
         return getattr(task, self._wanted)()
 
     def __set__(self, task: WaitForEventOperator, value: Any) -> None:
-        raise AttributeError("where a wait starts follows from its arguments; see operators/route.py")
+        raise AttributeError("where a wait starts follows from its arguments; see operators/placement.py")
 
 
 class _ListenerName:
@@ -85,7 +80,7 @@ class WaitForEventOperator(BaseOperator):
     """
     Wait for an event, and return it.
 
-    It is deferred from its beginning on, and most waits never see a worker (``operators/route.py`` has the
+    It is deferred from its beginning on, and most waits never see a worker (``operators/placement.py`` has the
     rule). The event is recorded in Airflow's database before the source is told to forget it, so a try
     that dies at any point leaves a state from which the next one goes on: the defaults of ``retries`` and
     ``retry_delay`` are for that.
@@ -129,9 +124,9 @@ class WaitForEventOperator(BaseOperator):
         super().__init__(retries=retries, retry_delay=retry_delay, **kwargs)
         self.listener = check_listener(listener)
         # Of the fields that are templates Airflow wants the value of the constructor, or one equal to it.
-        self.listener_args = listener_args if isinstance(listener_args, XComArg) else list(listener_args)
+        self.listener_args = listener_args if isinstance(listener_args, ResolveMixin) else list(listener_args)
         self.listener_kwargs = (
-            listener_kwargs if isinstance(listener_kwargs, XComArg) else dict(listener_kwargs or {})
+            listener_kwargs if isinstance(listener_kwargs, ResolveMixin) else dict(listener_kwargs or {})
         )
         self.timeout = _positive(timeout)
         if soft_fail and default is not MISSING:
@@ -168,101 +163,47 @@ class WaitForEventOperator(BaseOperator):
         face: dict[str, Any] = {"listener": reference.name(self.listener), "replay": self.replay}
         if self.listener.recorded_from_outside and isinstance(self.listener_kwargs, Mapping):
             schema = self.listener_kwargs.get("schema")
-            if not any(XComArg.iter_xcom_references(schema)):
+            if not resolves_at_run_time(schema):
                 face["schema"] = schema
         return json.dumps(face, sort_keys=True)
 
     def execute(self, context: Context) -> Any:
-        """Begin a try that starts on a worker."""
-        if (stored := self._recorded(context)) is not None:
-            self.log.info(
-                "The event of %s is %s already; the wait is %s",
-                describe(self.listener.__qualname__, self.listener_args, self.listener_kwargs),
-                stored.phase.value,
-                self._wait(context).id,
-            )
-            return self._finish(context, stored.event)
-        if not self.replay:
-            self._forget_earlier(context)
+        """Begin a try that starts on a worker: what the wait has already, its trigger is told."""
         self._defer(context)
-        return None
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
-        """Go on with what the trigger found."""
+        """Go on with what the trigger found: what is delivered is recorded and committed."""
         match outcome.decode(event):
             case outcome.Arrived(arrived, at):
-                return self._finish(context, arrived, at)
-            case outcome.Rejected():
-                if (stored := self._recorded(context)) is not None:
-                    return self._finish(context, stored.event)
-                self._defer(context)  # cleared, or forgotten, since
-                return None
+                delivered(self.listener, Wait(**self._named(context)), at)
+                return arrived
+            case outcome.Rejected(reason, by):
+                rejected = EventRejected(reason, by)
+                raise AirflowFailException(str(rejected)) from rejected
             case outcome.TimedOut(deadline):
-                if found := self._in_time(context):  # by a second triggerer
-                    return found[0]
-                return self._time_is_up(deadline, context)
+                return self._time_is_up(f"until {deadline.isoformat(timespec='seconds')}")
             case other:
                 raise UnknownOutcome(f"{type(other).__name__} is for a task that waits for many events")
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
-        """Go on after a deferral, also if Airflow ended it because no triggerer was there in time."""
+        """
+        Go on after a deferral, also if Airflow ended it because no triggerer was there in time.
+
+        It does so only as long as no event is recorded: with the record, the inbox takes the timeout away, and the
+        API server that of a later try. So there is nothing to ask the inbox for here.
+        """
         try:
             return super().resume_execution(next_method, next_kwargs, context)
         except TaskDeferralTimeout:
-            if found := self._in_time(context):
-                return found[0]
-            deadline = self._record(context).noted_deadline()
-            if deadline is None or deadline > datetime.now(timezone.utc):
+            if self.timeout is None or (self.execution_timeout and self.execution_timeout <= self.timeout):
                 raise  # not the wait's timeout, but the task's execution_timeout
-            # What a triggerer claimed that has died, or stands still since.
-            self._release(context, None)
-            return self._time_is_up(deadline, context)
+            return self._airflow_has_ended_it(context)
 
-    def _in_time(self, context: Context) -> list[Any]:
-        """Return what is delivered in a list, if it was recorded just before the time was up, or an empty one."""
-        stored = self._recorded(context)
-        return [] if stored is None else [self._finish(context, stored.event)]
+    def _airflow_has_ended_it(self, context: Context) -> Any:
+        return self._time_is_up(f"within {self.timeout}, and no triggerer was there to say so in time")
 
-    def _recorded(self, context: Context) -> Record | None:
-        """
-        Return the record of the wait's event, or None.
-
-        :raises AirflowFailException: the wait was rejected, and not cleared since.
-        """
-        record = self._record(context)
-        stored = asyncio.run(record.read())
-        if stored is None or stored.phase is not Phase.REJECTED:
-            return stored
-        if stored.event["generation"] == context["ti"].max_tries:
-            rejected = EventRejected(stored.event["reason"], stored.event["by"])
-            raise AirflowFailException(str(rejected)) from rejected
-        asyncio.run(record.drop(stored))
-        return None
-
-    def _finish(self, context: Context, event: Any, arrived: float | None = None) -> Any:
-        record, wait = self._record(context), self._wait(context)
-        try:
-            event = asyncio.run(
-                settle(
-                    self.listener,
-                    wait,
-                    record,
-                    event,
-                    args=self.listener_args,
-                    kwargs=self.listener_kwargs,
-                    arrived=arrived,
-                )
-            )
-        except EventLost as lost:
-            self.log.warning("The event went to another wait, and this one waits on: %s", lost)
-            self._defer(context)
-            return None
-        self.log.info("The event is recorded and committed")
-        delivered(self.listener, wait, arrived)
-        return event
-
-    def _time_is_up(self, deadline: datetime, context: Context) -> Any:
-        message = f"No event of {self.listener.__qualname__} came until {deadline.isoformat(timespec='seconds')}"
+    def _time_is_up(self, until: str) -> Any:
+        message = f"No event of {self.listener.__qualname__} came {until}"
         if self.has_default:
             self.log.info("%s; delivering the default", message)
             return self.default
@@ -270,104 +211,95 @@ class WaitForEventOperator(BaseOperator):
             raise AirflowSkipException(message)
         raise AirflowSensorTimeout(message)
 
-    def _forget_earlier(self, context: Context) -> None:
-        """Give back what an earlier generation recorded and did not commit; it is to wait for another."""
-        record = dataclasses.replace(self._record(context), replay=True)
-        stored = asyncio.run(record.read())
-        # One of this generation was sent from outside a moment ago.
-        if stored is None or asyncio.run(self._record(context).read()) is not None:
-            return
-        self.log.info("Waiting for another event than the one recorded before the task was cleared (replay=False)")
-        if stored.phase is Phase.RECORDED:
-            self._release(context, stored.event)
-        asyncio.run(record.drop(stored))
-
-    def _release(self, context: Context, event: Any | None) -> None:
-        wait = self._wait(context)
-        asyncio.run(release(self.listener, wait, event, self.listener_args, self.listener_kwargs))
-
     def _defer(self, context: Context) -> None:
         self._check_arguments()
-        wait = self._wait(context)
-        is_mapped = wait.map_index >= 0
-        why = needs_worker_to_start(self) or (
-            "it is mapped" if is_mapped else "its arguments held the output of another task"
-        )
-        why_again = needs_worker_to_finish(self, started_on_worker=True)
+        named = self._named(context)
+        is_mapped = named["map_index"] >= 0
+        # As the DAG has it: of this one the arguments are rendered.
+        unrendered = self.dag.get_task(self.task_id) if self.has_dag() else self  # type: ignore[no-untyped-call]
+        why: str | None = "it is mapped"
+        if isinstance(unrendered, WaitForEventOperator):
+            why = placement(unrendered).starts_on_worker_because
+        why_again = placement(self).finishes_on_worker_because
         self.log.info(
-            "A worker begins this wait because %s; %s",
-            why,
+            "%s; %s",
+            f"A worker begins this wait because {why}" if why else "A worker lets this wait go on",
             f"a worker ends it because {why_again}" if why_again else "it ends in the triggerer",
         )
-        deadline = left = None
-        if self.timeout is not None:
-            now = datetime.now(timezone.utc)
-            deadline = self._record(context).deadline(self.timeout, now)
-            left = max(deadline - now, timedelta()) + _GRACE
+        left = self._longest
+        if self.execution_timeout is not None:
+            # Of the whole try, with what it is deferred, as Airflow documents it and the scheduler has it for the
+            # tasks that it defers; for those that workers defer it leaves that to them.
+            of_try = context["ti"].start_date + self.execution_timeout - datetime.now(timezone.utc)
+            left = max(of_try if left is None else min(of_try, left), timedelta())
         trigger = self.trigger_class(
-            listener=reference.name(self.listener)
-            if reference.is_importable(self.listener)
-            else reference.by_value(self.listener),
-            deadline=deadline,
-            wait=dataclasses.asdict(wait),
+            wait=named,
             mapped_over=not is_mapped and next(iter(self.iter_mapped_dependants()), None) is not None,
-            **self._trigger_arguments(started_on_worker=True),
+            **self._trigger_arguments(),
         )
         self.defer(trigger=trigger, method_name="execute_complete", timeout=left)
 
-    def _record(self, context: Context) -> WorkerRecord:
-        return WorkerRecord(context["ti"], context["task_state_store"], self.replay)
-
-    def _wait(self, context: Context) -> Wait:
+    def _named(self, context: Context) -> dict[str, Any]:
+        """Return the wait, as its trigger is told."""
         ti = context["ti"]
-        return Wait(
-            dag_id=ti.dag_id,
-            run_id=ti.run_id,
-            task_id=ti.task_id,
-            map_index=ti.map_index if ti.map_index is not None else -1,
-            run_start=context["dag_run"].start_date,
-            timezone=timezone_name(self),
-            after=self._record(context).after,
-        )
+        return {
+            "dag_id": ti.dag_id,
+            "run_id": ti.run_id,
+            "task_id": ti.task_id,
+            "map_index": ti.map_index if ti.map_index is not None else -1,
+            "run_start": context["dag_run"].start_date,
+            "timezone": timezone_name(self),
+        }
 
-    def _trigger_arguments(self, *, started_on_worker: bool) -> dict[str, Any]:
+    @property
+    def _longest(self) -> timedelta | None:
+        """After what time Airflow ends a deferral; the inbox makes it the wait's deadline and a grace."""
+        return None if self.timeout is None else self.timeout + timedelta(seconds=GRACE)
+
+    def _trigger_arguments(self) -> dict[str, Any]:
         zone = Wait("", "", "", timezone=timezone_name(self)).tz
         return {
+            "listener": reference.refer(self.listener),
             "listener_args": serde.localized(self.listener_args, zone),
             "listener_kwargs": serde.localized(self.listener_kwargs, zone),
-            "finish_on_worker": needs_worker_to_finish(self, started_on_worker=started_on_worker) is not None,
+            "finish_on_worker": placement(self).finishes_on_worker_because is not None,
+            "timeout": self.timeout.total_seconds() if self.timeout else None,
             "soft_fail": self.soft_fail,
             "default": [serde.localized(self.default, zone)] if self.has_default else [],
             "push": self.do_xcom_push,
+            "multiple_outputs": bool(self.multiple_outputs),
+            "outlets": _profiles(self.outlets),
+            "replay": self.replay,
         }
 
     def _starts_in_triggerer(self) -> bool:
-        return needs_worker_to_start(self) is None
+        return placement(self).starts_on_worker_because is None
 
     def _start_trigger_args(self) -> StartTriggerArgs | None:
         if not self._starts_in_triggerer():
             return None
         return StartTriggerArgs(
             trigger_cls=f"{self.trigger_class.__module__}.{self.trigger_class.__name__}",
-            trigger_kwargs={
-                "listener": reference.name(self.listener),
-                "timeout": self.timeout.total_seconds() if self.timeout else None,
-                **self._trigger_arguments(started_on_worker=False),
-            },
+            trigger_kwargs=self._trigger_arguments(),
             next_method="execute_complete",
-            timeout=self.timeout + _GRACE if self.timeout else None,
+            timeout=self._longest,
         )
 
     def _check_arguments(self) -> None:
         _refuse_pickle(self.listener)
         for name, value in (("listener_args", self.listener_args), ("listener_kwargs", self.listener_kwargs)):
-            if not any(XComArg.iter_xcom_references(value)):
+            if not resolves_at_run_time(value):
                 try:
                     serde.check(value, name)
                 except EventNotSerializable as error:
                     raise TypeError(f"{self.task_id}: {error}") from error
-        if not isinstance(self.listener_args, XComArg) and not isinstance(self.listener_kwargs, XComArg):
+        if not isinstance(self.listener_args, ResolveMixin) and not isinstance(self.listener_kwargs, ResolveMixin):
             check_arguments(self.listener, self.listener_args, self.listener_kwargs)
+            if not resolves_at_run_time([self.listener_args, self.listener_kwargs]):
+                try:
+                    self.listener.check_arguments(*self.listener_args, **self.listener_kwargs)
+                except ValueError as error:
+                    raise ValueError(f"{self.task_id}: {error}") from error
         if self.has_default:
             serde.check(self.default, "default")
 
@@ -382,7 +314,7 @@ class OfTask:
         """Return the same with other arguments of the operator."""
         return type(self)({**self._operator_arguments, **operator_arguments})
 
-    def _output(self, operator: type[WaitForEventOperator], task_id: str, **call: Any) -> XComArg:
+    def _output(self, operator: type[BaseOperator], task_id: str, **call: Any) -> XComArg:
         arguments = dict(self._operator_arguments)
         unique = get_unique_task_id(
             arguments.pop("task_id", task_id), arguments.get("dag"), arguments.get("task_group")
@@ -427,6 +359,21 @@ def _refuse_pickle(listener: type[EventListener]) -> None:
             "which [events] pickled_listeners = False refuses; move it to an installed package or the "
             "plugins folder"
         )
+
+
+def _profiles(outlets: Sequence[Any]) -> list[dict[str, Any]]:
+    """Write a task's outlets as Airflow's execution API takes them."""
+    from airflow.sdk.definitions.asset import Asset, AssetAlias, AssetNameRef, AssetUriRef
+
+    profiles = []
+    for outlet in outlets:
+        kind = next(
+            (kind for kind in (Asset, AssetNameRef, AssetUriRef, AssetAlias) if isinstance(outlet, kind)), None
+        )
+        if kind is not None:
+            name, uri = getattr(outlet, "name", None), getattr(outlet, "uri", None)
+            profiles.append({"name": name, "uri": uri, "type": kind.__name__})
+    return profiles
 
 
 def timezone_name(task: BaseOperator) -> str:

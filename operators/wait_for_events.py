@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException
-from airflow.sdk.execution_time.context import NEVER_EXPIRE, TaskStateStoreAccessor
-from airflow_events.errors import ArgumentsChanged, EventLost, EventNotSerializable, UnknownOutcome
+from airflow_events.errors import EventNotSerializable
 from airflow_events.listeners import serde
-from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener, commits, releases
-from airflow_events.listeners.commit import release, settle
-from airflow_events.operators.route import needs_worker_to_record
+from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
+from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.operators.wait_for_event import MISSING, OfTask, WaitForEventOperator, timezone_name
 from airflow_events.triggers import outcome
-from airflow_events.triggers.calls import Calls, result
+from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import EventTrigger
-from airflow_events.triggers.events import EventsTrigger, progress, recorded
-from airflow_events.triggers.journal import EventRecord, Journal
-from airflow_events.triggers.record import PROGRESS_KEY
+from airflow_events.triggers.events import EventsTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk.definitions.context import Context
-
-# How many events a worker records and commits at the same time.
-_SETTLING = 64
 
 
 class WaitForEventsOperator(WaitForEventOperator):
@@ -40,7 +31,7 @@ class WaitForEventsOperator(WaitForEventOperator):
     that of `WaitForEventOperator` is, in the name of its place in the list, and stays recorded whatever dies, is
     tried again or is cleared: the wait goes on with what is missing.
 
-    :param listener: the class that knows the source. Its poll must be repeatable if it has something to commit.
+    :param listener: the class that knows the source.
     :param arguments: a list with the arguments of each poll, or the output of another task that is one. Of each
         item: a mapping is keyword arguments, a list or tuple positional ones, and anything else the only one.
     :param listener_kwargs: keyword arguments that all polls have in common.
@@ -56,7 +47,6 @@ class WaitForEventsOperator(WaitForEventOperator):
     template_fields_renderers: ClassVar[dict[str, str]] = {"arguments": "json", "listener_kwargs": "json"}
     trigger_class: ClassVar[type[EventTrigger]] = EventsTrigger
     arguments_as_text: ClassVar[bool] = True
-    _have: Sequence[int] = ()  # the indexes that a worker knows to be recorded
     _made: tuple[Any, Calls, str] | None = None  # from which arguments, and as text, as soon as that is needed
 
     def __init__(
@@ -85,7 +75,7 @@ class WaitForEventsOperator(WaitForEventOperator):
             retry_delay=retry_delay,
             **kwargs,
         )
-        self.arguments = arguments if isinstance(arguments, XComArg) else _listed(arguments)
+        self.arguments = arguments if isinstance(arguments, ResolveMixin) else _listed(arguments)
         if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
             raise ValueError(f"first is a number of events of at least 1, or None for all, not {first!r}")
         if first is not None and self.has_default:
@@ -99,133 +89,40 @@ class WaitForEventsOperator(WaitForEventOperator):
             _refuse(check_listener(kwargs["listener"]))
         return super().partial(**kwargs)
 
-    def execute(self, context: Context) -> Any:
-        return self._go_on(context, {})
-
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
+        match event:
+            # A trigger of the first edition left it to a worker to record these. Another one finds them, in the
+            # inbox or at their source.
+            case {"outcome": "Batch" | "Gathered"}:
+                return self._defer(context)
         match outcome.decode(event):
-            case outcome.Arrived(value):
-                return value
-            case outcome.Batch(arrived):
-                return self._go_on(context, arrived)
-            case outcome.Gathered():
-                if found := self._in_time(context):
-                    return found[0]
-                self._defer(context)  # forgotten since
-                return None
-            case outcome.TimedOut(deadline):
-                if found := self._in_time(context):
-                    return found[0]
-                return self._time_is_up(deadline, context)
-            case other:
-                raise UnknownOutcome(f"{type(other).__name__} is for a task that waits for one event")
+            case outcome.TimedOut() if self.has_default:  # also of the first edition
+                return self._defer_for_default(context)
+            case outcome.TimedOut(deadline, arrived):
+                return self._time_is_up(f"until {deadline.isoformat(timespec='seconds')}", arrived)
+        return super().execute_complete(context, event)
 
-    def _go_on(self, context: Context, arrived: Mapping[int, Any]) -> Any:
-        """Record and commit what has arrived, and deliver, or wait for what is missing."""
-        events = asyncio.run(self._settle(context, arrived))
-        wanted = self._wanted
-        context["ti"].xcom_push(PROGRESS_KEY, progress(len(events), wanted))
-        if len(events) >= wanted:
-            return result(events, len(self._calls), self.first)
-        if events:
-            self.log.info("%s of %s events are recorded and committed", f"{len(events):,}", f"{wanted:,}")
-        deadline = self._record(context).noted_deadline() if arrived else None
-        if deadline is not None and deadline <= datetime.now(deadline.tzinfo):
-            return self._time_is_up(deadline, context)
-        self._have = sorted(events)
-        self._defer(context)
-        return None
-
-    async def _settle(self, context: Context, arrived: Mapping[int, Any]) -> dict[int, Any]:
-        """Return all events that a worker has recorded and committed, after it has done so with ``arrived``."""
-        calls, wait = self._calls, self._wait(context)
-        journal = Journal(self._pages(context))
-        await journal.read()
-        events = self._recorded_by(journal)
-        left = [
-            index
-            for index in range(len(calls))
-            if index not in events and journal.records.of(index, calls.digest(index)) is not None
-        ]
-        others = [index for index in sorted(arrived) if index not in events and index not in left]
-        room = max(self._wanted - len(events) - len(left), 0)
-        at_once = asyncio.Semaphore(_SETTLING)
-
-        async def one(index: int, event: Any) -> None:
-            args, kwargs = calls.of(index)
-            # The trigger, which polled, cannot read this journal.
-            store = EventRecord(journal, index, calls.digest(index), renames=False)
-            async with at_once:
-                try:
-                    of_index = replace(wait, index=index)
-                    await settle(self.listener, of_index, store, event, args=args, kwargs=kwargs)
-                except EventLost as lost:
-                    self.log.warning("Event %d went to another wait, and is waited for anew: %s", index, lost)
-
-        def event_of(index: int) -> Any:
-            record = journal.records.of(index, calls.digest(index))
-            return arrived[index] if record is None else record.event
-
-        work = [one(index, event_of(index)) for index in [*left, *others[:room]]]
-        failures = [done for done in await asyncio.gather(*work, return_exceptions=True) if done is not None]
-        if failures:
-            raise failures[0]
-        for index in others[room:]:
-            args, kwargs = calls.of(index)
-            await release(self.listener, replace(wait, index=index), arrived[index], args, kwargs)
-        return self._recorded_by(journal)
-
-    def _recorded_by(self, journal: Journal) -> dict[int, Any]:
-        try:
-            return recorded(journal, self._calls, self.listener)
-        except ArgumentsChanged as error:
-            raise AirflowFailException(str(error)) from error
-
-    def _in_time(self, context: Context) -> list[Any]:
-        events = self._events(context)
-        return [result(events, len(self._calls), self.first)] if len(events) >= self._wanted else []
-
-    def _events(self, context: Context) -> dict[int, Any]:
-        """Return all events that are recorded and committed, by whomever."""
-        by_trigger = self._recorded_by(self._journal_of_trigger(context))
-        return {**by_trigger, **asyncio.run(self._settle(context, {}))}
-
-    def _journal_of_trigger(self, context: Context) -> Journal:
-        journal = Journal(PulledPages(context["ti"]))
-        asyncio.run(journal.read())
-        return journal
-
-    def _release(self, context: Context, event: Any | None) -> None:
-        """Give back what is claimed for the indexes of which no event is recorded."""
-        if not releases(self.listener):
-            return
-        calls, wait, events = self._calls, self._wait(context), self._events(context)
-        after = self._journal_of_trigger(context).records.after
-        at_once = asyncio.Semaphore(_SETTLING)
-
-        async def one(index: int) -> None:
-            args, kwargs = calls.of(index)
-            async with at_once:
-                of_index = replace(wait, index=index, after=after(index))
-                await release(self.listener, of_index, event, args, kwargs)
-
-        async def all_of_them() -> None:
-            await asyncio.gather(*(one(index) for index in range(len(calls)) if index not in events))
-
-        asyncio.run(all_of_them())
-
-    def _time_is_up(self, deadline: datetime, context: Context) -> Any:
-        events = self._events(context)
-        message = (
-            f"{len(events):,} of {self._wanted:,} events of {self.listener.__qualname__} came until "
-            f"{deadline.isoformat(timespec='seconds')}"
-        )
+    def _airflow_has_ended_it(self, context: Context) -> Any:
         if self.has_default:
-            self.log.info("%s; delivering the default in the place of each that is missing", message)
-            return result(events, len(self._calls), self.first, [self.default])
+            return self._defer_for_default(context)
+        return super()._airflow_has_ended_it(context)
+
+    def _defer_for_default(self, context: Context) -> None:
+        """Let a trigger deliver what has come, which it can ask for, and the default for what has not."""
+        self.log.info("The time is up; a trigger delivers what has come, and the default for what has not")
+        self._defer(context)
+
+    def _time_is_up(self, until: str, arrived: int | None = None) -> Any:
+        count = "not all" if arrived is None else f"{arrived:,}"
+        message = f"{count} of {self._wanted:,} events of {self.listener.__qualname__} came {until}"
         if self.soft_fail:
             raise AirflowSkipException(message)
         raise AirflowSensorTimeout(f"{message}; a clear of the task waits for the others")
+
+    def _defer(self, context: Context) -> None:
+        if self._wanted > len(self._calls):
+            raise AirflowFailException(f"first={self.first}, and the list has {len(self._calls)} items")
+        super()._defer(context)
 
     @property
     def _calls(self) -> Calls:
@@ -239,30 +136,16 @@ class WaitForEventsOperator(WaitForEventOperator):
 
     @property
     def _wanted(self) -> int:
-        count = len(self._calls)
-        if self.first is not None and self.first > count:
-            raise AirflowFailException(f"first={self.first}, and the list has {count} items")
-        return count if self.first is None else self.first
+        return len(self._calls) if self.first is None else self.first
 
-    def _pages(self, context: Context) -> StorePages:
-        ti = context["ti"]
-        return StorePages(context["task_state_store"], "" if self.replay else f"{ti.max_tries}:")
-
-    def _trigger_arguments(self, *, started_on_worker: bool) -> dict[str, Any]:
+    def _trigger_arguments(self) -> dict[str, Any]:
         calls = self._calls
         assert self._made is not None
         if not self._made[2]:
             self._made = (self._made[0], calls, calls.encode())
-        told = super()._trigger_arguments(started_on_worker=started_on_worker)
+        told = super()._trigger_arguments()
         del told["listener_args"], told["listener_kwargs"]
-        return {
-            **told,
-            "calls": self._made[2],
-            "count": len(calls),
-            "first": self.first,
-            "hand_over": needs_worker_to_record(self, started_on_worker=started_on_worker) is not None,
-            "have": list(self._have),
-        }
+        return {**told, "calls": self._made[2], "count": len(calls), "first": self.first}
 
     def _starts_in_triggerer(self) -> bool:
         return "first" in vars(self) and super()._starts_in_triggerer()
@@ -271,12 +154,12 @@ class WaitForEventsOperator(WaitForEventOperator):
         _refuse(self.listener)
         if "first" not in vars(self):  # the constructor of the operator for one event is still at work
             return
-        if isinstance(self.arguments, XComArg) or isinstance(self.listener_kwargs, XComArg):
+        if isinstance(self.arguments, ResolveMixin) or isinstance(self.listener_kwargs, ResolveMixin):
             return
         if self.first is not None and self.first > len(self.arguments):
             raise ValueError(f"first={self.first}, and the list has {len(self.arguments)} items")
         given = [*self.arguments, *self.listener_kwargs.values()]
-        if not any(XComArg.iter_xcom_references(given)):
+        if not resolves_at_run_time(given):
             for name in self.template_fields:
                 try:
                     serde.check(getattr(self, name), name)
@@ -284,7 +167,7 @@ class WaitForEventsOperator(WaitForEventOperator):
                     raise TypeError(f"{self.task_id}: {error}") from error
         calls = Calls(self.arguments, self.listener_kwargs)
         for index, argument in enumerate(self.arguments):
-            if not isinstance(argument, XComArg):
+            if not isinstance(argument, ResolveMixin):
                 args, kwargs = calls.of(index)
                 try:
                     check_arguments(self.listener, args, kwargs)
@@ -292,40 +175,6 @@ class WaitForEventsOperator(WaitForEventOperator):
                     raise TypeError(f"{self.task_id}: arguments[{index}]: {error}") from None
         if self.has_default:
             serde.check(self.default, "default")
-
-
-@dataclass(frozen=True)
-class StorePages:
-    """
-    The journal's values in the task state store, which a worker reaches, and which keeps them over all tries.
-
-    It refuses what is written by a worker that its task has outlived.
-
-    :param generation: a prefix of the names, if what was recorded before a clear does not count.
-    """
-
-    store: TaskStateStoreAccessor
-    generation: str = ""
-
-    async def get(self, name: str) -> Any:
-        stored = self.store.get(self.generation + name)
-        return None if stored is None else serde.decode(json.dumps(stored))
-
-    async def set(self, name: str, value: Any) -> None:
-        self.store.set(self.generation + name, serde.as_json(value), retention=NEVER_EXPIRE)
-
-
-@dataclass(frozen=True)
-class PulledPages:
-    """The journal's values that a trigger has written, as a worker reads them."""
-
-    ti: Any
-
-    async def get(self, name: str) -> Any:
-        return self.ti.xcom_pull(task_ids=self.ti.task_id, key=name, map_indexes=self.ti.map_index)
-
-    async def set(self, name: str, value: Any) -> None:
-        raise NotImplementedError("a worker has pages of its own")
 
 
 class _WaitForEvents(OfTask):
@@ -363,12 +212,6 @@ def _listed(arguments: Any) -> list[Any]:
 
 
 def _refuse(listener: type[EventListener]) -> None:
-    if commits(listener) and not listener.repeatable_poll:
-        raise TypeError(
-            f"{listener.__qualname__} has something to commit, and its poll is not repeatable: a second "
-            "triggerer, or the same one started again, would take other events, and what the first one holds "
-            "would be nobody's. Use WaitForEventOperator with it, mapped over the arguments"
-        )
     if listener.recorded_from_outside:
         raise TypeError(
             f"an event of {listener.__qualname__} is sent to a task and ends it. Use WaitForEventOperator "

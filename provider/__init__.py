@@ -9,15 +9,22 @@ from airflow_events.provider_info import VERSION as __version__
 if TYPE_CHECKING:
     from airflow_events.api.callback import callback_url
     from airflow_events.listeners.base import EventListener, Wait, current_wait
+    from airflow_events.operators.event_hook import EventHook
+    from airflow_events.operators.send_event import send_event
+    from airflow_events.operators.starts import event_trigger, start_on
     from airflow_events.operators.wait_for_event import wait_for_event
     from airflow_events.operators.wait_for_events import wait_for_events
 
 __all__ = [
     "__version__",
+    "EventHook",
     "EventListener",
     "Wait",
     "callback_url",
     "current_wait",
+    "event_trigger",
+    "send_event",
+    "start_on",
     "wait_for_event",
     "wait_for_events",
 ]
@@ -34,6 +41,18 @@ def __getattr__(name: str) -> Any:
         from airflow_events.operators import wait_for_events as many
 
         return many.wait_for_events
+    if name == "send_event":
+        from airflow_events.operators import send_event as sending
+
+        return sending.send_event
+    if name == "EventHook":
+        from airflow_events.operators.event_hook import EventHook
+
+        return EventHook
+    if name in ("event_trigger", "start_on"):
+        from airflow_events.operators import starts
+
+        return getattr(starts, name)
     if name == "callback_url":
         from airflow_events.api.callback import callback_url
 

@@ -27,8 +27,6 @@ OPEN = "events.open_waits"
 OPEN_BY_LISTENER = "events.open_waits_by_listener"
 UNCOMMITTED = "events.uncommitted_waits"
 
-_UNTOLD = "airflow_events.metrics"
-
 
 @functools.cache
 def are_on() -> bool:
@@ -55,17 +53,6 @@ def since(name: str, begun: float | None, **tags: str) -> None:
 def level(name: str, value: int, **tags: str) -> None:
     """Tell how many there are."""
     _send(lambda stats: stats.gauge(name, value, tags=tags))
-
-
-def once_committed(session: Any, tell: Callable[[], None]) -> None:
-    """Keep ``tell`` for `were_committed`: what a transaction that is given up has done does not count."""
-    session.info.setdefault(_UNTOLD, []).append(tell)
-
-
-def were_committed(session: Any) -> None:
-    """Tell what `once_committed` kept for a session, whose transaction is committed now."""
-    for tell in session.info.pop(_UNTOLD, ()):
-        tell()
 
 
 def _send(send: Callable[[Any], None]) -> None:

@@ -27,11 +27,6 @@ def commit_timeout() -> float:
     return _get("commit_timeout", float)
 
 
-def commit_memory() -> float:
-    """For how many seconds a source keeps who committed an event."""
-    return _get("commit_memory", float)
-
-
 def unreachable_timeout() -> float:
     """For how many seconds a source that is away is tried again."""
     return _get("unreachable_timeout", float)
@@ -42,9 +37,34 @@ def callback_secret() -> str:
     return _get("callback_secret", str) or str(conf.get("api", "secret_key", fallback=""))
 
 
+def memory() -> float:
+    """For how many seconds the inbox knows an event after its source has confirmed that it has forgotten it."""
+    return _get("memory", float)
+
+
+def migrate_on_start() -> bool:
+    """Whether the API server migrates the tables of the inbox at its start."""
+    return _get("migrate_on_start", bool)
+
+
+def hosts() -> int:
+    """Return how many triggers the waits of a kind share."""
+    return max(_get("hosts", int), 1)
+
+
 def http_keep() -> float:
     """For how many seconds an event for a key is kept, and an idempotency key remembered."""
     return _get("http_keep", float)
+
+
+def http_most_kept_for_key() -> int:
+    """How many events are kept for one key."""
+    return _get("http_most_kept_for_key", int)
+
+
+def http_most_kept() -> int:
+    """How many events are kept for all keys together."""
+    return _get("http_most_kept", int)
 
 
 def http_match_interval() -> float:
@@ -52,9 +72,50 @@ def http_match_interval() -> float:
     return _get("http_match_interval", float)
 
 
+def airflow_look_interval() -> float:
+    """Seconds between two looks into Airflow's own database for those who wait for what happens there."""
+    return _get("airflow_look_interval", float)
+
+
 def http_max_body() -> int:
     """How many bytes the body of an HTTP event may have."""
     return _get("http_max_body", int)
+
+
+def inbox_url() -> str:
+    """Return the address of the inbox; if none is set, that of the API server as Airflow's executors have it."""
+    if url := _get("inbox_url", str):
+        return url.rstrip("/")
+    base = conf.get("api", "base_url", fallback=None) or "/"
+    if base.startswith("/"):
+        base = f"http://localhost:8080{base}"
+    server = conf.get("core", "execution_api_server_url", fallback=None) or base
+    return f"{server.rstrip('/').removesuffix('/execution')}/events/inbox"
+
+
+def api_url() -> str:
+    """Return the address of this package's routes in the API server, as Airflow's own processes reach it."""
+    return inbox_url().removesuffix("/inbox")
+
+
+def send_from_tasks() -> bool:
+    """Whether tasks may send events to keys by their own authority."""
+    return _get("send_from_tasks", bool)
+
+
+def inbox_secret() -> str:
+    """Return what requests to the inbox are signed with; empty if it is Airflow's Fernet key."""
+    return _get("inbox_secret", str)
+
+
+def inbox_ca() -> str:
+    """Return the path of the certificates that are trusted; empty if they are those of the system."""
+    return _get("inbox_ca", str) or str(conf.get("api", "ssl_ca_file", fallback=None) or "")
+
+
+def inbox_max_body() -> int:
+    """How many bytes a request to the inbox may have."""
+    return _get("inbox_max_body", int)
 
 
 def directory_root() -> str:

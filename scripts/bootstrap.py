@@ -62,16 +62,21 @@ def _interrupt(*_: object) -> NoReturn:
 def _build(pip: list[str]) -> Path:
     """Build the wheel from a copy of what belongs to it, so that the checkout stays as it is."""
     source, built = ROOT / ".venv" / "source", ROOT / ".venv" / "wheel"
-    for folder in (source, built):
-        shutil.rmtree(folder, ignore_errors=True)
-    source.mkdir(parents=True)
-    for name in ("provider", "listeners", "triggers", "operators", "example_dags"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    shutil.rmtree(built, ignore_errors=True)
+    copy_source(source)
     _run(f"pip could not build the wheel; {_NETWORK}", *pip, "wheel", "--no-deps", "-w", str(built), str(source))
     [wheel] = built.glob("*.whl")
     return wheel
+
+
+def copy_source(folder: Path) -> None:
+    """Make ``folder`` again, with all that the package is built from."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("provider", "listeners", "triggers", "operators", "example_dags"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
 
 
 def _run(problem: str, *command: str) -> None:

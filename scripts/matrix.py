@@ -61,7 +61,7 @@ def main() -> int:
         else:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
         postgres = stack.enter_context(Postgres())
-        variables = stack.enter_context(served())
+        variables = stack.enter_context(served(*options.sources))
         airflow = stack.enter_context(
             Deployment(home, database=postgres.url, settings=SETTINGS, variables=variables)
         )
@@ -99,14 +99,22 @@ def parts(names: list[str]) -> list[list[str]]:
 
 def write(cells: list[dict[str, Any]]) -> None:
     """Put the results of one fault beside all others, and write the page of all."""
-    from proof import page
+    from proof import EDITION, page
+
+    from sources import SOURCES
 
     store = DOCS / "crash-matrix.json"
     run = f"{date.today().isoformat()}, Airflow {version('apache-airflow')}, Python {platform.python_version()}"
     known = json.loads(store.read_text()) if store.exists() else []
-    results = {tuple(cell[name] for name in ("fault", "source", "path", "gap")): cell for cell in known}
+    # Of a source that is run again, what it had in gaps that are no more is dropped.
+    outlived = {cell["source"] for cell in cells} | (
+        {cell["source"] for cell in known} - {s.name for s in SOURCES}
+    )
+    kept = [cell for cell in known if cell.get("edition") == EDITION or cell["source"] not in outlived]
+    results = {tuple(cell[name] for name in ("fault", "source", "path", "gap")): cell for cell in kept}
     for cell in cells:
-        results[tuple(cell[name] for name in ("fault", "source", "path", "gap"))] = {**cell, "run": run}
+        key = tuple(cell[name] for name in ("fault", "source", "path", "gap"))
+        results[key] = {**cell, "edition": EDITION, "run": run}
     lines = ",\n".join(json.dumps(cell) for _, cell in sorted(results.items()))
     store.write_text(f"[\n{lines}\n]\n")
     (DOCS / "crash-matrix.md").write_text(page(list(results.values())))

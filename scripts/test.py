@@ -4,8 +4,8 @@ Run the tests against the built wheel: python3 scripts/test.py [arguments of pyt
 
 Without arguments the quick ones come first. The others mostly wait, for a source or for Airflow's loops, so two
 run beside one another: those with a real Airflow, and those of the sources, after which come those that kill much
-of theirs. Three at once starve each other on two processors. What a part says is printed when it has ended. With
-arguments, pytest gets them as they are.
+of theirs, and some more with a real Airflow. Three at once starve each other on two processors. What a part says
+is printed when it has ended. With arguments, pytest gets them as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import bootstrap
 
 # Each kills much of its Airflow, or starts one of its own.
 WITH_FAULTS = ("tests/chaos", "tests/e2e/test_matrix.py", "tests/e2e/test_crashes.py")
+# So many of the others that both lanes take as long.
+OF_OTHER_LANE = tuple(f"tests/e2e/test_{name}.py" for name in ("parked", "hosted", "starts", "sends", "airflow"))
 
 
 @dataclass
@@ -66,10 +68,11 @@ class Part:
 
 QUICK = Part("quick", ("tests/unit", "tests/model", "-n", "logical", "--maxprocesses", "4"))
 SOURCES = Part("sources", ("tests/sources", "-n", "4"))
-AIRFLOW = Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in WITH_FAULTS)))
+AIRFLOW = Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in (*WITH_FAULTS, *OF_OTHER_LANE))))
+STARTS = Part("a real Airflow: waits without triggers, and what starts runs", OF_OTHER_LANE)
 FAULTS = Part("a real Airflow under faults", WITH_FAULTS)
 # Those of a lane run one after another.
-LANES = ((AIRFLOW,), (SOURCES, FAULTS))
+LANES = ((AIRFLOW,), (SOURCES, FAULTS, STARTS))
 
 
 def run_all(pytest: list[str]) -> int:

@@ -16,6 +16,7 @@ def pytest_addoption(parser):
         help="Airflow's metadata database in the end-to-end tests",
     )
     parser.addoption("--keep", action="store_true", help="keep the folder of the Airflow of the tests")
+    parser.addoption("--quick", action="store_true", help="leave out what is marked slow, and take SQLite alone")
 
 
 def pytest_configure(config):
@@ -27,3 +28,15 @@ def pytest_configure(config):
     os.environ["AIRFLOW_HOME"] = home
     os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
     os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = str(TESTS / "dags")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        slow = [item for item in items if is_slow(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def is_slow(item):
+    of_server = hasattr(item, "callspec") and item.callspec.params.get("engine", "sqlite") != "sqlite"
+    return of_server or item.get_closest_marker("slow") is not None

@@ -41,9 +41,9 @@ class Calls:
 
     def digest(self, index: int) -> str:
         """
-        Name the arguments of one, so that a change of them is seen.
+        Name the arguments of one, so that a change of them is seen: 32 bytes, in hex.
 
-        Frozen, since records bear it.
+        Frozen, since records bear it. Those of the first edition had 9 bytes of it, and the others are 0.
         """
         return self._digests[index]
 
@@ -74,7 +74,7 @@ class Calls:
     @cached_property
     def _digests(self) -> list[str]:
         common = _digest(dict(self.common), "")
-        return [_digest(argument, common) for argument in self.arguments]
+        return [_digest(argument, common).ljust(64, "0") for argument in self.arguments]
 
 
 def _digest(value: Any, more: str) -> str:

@@ -1,32 +1,62 @@
-"""The trigger of a wait: polls, and ends the task where no worker is needed for it."""
+"""The trigger of a wait: one way for an event, from the poll to the task's success."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
-import time
-from collections.abc import AsyncIterator, Callable
+import os
+import socket
+import uuid
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-import greenback
+from airflow.sdk._shared.secrets_masker import redact
+from airflow.sdk.bases.xcom import BaseXCom
 from airflow.sdk.configuration import conf
 from airflow.sdk.execution_time import task_runner
-from airflow.sdk.execution_time.comms import GetTaskStates
-from airflow.triggers.base import BaseTrigger, TaskSkippedEvent, TaskSuccessEvent, TriggerEvent
-from airflow_events.errors import EventLost
+from airflow.sdk.execution_time.comms import GetTaskStates, XComResult
+from airflow.sdk.execution_time.xcom import XCom
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+from airflow_events import metrics, settings
+from airflow_events.errors import (
+    ArgumentsChanged,
+    EventLost,
+    EventUndecodable,
+    InboxRefused,
+    ListenerUnavailable,
+)
+from airflow_events.inbox.entries import (
+    Answer,
+    Begin,
+    End,
+    Entry,
+    Finish,
+    Join,
+    Look,
+    Lose,
+    Park,
+    Phase,
+    Record,
+    SetAside,
+    Settle,
+    Status,
+    as_json,
+)
 from airflow_events.listeners import serde
-from airflow_events.listeners.base import EventListener, Wait, commits, describe, working_for
-from airflow_events.listeners.clock import Clock
-from airflow_events.listeners.commit import Phase, Record, delivered, record_of, recorded, release, settle
+from airflow_events.listeners.base import EventListener, Wait, commits, describe, releases, working_for
+from airflow_events.listeners.commit import acknowledge, delivered, recorded, release, tags
+from airflow_events.listeners.masking import masked, masked_call
 from airflow_events.triggers import outcome, reference, stalls
-from airflow_events.triggers.foreseen import Foreseen, foresee
-from airflow_events.triggers.lookups import Lookups
-from airflow_events.triggers.record import RECORD_KEY, XComRecord
-from airflow_events.triggers.requests import Requests
-from airflow_events.triggers.watchdog import Steps
+from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.polling import BeginAgain, Poll, TimeIsUp, foreseen_by
+from airflow_events.triggers.rendering import render
 
 if TYPE_CHECKING:
     import jinja2
@@ -36,42 +66,51 @@ log = logging.getLogger(__name__)
 
 # In which states the task instance is nobody's to wait for any more.
 _ENDED = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
-# Seconds. Waiting in steps bounds by how much a deadline is late after the clock was set forward.
-_LONGEST_PAUSE = 600.0
-# Seconds that a cancelled poll has to end.
-_LONGEST_GOODBYE = 10.0
+# Seconds after the deadline at which the scheduler ends a wait that no triggerer has ended.
+GRACE = 300.0
 
+# Seconds. What comes before them is waited for here: it is over before Airflow has seen that a wait is parked.
+_SOON = 5.0
 
-class _TimeIsUp(Exception):
-    """The wait's deadline has passed."""
+# What tells digests of hosts from others.
+_HOST = "host"
 
-
-class _PollAnew(Exception):
-    """The poll was ended in order to begin again."""
-
+_HOLDER = f"{socket.gethostname()}:{os.getpid()}"
 
 # What outlives its trigger, which asyncio itself would not keep.
 _letting_go: set[asyncio.Future[None]] = set()
+
+
+class _Outlived(Exception):
+    """The wait is another's by now, or nobody's."""
 
 
 class EventTrigger(BaseTrigger):
     """
     Wait for one event in the triggerer.
 
-    Started by the scheduler it learns from Airflow for which wait it works, and started by a worker, from
-    the worker, through the same parameters. Two triggerers may run it at once; what they may do to each
-    other is bounded by `airflow_events.listeners.commit.settle`.
+    Its life is a loop of one pass: **begin** (the inbox answers what the wait has already), **park** if nobody has
+    to poll, or **poll**, **record** (the inbox decides whose the event is), **commit** (the source is told to
+    forget it), **finish** (the inbox ends the task). Whatever else comes in between, such as an event that went to
+    another wait, ends the pass, and the next one begins with what the inbox says then. Two triggerers may run it
+    at once: the one that began last is the wait's.
+
+    Started by the scheduler it learns from Airflow for which wait it works, and started by a worker, from the
+    worker, through the same parameters. They are frozen, since they stand in trigger rows that an upgrade finds.
 
     :param listener: as `airflow_events.triggers.reference` writes it.
     :param listener_args: for ``poll_for_event``; rendered here if the trigger starts here.
     :param finish_on_worker: hand the event to a worker instead of ending the task here.
-    :param timeout: seconds from the first try on, None for no end. Of a wait that starts here.
-    :param deadline: the same as a moment, in a wait that a worker started.
+    :param timeout: seconds from the first try on, None for no end.
     :param soft_fail: when the time is up, skip the task.
     :param default: when the time is up, deliver this: a list of one item, or empty for none.
     :param push: whether the event becomes the task's return value.
+    :param multiple_outputs: whether each item of the event becomes an XCom, too.
+    :param outlets: the task's outlets, as Airflow's execution API takes them.
+    :param replay: whether a clear delivers the event again.
     :param wait: `Wait` as a dict, in a wait that a worker started.
     :param mapped_over: whether a task is mapped over the return value; likewise.
+    :param deadline: of a trigger that a worker of the first edition started: when its time is up.
     """
 
     def __init__(
@@ -82,12 +121,15 @@ class EventTrigger(BaseTrigger):
         listener_kwargs: dict[str, Any] | None = None,
         finish_on_worker: bool = False,
         timeout: float | None = None,
-        deadline: datetime | None = None,
         soft_fail: bool = False,
         default: list[Any] | None = None,
         push: bool = True,
+        multiple_outputs: bool = False,
+        outlets: list[dict[str, Any]] | None = None,
+        replay: bool = True,
         wait: dict[str, Any] | None = None,
         mapped_over: bool = False,
+        deadline: datetime | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.logger()  # the class's, which its instances then share: one of its own is 1 KB
@@ -95,23 +137,26 @@ class EventTrigger(BaseTrigger):
         self.listener_args = listener_args or []
         self.listener_kwargs = listener_kwargs or {}
         self.finish_on_worker = finish_on_worker
-        self.timeout = timeout
-        self.deadline = deadline
+        self.timeout = timeout if deadline is None else max((deadline - _now()).total_seconds(), 0.0)
         self.soft_fail = soft_fail
         self.default = default or []
         self.push = push
+        self.multiple_outputs = multiple_outputs
+        self.outlets = outlets or []
+        self.replay = replay
         self.wait = wait
         self.mapped_over = mapped_over
+        self.deadline: datetime | None = None
+        self._started_here = False
         self._dag_result = False
-        self._retries = 0
+        self._generation = 0
         self._after = ""  # of the wait, as it polls
-        self._arrived: float | None = None  # when it was polled, in seconds since the epoch
-        self._recording = False
-        self._foreseen: Foreseen | None = None
-        self._again = False
-        self._reads_later = False  # whether it polls before it looks for what is recorded
-        self._unread = False  # whether it has still to look
-        self._poll_task: asyncio.Task[Any] | None = None  # which holds the event, while it is not recorded
+        self._poll: Poll | None = None  # which holds the event, while it is not recorded
+        self._recording: asyncio.Future[Answer] | None = None
+        self._left_over: list[Any] = []  # what was polled although the wait has another event
+        self._stood_still = False  # since it was asked to begin
+        self._outlived = ""  # what a look was told, if the wait is another's by now
+        self._has_ended = False
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return (
@@ -122,10 +167,12 @@ class EventTrigger(BaseTrigger):
                 "listener_kwargs": self.listener_kwargs,
                 "finish_on_worker": self.finish_on_worker,
                 "timeout": self.timeout,
-                "deadline": self.deadline,
                 "soft_fail": self.soft_fail,
                 "default": self.default,
                 "push": self.push,
+                "multiple_outputs": self.multiple_outputs,
+                "outlets": self.outlets,
+                "replay": self.replay,
                 "wait": self.wait,
                 "mapped_over": self.mapped_over,
             },
@@ -137,7 +184,7 @@ class EventTrigger(BaseTrigger):
         # has rendered the arguments and told the wait.
         if self.wait is not None:
             return
-        super().render_template_fields(context, jinja_env)
+        render(self, context, jinja_env)
         ti, task = context["ti"], context["task"]
         self.wait = {
             "dag_id": ti.dag_id,
@@ -147,103 +194,378 @@ class EventTrigger(BaseTrigger):
             "run_start": context["dag_run"].start_date,
             "timezone": getattr(context["dag"].timezone, "name", "UTC"),
         }
-        self._retries = task.retries or 0
+        self._started_here = True
         self.mapped_over = next(iter(task.iter_mapped_dependants()), None) is not None
         self._dag_result = bool(getattr(task, "returns_dag_result", False))
         _let_go_of_the_dag(context)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         assert self.wait is not None, "a trigger is started by the scheduler or by WaitForEventOperator"
-        wait = Wait(**self.wait)
         listener = reference.load(self.listener)
-        if self.task_instance is None:  # dag.test(), which gives a trigger no way to Airflow's database
-            self._announce(wait)
-            yield TriggerEvent(outcome.encode(outcome.Arrived(await self._poll(listener, wait))))
+        if self.task_instance is None:  # dag.test(), where there is no API server
+            yield await self._in_a_test(listener, Wait(**self.wait))
             return
+        await self.until_ended()
+        # Airflow removes the trigger of a task that has ended. If this returned, it would call that a failure.
+        await asyncio.Event().wait()
 
-        record = XComRecord(wait)
-        self._foreseen = foresee(listener, wait, self.listener_args, self.listener_kwargs)
-        first_try = self.task_instance.try_number == 1
-        # Of what is foreseen there is no record before the first try ends.
-        nothing_yet = first_try and self._foreseen is not None
-        self._reads_later = self._foreseen is None and _may_poll_unread(listener)
-        self._unread = self._reads_later and first_try
-        with stalls.told_to(self._poll_anew):
-            while True:
-                self._arrived = record.arrived = None
-                stored = None if nothing_yet or self._unread else await record.read()
-                if record.to_come is not None and not self._foresees(record.to_come):
-                    await record.drop(record.to_come)  # for its moment would come, and this is another event
-                    continue
-                if wait.after != record.after:
-                    wait = dataclasses.replace(wait, after=record.after)
-                self._after = record.after
-                if stored is not None:
-                    self.log.info(
-                        "The event of %s is %s already; the wait is %s",
-                        self._call,
-                        stored.phase.value,
-                        wait.id,
-                    )
-                    if stored.phase is Phase.REJECTED:  # whether a clear has undone that, a worker knows
-                        yield TriggerEvent(outcome.encode(outcome.Rejected()))
-                        return
-                    event = stored.event
-                else:
-                    try:
-                        await self._begin(wait, record)
-                        if self._foreseen is not None:
-                            await self._until_it_comes(self._foreseen, listener, wait)
-                        event = await self._poll(listener, wait)
-                    except _TimeIsUp:
-                        if await record.read() is not None:  # by a second triggerer, just in time
-                            continue
-                        await self._release(listener, wait)
-                        yield await self._time_is_up(listener, record)
-                        return
-                    except _PollAnew:
-                        continue
-                    except Exception:
-                        if self.timeout is not None:
-                            await record.hand_over_deadline()
-                        raise
-                    record.arrived = self._arrived
-                    if commits(listener) and await self._has_ended(wait):
-                        self.log.warning("The task has ended meanwhile; its event goes back to the source")
-                        await self._release(listener, wait)
-                        return
-                if self._ends_on_worker:
-                    yield TriggerEvent(outcome.encode(outcome.Arrived(event, self._arrived)))
-                    return
-                if stored is None and self._foreseen is not None:
-                    yield await self._deliver_foreseen(listener, wait, record, event)
-                    return
+    async def until_ended(self) -> None:
+        """
+        Return when the task has ended, or the wait goes on elsewhere.
+
+        :raises Exception: the try fails.
+        """
+        assert self.wait is not None
+        listener = reference.load(self.listener)
+        with stalls.told_to(self._begin_again):
+            while not self._has_ended:
                 try:
-                    event = await self._settle(listener, wait, record, event)
-                except EventLost as lost:
-                    self.log.warning("The event went to another wait, and this one waits on: %s", lost)
-                    continue
-                result = await self._deliver(record, event)
-                if isinstance(result, TaskSuccessEvent):
-                    delivered(listener, wait, self._arrived)
-                yield result
-                return
+                    self._has_ended = await self._pass(listener, Wait(**self.wait))
+                except _Outlived as outlived:
+                    self._outlived = ""
+                    # Airflow is about to cancel this trigger; should it not be, the wait is this one's again.
+                    self.log.warning("What this process does for the wait does not count any more: %s", outlived)
+                    await asyncio.sleep(_patience())
 
-    async def _begin(self, wait: Wait, record: XComRecord) -> None:
-        """Find out the deadline, which is counted over all tries, and say what is waited for."""
-        assert self.task_instance is not None
-        if self.timeout is not None:
-            self.deadline = await record.deadline(
-                timedelta(seconds=self.timeout), self.task_instance.try_number, self._retries, _now()
+    async def _pass(self, listener: type[EventListener], wait: Wait) -> bool:
+        """
+        Go from the beginning of the wait to the end of the task; return whether the task has ended.
+
+        :raises _Outlived: this trigger is not the wait's any more.
+        :raises ArgumentsChanged: the wait's event was recorded for other arguments.
+        """
+        begun, wait = await self._begin(listener, wait)
+        if begun.status == Status.CHANGED:
+            raise ArgumentsChanged.of_mapped(wait.id, begun.message)
+        if begun.status == Status.REJECTED:
+            return await self._end_without_event(_by_a_worker(outcome.Rejected(begun.message, begun.by)))
+        if (given_up := begun.superseded) is not None:
+            self.log.info("Waiting for another event than that of before the clear (replay=False)")
+            before = dataclasses.replace(wait, after=given_up.after)
+            await self._release(listener, before, serde.decode(given_up.event))
+        if (stored := begun.stored) is not None:
+            self.log.info("The event of %s is %s already; the wait is %s", self._call(), stored.phase, wait.id)
+            event, record_id, to_commit = (
+                serde.decode(stored.event),
+                stored.record_id,
+                stored.phase == Phase.RECORDED,
             )
+            wait = dataclasses.replace(wait, after=stored.after)
+        else:
+            del begun  # of all that is held while a wait is open there is one for each
+            self._announce(wait)
+            if (left := await self._leave(listener, wait)) is not None:
+                return left == Status.DONE
+            # With nothing to commit, whoever records an event ends the task with it.
+            look = self._look if commits(listener) else None
+            self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline, look)
+            try:
+                event = await self._poll.run()
+            except BeginAgain:
+                return False
+            except TimeIsUp:
+                return await self._time_is_up(listener, wait)
+            except EventUndecodable as error:
+                if await fails_for(error, self._scope, self._ask, self._entry):
+                    raise
+                return False
+            record_id, to_commit = uuid.uuid4().hex, commits(listener)
+            if not await self._record(listener, wait, event, record_id):
+                return False
+            if not to_commit:
+                return True
+        acknowledged = True
+        if to_commit:
+            try:
+                acknowledged = await acknowledge(listener, wait, event)
+            except EventLost as lost:
+                self.log.warning("The event went to another wait, and this one waits on: %s", lost)
+                metrics.count(metrics.LOST, **tags(listener, wait))
+                await self._ask(self._entry(Lose, record_id=record_id))
+                self._recording = None
+                return False
+            metrics.count(metrics.COMMITTED, **tags(listener, wait))
+            self.log.info("The event is recorded%s", " and committed" if acknowledged else "")
+        for left_over in self._left_over:
+            # Only now: should it be the same event in another form, it is committed, and this changes nothing.
+            await self._release(listener, wait, left_over)
+        end = await self._end(event)
+        await self._ask(self._entry(Finish, record_id=record_id, end=end, acknowledged=acknowledged))
+        self._tell_delivery(listener, wait, end)
+        return True
+
+    async def _begin(self, listener: type[EventListener], wait: Wait) -> tuple[Answer, Wait]:
+        """Have the wait begin, and return what the inbox says, and the wait as it is then."""
+        if self._outlived:
+            raise _Outlived(self._outlived)
+        self._stood_still = True
+        while self._stood_still:  # what it was told before that may not hold any more
+            self._stood_still = False
+            begun = await self._ask(self._beginning(listener, wait))
+        self._generation, self._after = begun.generation, begun.lost
+        self.deadline = None if begun.deadline is None else datetime.fromisoformat(begun.deadline)
+        start = wait.run_start if begun.run_start is None else datetime.fromisoformat(begun.run_start)
+        return begun, dataclasses.replace(wait, run_start=start, after=begun.lost)
+
+    def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
+        with working_for(wait):
+            address = listener.address(*self.listener_args, **self.listener_kwargs)
+            sought = listener.sought(*self.listener_args, **self.listener_kwargs)
+        shown = self._masked(self.listener_args, self.listener_kwargs)
+        return Begin(
+            self._ti,
+            listener=reference.display_name(self.listener),
+            call=self._call(),
+            arguments=serde.arguments_digest(self.listener_args, self.listener_kwargs),
+            rendered=self._to_show(listener_args=shown[0], listener_kwargs=shown[1]),
+            timeout=self.timeout,
+            grace=GRACE,
+            replay=self.replay,
+            address=address,
+            holder=_HOLDER,
+            sought=sought,
+        )
+
+    def _to_show(self, **fields: Any) -> dict[str, Any] | None:
+        """Return rendered fields as Airflow's page shows them; None where a worker has seen to that."""
+        if not self._started_here:
+            return None
+        return {name: masked(_shown(value), redact, name) for name, value in fields.items()}
+
+    async def _leave(self, listener: type[EventListener], wait: Wait) -> str | None:
+        """
+        Let the wait go on without this trigger: parked, if nobody has to poll for its event, or with a host.
+
+        :return: `Status.DONE` or, if it has an event by now and is to begin again, `Status.HAS`; None if it stays.
+        """
+        if (said := await self._park(listener, wait)) is not None:
+            return said
+        if not self._may_be_hosted(listener):
+            return None
+        host = _digest([_HOST, self._scope, zlib.crc32(wait.id.encode()) % settings.hosts()])
+        answer = await self._ask(self._entry(Join, kwargs=serde.encode(self.serialize()[1]), host=host))
+        if answer.status == Status.DONE:
+            self.log.info("The wait goes on with others like it, which share a trigger, and this one ends")
+        return answer.status
+
+    def _may_be_hosted(self, listener: type[EventListener]) -> bool:
+        if not listener.hosted or commits(listener) or not isinstance(self.listener, str) or self._dag_result:
+            return False
+        # A host's trigger is of no team and of no queue.
+        return not any(
+            conf.getboolean(*option, fallback=False)
+            for option in (("core", "multi_team"), ("triggerer", "queues_enabled"))
+        )
+
+    async def _park(self, listener: type[EventListener], wait: Wait) -> str | None:
+        """Do what `_leave` does for waits that nobody polls for."""
+        # What an XCom backend stores, it stores when the event is there, and in a triggerer.
+        if commits(listener) or XCom is not BaseXCom:
+            return None
+        end: Entry | None = None
+        at = self.deadline
+        foreseen = foreseen_by(listener, wait, self.listener_args, self.listener_kwargs)
+        if foreseen is not None and (at is None or foreseen[1] <= at):
+            event, at = serde.check(foreseen[0]), foreseen[1]
+            if self.outlets or (at - _now()).total_seconds() < _SOON:
+                return None
+            end = await self._recorded_at_once(listener, wait, event)
+        elif not (listener.recorded_from_outside or foreseen is not None):
+            return None
+        elif at is not None:
+            end = self._entry(Finish, end=await self._end_in_time(at))
+        answer = await self._ask(
+            self._entry(
+                Park,
+                kwargs=serde.encode(self.serialize()[1]),
+                at=None if at is None else at.isoformat(),
+                then=None if end is None else as_json(end),
+            )
+        )
+        if answer.status == Status.DONE:
+            self.log.info(
+                "Nobody has to poll for it: the wait goes on in Airflow's database, and this trigger ends"
+            )
+        return answer.status
+
+    async def _recorded_at_once(self, listener: type[EventListener], wait: Wait, event: Any) -> Record:
+        """Return what records an event that has nothing to commit, and ends the task with it."""
+        told = recording(listener, self._scope, wait, event)
+        record: Record = self._entry(Record, record_id=uuid.uuid4().hex, **told, end=await self._end(event))
+        return record
+
+    async def _record(self, listener: type[EventListener], wait: Wait, event: Any, record_id: str) -> bool:
+        """
+        Have the event recorded, and the task ended with it if there is nothing to commit.
+
+        :return: False if the event is not the wait's, and it is to begin again.
+        """
+        entry = self._entry(
+            Record,
+            record_id=record_id,
+            **recording(listener, self._scope, wait, event),
+            end=None if commits(listener) else await self._end(event),
+        )
+        # Should this be cancelled meanwhile, `on_kill` finds out what became of it.
+        self._recording = asyncio.ensure_future(Inbox.of_loop().ask(entry))
+        try:
+            answer = await asyncio.shield(self._recording)
+        except Exception:
+            self._recording = None
+            await self._give_back(listener, wait, event)
+            raise
+        if answer.status == Status.DONE:
+            recorded(listener, wait, self._arrived)
+            if entry.end is not None:
+                self.log.info("The event is recorded, and the task has ended")
+                self._tell_delivery(listener, wait, entry.end)
+            return True
+        self._recording = None
+        await self._purge(entry.end)
+        if answer.status == Status.TAKEN:
+            await settle(listener, wait, event, entry, answer, self._ask)
+        elif answer.status == Status.HAS:
+            self._left_over.append(event)
+            self._poll = None  # it may be the same event, which must not be given back before it is committed
+        elif answer.status == Status.REJECTED:
+            await self._release(listener, wait, event)
+        else:
+            await self._give_back(listener, wait, event)
+            raise _Outlived(answer.message)
+        return False
+
+    async def _give_back(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
+        """Give back an event that is not recorded; one without an id may be held for the wait, and is kept."""
+        if listener().event_id(event) is None:
+            self._left_over.append(event)  # should the wait be this trigger's again
+        else:
+            await self._release(listener, wait, event)
+
+    def _tell_delivery(self, listener: type[EventListener], wait: Wait, end: End) -> None:
+        if end.state != "worker":  # which tells it itself
+            delivered(listener, wait, self._arrived)
+
+    async def _time_is_up(self, listener: type[EventListener], wait: Wait) -> bool:
+        assert self.deadline is not None
+        self.log.info("No event came until %s", self.deadline.isoformat(timespec="seconds"))
+        if self.default:
+            self.log.info("Delivering the default")
+        if not await self._end_without_event(await self._end_in_time(self.deadline)):
+            return False
+        await self._release(listener, wait, None)
+        return True
+
+    async def _end_in_time(self, deadline: datetime) -> End:
+        """Return what ends the task when its time is up."""
+        if self.default:
+            return await self._end(self.default[0])
+        if self.soft_fail:
+            return End(state="skipped")
+        return _by_a_worker(outcome.TimedOut(deadline))
+
+    async def _end_without_event(self, end: End) -> bool:
+        """End the task, unless the wait has an event by now: the record wins over the deadline."""
+        answer = await self._ask(self._entry(Finish, end=end))
+        return answer.status == Status.DONE
+
+    async def _end(self, value: Any) -> End:
+        """Return what ends the task with ``value``; a worker does it where only that gives the right error."""
+        if self.finish_on_worker:
+            return await self._on_worker(value)
+        length = None
+        if self.mapped_over:
+            if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
+                return await self._on_worker(value)
+            length = len(value)
+        values = {}
+        if self.push and value is not None:
+            values[BaseXCom.XCOM_RETURN_KEY] = value
+            if self.multiple_outputs:
+                if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                    return await self._on_worker(value)
+                values.update(value)
+        return End(
+            xcoms={key: await self._serialized(key, item) for key, item in values.items()},
+            dag_result=self._dag_result,
+            mapped_length=length,
+            outlets=tuple(self.outlets),
+        )
+
+    async def _on_worker(self, value: Any) -> End:
+        return _by_a_worker(outcome.Arrived(value, self._arrived))
+
+    async def _serialized(self, key: str, value: Any) -> Any:
+        """Return a value as the deployment's XCom backend stores it, which workers have and API servers do not."""
+        assert self.wait is not None
+        where = {name: self.wait[name] for name in ("dag_id", "run_id", "task_id", "map_index")}
+        serialize = functools.partial(XCom.serialize_value, value, key=key, **where)
+        return serialize() if XCom is BaseXCom else await asyncio.to_thread(serialize)
+
+    async def _purge(self, end: End | None) -> None:
+        """Remove again what an XCom backend has stored for an end that was refused."""
+        if end is None or XCom is BaseXCom:
+            return
+        for key, value in end.xcoms.items():
+            try:
+                await asyncio.to_thread(XCom.purge, XComResult(key=key, value=value))
+            except Exception:
+                self.log.warning("The XCom backend could not remove %s, which nobody needs", key, exc_info=True)
+
+    async def _ask(self, entry: Entry) -> Answer:
+        return checked(entry, await Inbox.of_loop().ask(entry))
+
+    def _entry(self, kind: Any, **told: Any) -> Any:
+        return kind(self._ti, generation=self._generation, **told)
+
+    async def _in_a_test(self, listener: type[EventListener], wait: Wait) -> TriggerEvent:
+        """Wait in ``dag.test()``, where nothing outlives the process: nothing is recorded."""
+        if self.timeout is not None:
+            self.deadline = _now() + timedelta(seconds=self.timeout)
         self._announce(wait)
+        self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline)
+        try:
+            event = await self._poll.run()
+        except TimeIsUp:
+            assert self.deadline is not None
+            return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
+        if commits(listener):
+            await acknowledge(listener, wait, event)
+        return TriggerEvent(outcome.encode(outcome.Arrived(event)))
+
+    def _begin_again(self) -> None:
+        """
+        Begin again, since this process stood still for a while.
+
+        Another triggerer may have had the trigger meanwhile, and may have died after it recorded an event, for
+        which this poll would wait in vain.
+        """
+        self._stood_still = True
+        if self._poll is not None:
+            self._poll.begin_again()
+
+    async def _look(self) -> None:
+        """
+        Begin again if another process has begun the wait since.
+
+        It may have been late, of a triggerer that had the trigger before, and dead by now: what it has recorded
+        would be waited for in vain. Neither knows whose the trigger is, since Airflow does not tell them.
+        """
+        if self.task_instance is None:  # dag.test(), where nobody else is
+            return
+        try:
+            answer = await Inbox.of_loop().ask(self._entry(Look))
+        except InboxRefused:  # by an API server of an earlier version, which knows no looks
+            return
+        if answer.status == Status.OUTLIVED:
+            self._outlived = answer.message
+            self._begin_again()
 
     async def on_kill(self) -> None:
         """
-        Give back what is claimed and not recorded, once a user has ended the task.
+        Give back what is held at the source and not recorded.
 
-        Airflow calls this too when the user clears the task, and when it has moved the trigger to another
-        triggerer; the wait goes on then, and keeps its claim.
+        Airflow calls this when a user ends or clears the task, and when it has moved the trigger to another
+        triggerer. In the last two cases the wait goes on, and keeps what may be held in its name: what has no id.
         """
         # In a task of its own, since Airflow cancels the trigger again each second while it is not gone.
         letting_go = asyncio.ensure_future(self._let_go())
@@ -252,238 +574,165 @@ class EventTrigger(BaseTrigger):
         await asyncio.shield(letting_go)
 
     async def _let_go(self) -> None:
-        if self.wait is None or self.task_instance is None:
+        if self.wait is None or self.task_instance is None or self._has_ended:
             return
-        wait = dataclasses.replace(Wait(**self.wait), after=self._after)
-        # What is recorded stays the wait's, for a clear, unless the record has gone with the run.
-        if self._recording and await self._state(wait) != "removed":
+        if self._recording is not None:  # what is recorded stays the wait's, for a clear
+            answer = await self._recording
+            if answer.status in (Status.DONE, Status.TAKEN):
+                return
+        listener, wait = reference.load(self.listener), dataclasses.replace(Wait(**self.wait), after=self._after)
+        event = None
+        if self._poll is not None:
+            await self._poll.end()
+            event = self._poll.event
+        if not releases(listener):
             return
-        if self._poll_task is not None:
-            await asyncio.wait({self._poll_task}, timeout=_LONGEST_GOODBYE)
-        if (state := await self._state(wait)) not in _ENDED:
-            return
-        await self._release(reference.load(self.listener), wait)
-        ahead = self._foreseen.record if self._foreseen is not None else None
-        if ahead is not None and state not in ("success", "removed"):
-            await XComRecord(wait).drop(ahead)
-            await XComRecord(wait).undeliver()
+        held, self._left_over = self._left_over, []
+        for one in [*held, event]:
+            if one is not None:
+                await self._give_back(listener, wait, one)
+        may_hold = self._left_over or (self._poll is not None and event is None)
+        if may_hold and await self._state() in _ENDED:
+            for one in self._left_over or [None]:
+                await self._release(listener, wait, one)
 
-    def _poll_anew(self) -> None:
-        """
-        Begin again, since this process stood still for a while.
-
-        Another triggerer may have had the trigger meanwhile, and may have died after it took or recorded an
-        event, for which this poll would wait in vain.
-        """
-        if self._poll_task is not None and not self._poll_task.done():
-            self._unread = self._reads_later
-            self._again = True
-            self._poll_task.cancel()
-
-    async def _see_whether_recorded(self) -> None:
-        """Begin again if an event is recorded already, since the source may have forgotten it."""
-        assert self.wait is not None
-        if await XComRecord(Wait(**self.wait)).read() is not None:
-            self._poll_anew()
-            self._unread = False
-
-    @property
-    def _ends_on_worker(self) -> bool:
-        return self.finish_on_worker or airflow_has_listeners()
-
-    @property
-    def _call(self) -> str:
-        return describe(reference.display_name(self.listener), self.listener_args, self.listener_kwargs)
-
-    def _announce(self, wait: Wait) -> None:
-        self.log.info(
-            "Waiting for an event of %s since %s, until %s; the wait is %s",
-            self._call,
-            _now().isoformat(timespec="seconds"),
-            self.deadline.isoformat(timespec="seconds") if self.deadline else "it comes",
-            wait.id,
-        )
-
-    async def _poll(self, listener: type[EventListener], wait: Wait) -> Any:
-        """
-        Return the event, checked.
-
-        :raises _TimeIsUp: the deadline has passed, and no event came while the poll ended.
-        :raises _PollAnew: see `_poll_anew`.
-        """
-        self._again = False
-        loop = asyncio.get_running_loop()
-        with working_for(wait):  # all the while, since the poll's context is then no copy of this one
-            poll = self._poll_task = asyncio.create_task(
-                poll_once(
-                    listener,
-                    self.listener_args,
-                    self.listener_kwargs,
-                    blocking_threshold(),
-                    portal=greenback.has_portal(),
-                )
-            )
-            if self._unread:
-                self._unread = False
-                Lookups.of_loop().add(self._see_whether_recorded)
-            try:
-                while not poll.done() and self._remaining() > 0:
-                    # What asyncio.wait does, in a quarter of its memory.
-                    woken = loop.create_future()
-                    wake = functools.partial(_wake, woken)
-                    poll.add_done_callback(wake)
-                    alarm = None
-                    if self.deadline is not None:
-                        alarm = loop.call_later(min(self._remaining(), _LONGEST_PAUSE), wake)
-                    try:
-                        await woken
-                    finally:
-                        poll.remove_done_callback(wake)
-                        if alarm is not None:
-                            alarm.cancel()
-            finally:
-                if self._reads_later:
-                    Lookups.of_loop().discard(self._see_whether_recorded)
-                # A task of its own, so that a listener which swallows its cancellation cannot end the wait.
-                if not poll.done():
-                    poll.cancel()
-                    await asyncio.wait({poll}, timeout=_LONGEST_GOODBYE)
-        if poll.done() and not poll.cancelled():
-            event = poll.result()
-            self._arrived = time.time()
-            return as_recorded(event)
-        if self._again:
-            raise _PollAnew
-        if self._remaining() > 0:
-            raise RuntimeError(f"{listener.__qualname__}.poll_for_event cancelled itself")
-        raise _TimeIsUp
-
-    def _foresees(self, record: Record) -> bool:
-        return self._foreseen is not None and self._foreseen.event == record.event
-
-    async def _until_it_comes(self, foreseen: Foreseen, listener: type[EventListener], wait: Wait) -> None:
-        """
-        Return when an event that is foreseen can be polled, without a poll that waits meanwhile.
-
-        :raises _TimeIsUp: the deadline has passed before.
-        """
-        clock = Clock.of_loop()
-        while (now := _now()) < foreseen.at:
-            if self.deadline is not None and self.deadline <= now:
-                raise _TimeIsUp
-            write_at = self._to_be_written_at(foreseen)
-            if write_at is not None and write_at <= now:
-                ahead = record_of(listener, wait, foreseen.event, foreseen.at)
-                await foreseen.write(functools.partial(self._write_ahead, XComRecord(wait)), ahead)
-                continue
-            await clock.until(min(moment for moment in (foreseen.at, self.deadline, write_at) if moment))
-
-    def _remaining(self) -> float:
-        return (self.deadline - _now()).total_seconds() if self.deadline else _LONGEST_PAUSE
-
-    async def _settle(self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any) -> Any:
-        self._recording = True  # from here on the claim may stand in a record, which the next try needs
-        try:
-            event = await settle(
-                listener,
-                wait,
-                record,
-                event,
-                args=self.listener_args,
-                kwargs=self.listener_kwargs,
-                arrived=self._arrived,
-            )
-        except EventLost:
-            self._recording = False  # and so a user who ends the wait later releases what it claims then
-            raise
-        self._recording = False
-        self._poll_task = None
-        self.log.info("The event is recorded and committed")
-        return event
-
-    async def _deliver_foreseen(
-        self, listener: type[EventListener], wait: Wait, record: XComRecord, event: Any
-    ) -> TriggerEvent:
-        """Return what ends the task, and records the event in the same transaction unless that was done ahead."""
-        result = await self._deliver(record, event)
-        if isinstance(result, TaskSuccessEvent):
-            if self._is_written(event):
-                self.log.info("The event is recorded, which was done ahead of it")
-            else:
-                result.xcoms = {RECORD_KEY: record_of(listener, wait, event).as_xcom()}
-                self.log.info("The event is recorded as the task succeeds")
-            recorded(listener, wait, self._arrived)
-            delivered(listener, wait, self._arrived)
-        return result
-
-    async def _deliver(self, record: XComRecord, value: Any) -> TriggerEvent:
-        """Return what ends the task with ``value``; a worker does it where only that gives the right error."""
-        mapped_length = None
-        if self.mapped_over:
-            if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
-                return TriggerEvent(outcome.encode(outcome.Arrived(value)))
-            mapped_length = len(value)
-        if self.push and value is not None and not self._is_written(value):
-            await record.deliver(value, mapped_length=mapped_length, dag_result=self._dag_result)
-        return TaskSuccessEvent()
-
-    def _is_written(self, event: Any) -> bool:
-        """Whether the record and the return value were written ahead, of this event."""
-        return self._foreseen is not None and self._foreseen.is_written and self._foreseen.event == event
-
-    async def _write_ahead(self, store: XComRecord, record: Record) -> None:
-        await store.write(record)
-        if self.push and record.event is not None:
-            await store.deliver(record.event, dag_result=self._dag_result)
-
-    def _to_be_written_at(self, foreseen: Foreseen) -> datetime | None:
-        """Return when to write ahead of the event; None if that is not to be."""
-        return None if self.mapped_over or self._ends_on_worker else foreseen.to_be_written_at(self.deadline)
-
-    async def _time_is_up(self, listener: type[EventListener], record: XComRecord) -> TriggerEvent:
-        assert self.deadline is not None
-        self.log.info("No event came until %s", self.deadline.isoformat(timespec="seconds"))
-        on_worker = self._ends_on_worker or listener.recorded_from_outside
-        if on_worker or not (self.soft_fail or self.default):
-            return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
-        if self.default:
-            self.log.info("Delivering the default")
-            return await self._deliver(record, self.default[0])
-        return TaskSkippedEvent()
-
-    async def _release(self, listener: type[EventListener], wait: Wait) -> None:
-        poll = self._poll_task
-        polled = poll is not None and poll.done() and not poll.cancelled() and poll.exception() is None
-        event = poll.result() if poll is not None and polled else None
+    async def _release(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
         await release(listener, wait, event, self.listener_args, self.listener_kwargs)
 
-    async def _has_ended(self, wait: Wait) -> bool:
-        return await self._state(wait) in _ENDED
-
-    async def _state(self, wait: Wait) -> str | None:
+    async def _state(self) -> str | None:
         """Return the task instance's state; ``removed`` if it, or its run, was deleted."""
+        assert self.wait is not None
+        wait = Wait(**self.wait)
         asked = GetTaskStates(
             dag_id=wait.dag_id,
             run_ids=[wait.run_id],
             task_ids=[wait.task_id],
             map_index=wait.map_index if wait.map_index >= 0 else None,
         )
-        async with Requests.of_loop().turn(self._arrived):
-            answer: Any = await task_runner.SUPERVISOR_COMMS.asend(asked)
+        answer: Any = await task_runner.SUPERVISOR_COMMS.asend(asked)
         states = answer.task_states.get(wait.run_id, {})
         name = wait.task_id if wait.map_index < 0 else f"{wait.task_id}_{wait.map_index}"
         state: str | None = states.get(name, "removed")
         return state
 
+    @property
+    def _ti(self) -> str:
+        assert self.task_instance is not None
+        return str(self.task_instance.id)
 
-def _may_poll_unread(listener: type[EventListener]) -> bool:
-    """
-    Whether a wait can poll before it has looked for a record, in its first try and after a stall.
+    @property
+    def _arrived(self) -> float | None:
+        return None if self._poll is None else self._poll.arrived
 
-    It is seldom there: another triggerer had the trigger, and died right after it recorded the event. So the look
-    can take its time, where a poll takes nothing from the source that the record would then make superfluous.
+    @property
+    def _scope(self) -> str:
+        """What an event's id is unique in: the listener's class."""
+        return self.listener if isinstance(self.listener, str) else self.listener["name"]
+
+    def _call(self) -> str:
+        return describe(
+            reference.display_name(self.listener), *self._masked(self.listener_args, self.listener_kwargs)
+        )
+
+    def _masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return arguments of ``poll_for_event`` as they may be shown."""
+        try:
+            listener = reference.load(self.listener)
+        except ListenerUnavailable:
+            listener = None
+        return masked_call(listener, args, kwargs, redact)
+
+    def _announce(self, wait: Wait) -> None:
+        self.log.info(
+            "Waiting for an event of %s since %s, until %s; the wait is %s",
+            self._call(),
+            _now().isoformat(timespec="seconds"),
+            self.deadline.isoformat(timespec="seconds") if self.deadline else "it comes",
+            wait.id,
+        )
+
+
+def by_a_worker_fails(traceback: list[str]) -> End:
+    """Return what fails a try, with what was raised, as `traceback.format_exception` writes it."""
+    return End(state="failed", payload={"traceback": traceback})
+
+
+def _by_a_worker(told: outcome.Outcome) -> End:
+    return End(state="worker", payload=outcome.encode(told))
+
+
+def checked(entry: Entry, answer: Answer) -> Answer:
     """
-    return listener.repeatable_poll and not commits(listener) and not listener.recorded_from_outside
+    Return an answer to an entry that counted.
+
+    :raises _Outlived: the wait is another's by now, or nobody's.
+    :raises RuntimeError: the API server could not carry it out, and will not when it is asked again.
+    """
+    if answer.status == Status.OUTLIVED:
+        raise _Outlived(answer.message)
+    if answer.status == Status.INVALID:
+        raise RuntimeError(f"the API server could not carry out {entry.operation!r}: {answer.message}")
+    return answer
+
+
+def recording(listener: type[EventListener], scope: str, wait: Wait, event: Any) -> dict[str, Any]:
+    """
+    Return what a `Record` says of an event that was polled for ``wait``.
+
+    :param scope: what the event's id is unique in.
+    """
+    text, name, content = serde.encode(event), listener().event_id(event), listener().event_content(event)
+    of_content = text if content is event else serde.encode(content)
+    return {
+        "event": text,
+        "identity": None if name is None else identity(scope, name),
+        "content": None if name is None else hashlib.sha256(of_content.encode()).hexdigest(),
+        "committed": not commits(listener),
+        "after": wait.after,
+    }
+
+
+def identity(scope: str, event_id: str) -> str:
+    """Return the digest under which the inbox knows an event, in hex; it is frozen."""
+    return _digest([scope, event_id])
+
+
+async def fails_for(
+    error: EventUndecodable,
+    scope: str,
+    ask: Callable[[Entry], Awaitable[Answer]],
+    entry: Callable[..., Entry],
+) -> bool:
+    """
+    Whether a wait is to fail for a message that it cannot read: the first one does, and the others go on.
+
+    :param entry: makes the wait's entry.
+    """
+    if error.event_id is None:
+        return True
+    answer = await ask(entry(SetAside, identity=identity(scope, error.event_id), reason=str(error)))
+    if answer.status == Status.TAKEN:
+        log.info("Passed over, since %s has failed for it: %s", answer.message, error)
+    return answer.status != Status.TAKEN
+
+
+async def settle(
+    listener: type[EventListener],
+    wait: Wait,
+    event: Any,
+    entry: Record,
+    answer: Answer,
+    ask: Callable[[Entry], Awaitable[Answer]],
+) -> None:
+    """
+    Acknowledge an event that its source has delivered again, and tell the inbox if the source confirms it.
+
+    :param entry: by which it was to be recorded; ``answer`` says which wait has it.
+    """
+    log.info("The source has delivered an event again that %s has; it is acknowledged", answer.message)
+    with contextlib.suppress(EventLost):
+        if await acknowledge(listener, wait, event):
+            await ask(Settle(entry.ti, identity=entry.identity or ""))
 
 
 def _let_go_of_the_dag(context: Context) -> None:
@@ -498,54 +747,24 @@ def _let_go_of_the_dag(context: Context) -> None:
     ti.task = None  # type: ignore[assignment]
 
 
+def _digest(value: Any) -> str:
+    text = json.dumps(serde.as_json(value), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _shown(value: Any) -> Any:
+    """Return arguments as Airflow shows rendered templates: JSON shapes, and text for what is none."""
+    if isinstance(value, Mapping):
+        return {str(key): _shown(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_shown(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _patience() -> float:
+    """Return for how many seconds an outlived trigger waits to be cancelled."""
+    return float(conf.getfloat("triggerer", "triggerer_health_check_threshold"))
+
+
 def _now() -> datetime:
     return datetime.now(timezone.utc)
-
-
-def blocking_threshold() -> float:
-    """Return for how many seconds a step of a poll may take before that is logged."""
-    return float(conf.getfloat("triggerer", "blocked_main_thread_warning_threshold", fallback=0.2))
-
-
-def poll_once(
-    listener: type[EventListener], args: Any, kwargs: Any, threshold: float, *, portal: bool
-) -> Steps[Any]:
-    """
-    Return what a fresh listener polls, to be awaited; that it blocks the loop is logged.
-
-    :param threshold: for longer than so many seconds.
-    :param portal: whether it can make Airflow's synchronous calls.
-    """
-    poll = listener().poll_for_event(*args, **kwargs)
-    return Steps(poll, threshold, _complaint(listener.__qualname__), portal=portal)
-
-
-@functools.lru_cache(maxsize=256)
-def _complaint(listener: str) -> Callable[[float], None]:
-    return functools.partial(
-        log.warning,
-        "%s.poll_for_event has blocked the triggerer for %.2f seconds, and with it every other trigger; use the "
-        "source's async client, or asyncio.to_thread",
-        listener,
-    )
-
-
-def _wake(woken: asyncio.Future[None], *_: object) -> None:
-    if not woken.done():
-        woken.set_result(None)
-
-
-def as_recorded(event: Any) -> Any:
-    """
-    Return an event as it will be read from the record, so that a replay delivers what the first delivery did.
-
-    :raises EventNotSerializable: it cannot be recorded.
-    """
-    return serde.check(event)
-
-
-def airflow_has_listeners() -> bool:
-    """Whether a plugin listens to task states, which it would miss if the task ended here."""
-    from airflow.listeners.listener import get_listener_manager
-
-    return bool(get_listener_manager().has_listeners)

@@ -3,143 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk.execution_time import task_runner
-from airflow.sdk.execution_time.comms import SetXCom
 from airflow.sdk.execution_time.xcom import XCom
-from airflow.triggers.base import TaskSkippedEvent, TriggerEvent
-from airflow_events.errors import ArgumentsChanged
-from airflow_events.listeners.base import EventListener, Wait, commits
-from airflow_events.listeners.commit import Phase, Record
-from airflow_events.triggers import outcome, reference, stalls
+from airflow.triggers.base import TriggerEvent
+from airflow_events.inbox.entries import Answer, Begin, End, Entry, Status
+from airflow_events.listeners.base import EventListener, Wait, describe
+from airflow_events.triggers import outcome, reference
 from airflow_events.triggers.calls import Calls, result
-from airflow_events.triggers.event import EventTrigger, _now, _PollAnew, _TimeIsUp
-from airflow_events.triggers.gathering import Gathering
-from airflow_events.triggers.journal import Journal
-from airflow_events.triggers.record import PROGRESS_KEY, XComRecord
+from airflow_events.triggers.event import _ENDED, _HOLDER, GRACE, EventTrigger, _by_a_worker, _now
+from airflow_events.triggers.gathering import Gathering, Held
+from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.polling import BeginAgain, TimeIsUp, next_look, seconds_until
+from airflow_events.triggers.rendering import Rendering
 
 if TYPE_CHECKING:
     import jinja2
     from airflow.sdk.definitions.context import Context
 
-# Seconds between two notes of how many events have come.
-_SHOW_EVERY = 2.0
-# Seconds for which events that a worker must record are held as claims, so that many go to one worker.
-HOLD = 600.0
+# Seconds between two lines of the log that say how many events have come.
+_SAY_EVERY = 2.0
 _LONGEST_PAUSE = 600.0
 # Characters of arguments from which on reading them would hold up other triggers.
 _LONG = 20_000
-# How many records are looked at in one turn of the event loop.
-_AT_ONCE = 500
-
-
-class _TaskHasEnded(Exception):
-    """The task is nobody's to wait for any more."""
-
-
-@dataclass(frozen=True)
-class XComPages:
-    """The journal's values among the XComs of a task that waits in the triggerer."""
-
-    wait: Wait
-
-    async def get(self, name: str) -> Any:
-        return await XCom.aget_one(key=name, **self._task)
-
-    async def set(self, name: str, value: Any) -> None:
-        await XCom.aset(key=name, value=value, **self._task)
-
-    @property
-    def _task(self) -> dict[str, Any]:
-        wait = self.wait
-        return {
-            "dag_id": wait.dag_id,
-            "run_id": wait.run_id,
-            "task_id": wait.task_id,
-            "map_index": wait.map_index,
-        }
-
-
-class XComRecordOfMany(XComRecord):
-    """The record of a task whose result is long; to make an XCom of it takes a while, in one piece."""
-
-    async def deliver(self, value: Any, *, mapped_length: int | None = None, dag_result: bool = False) -> None:
-        # All of it in a thread, by XCom.set, might come after the trigger was cancelled, and would wait for an
-        # answer in vain where the triggerer shuts down meanwhile.
-        message = await asyncio.to_thread(self._message, value, mapped_length, dag_result)
-        await task_runner.SUPERVISOR_COMMS.asend(message)
-
-    def _message(self, value: Any, mapped_length: int | None, dag_result: bool) -> SetXCom:
-        """Return what `XCom.aset` sends."""
-        stored: Any = XCom.serialize_value(value, key=XCom.XCOM_RETURN_KEY, **self._key)
-        return SetXCom(
-            key=XCom.XCOM_RETURN_KEY,
-            value=stored,
-            dag_result=dag_result,
-            mapped_length=mapped_length,
-            **self._key,
-        )
-
-
-def progress(arrived: int, wanted: int, uncommitted: int = 0) -> dict[str, Any]:
-    """Return what the page shows of a wait while it waits."""
-    phase = Phase.RECORDED if uncommitted else Phase.COMMITTED
-    return {"phase": phase.value, "arrived": arrived, "of": wanted, "uncommitted": uncommitted}
-
-
-def recorded(journal: Journal, calls: Calls, listener: type[EventListener]) -> dict[int, Any]:
-    """
-    Return the events that are recorded and committed, by index, of calls that are as they were then.
-
-    :raises ArgumentsChanged: an event was recorded for other arguments than those at its index now, and its
-        source has forgotten it, or will, for that.
-    """
-    records = _records(journal, calls, listener)
-    return {index: record.event for index, record in records if record and record.phase is Phase.COMMITTED}
-
-
-async def recorded_in_turns(journal: Journal, calls: Calls, listener: type[EventListener]) -> dict[int, Any]:
-    """Return what `recorded` does, without holding up other triggers while it goes through thousands."""
-    events = {}
-    for number, (index, record) in enumerate(_records(journal, calls, listener)):
-        if record and record.phase is Phase.COMMITTED:
-            events[index] = record.event
-        if number % _AT_ONCE == _AT_ONCE - 1:
-            await asyncio.sleep(0)
-    return events
-
-
-def _records(journal: Journal, calls: Calls, listener: type[EventListener]) -> Iterator[tuple[int, Record | None]]:
-    """Go through the indexes of which something is recorded, with what is recorded for the call of now."""
-    for index in journal.records:
-        record = None
-        changed = True
-        if index < len(calls):
-            call = calls.digest(index)
-            changed = journal.records.calls(index) != {call}
-            record = journal.records.of(index, call)
-        if changed and commits(listener):
-            raise ArgumentsChanged(index, len(calls))
-        yield index, record
+# How many arguments the page of the task instance shows.
+_MOST_SHOWN = 100
 
 
 class EventsTrigger(EventTrigger):
     """
-    Wait for many events in the triggerer, each recorded and committed for itself.
+    Wait for many events in the triggerer, each recorded and committed for itself, at its place in the list.
 
     What it shares with `EventTrigger` is described there: who starts it, its deadline, and how it ends the task.
+    The wait that begins and ends is that of the task; the events are those of its places.
 
     :param calls: `Calls` as text; templates in it are rendered here if the trigger starts here.
     :param count: how many there are, for those who only want to show it.
     :param first: as of ``WaitForEventsOperator``.
-    :param hand_over: leave the recording to a worker: what has been polled goes to one when it is complete, or
-        when the first of it has been held for ten minutes.
-    :param have: the indexes of the events that a worker has recorded.
-    :param finish_on_worker: let a worker end the task.
+    :param hand_over: of triggers of the first edition, and of no meaning any more; ``have`` likewise.
     """
 
     def __init__(
@@ -156,224 +60,190 @@ class EventsTrigger(EventTrigger):
         self.calls = calls
         self.count = count
         self.first = first
-        self.hand_over = hand_over
-        self.have = list(have)
+        self._calls = Calls([], {})  # of `calls`, as soon as it runs
         self._gathering: Gathering | None = None
-        self._shown: tuple[int, int] | None = None
-        self._shown_at = 0.0
+        self._said = 0
+        self._said_at = 0.0
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         _, arguments = super().serialize()
         del arguments["listener_args"], arguments["listener_kwargs"]
-        many = {
-            "calls": self.calls,
-            "count": self.count,
-            "first": self.first,
-            "hand_over": self.hand_over,
-            "have": self.have,
-        }
+        many = {"calls": self.calls, "count": self.count, "first": self.first}
         return f"{__name__}.{type(self).__name__}", {**arguments, **many}
 
     def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:
-        if self.wait is None and ("{{" in self.calls or "{%" in self.calls):
-            environment = jinja_env or self.get_template_env()
+        rendering = Rendering(context, jinja_env)
+        if self.wait is None and rendering.may_change(self.calls):
             calls = Calls.decode(self.calls)
-            arguments, common = (
-                self._rendered(value, context, environment) for value in (list(calls.arguments), calls.common)
-            )
-            self.calls = Calls(arguments, common).encode()
+            arguments = rendering.of(list(calls.arguments), "arguments")
+            self.calls = Calls(arguments, rendering.of(dict(calls.common), "listener_kwargs")).encode()
         super().render_template_fields(context, jinja_env)
 
-    def _rendered(self, value: Any, context: Context, environment: jinja2.Environment) -> Any:
-        """Render what has a template in it; Airflow would compile one for each of thousands of strings."""
-        if isinstance(value, str):
-            has_template = "{{" in value or "{%" in value
-            return self.render_template(value, context, environment) if has_template else value
-        if isinstance(value, dict):
-            return {key: self._rendered(item, context, environment) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._rendered(item, context, environment) for item in value)
-        return value
-
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        assert self.wait is not None, "a trigger is started by the scheduler or by WaitForEventsOperator"
-        wait = Wait(**self.wait)
-        listener = reference.load(self.listener)
         if len(self.calls) < _LONG:
-            calls = Calls.prepared(self.calls)
+            self._calls = Calls.prepared(self.calls)
         else:
-            calls = await asyncio.to_thread(Calls.prepared, self.calls)
-        wanted = len(calls) if self.first is None else self.first
-        if self.task_instance is None:  # dag.test(), which gives a trigger no way to Airflow's database
-            gathering = self._gathering = Gathering(listener, wait, calls, wanted=wanted, journal=None)
-            await self._gather(gathering)
-            yield await _batch(gathering)
-            return
+            self._calls = await asyncio.to_thread(Calls.prepared, self.calls)
+        async for event in super().run():
+            yield event
 
-        record = XComRecordOfMany(wait)
+    async def _pass(self, listener: type[EventListener], wait: Wait) -> bool:
+        begun, wait = await self._begin(listener, wait)
+        if begun.status == Status.REJECTED:
+            return await self._end_without_event(_by_a_worker(outcome.Rejected(begun.message, begun.by)))
+        held = Held(Inbox.of_loop().ask, self._ti, self._generation, self._scope)
+        gathering = self._gathering = Gathering(listener, wait, self._calls, held, wanted=self._wanted)
+        await gathering.read()
+        if gathering.complete:
+            self.log.info("All events of %s are recorded already; the wait is %s", self._call(), wait.id)
+        else:
+            self._announce(wait)
+            if gathering.arrived:
+                self.log.info("%s of %s events are there already", f"{gathering.arrived:,}", f"{self._wanted:,}")
+            try:
+                await self._gather(gathering)
+            except BeginAgain:
+                return False
+            except TimeIsUp:
+                return await self._end_late(gathering)
+        if gathering.missing:  # as many as are wanted are there
+            await gathering.release()
+        return await self._end_without_event(await self._end(self._result(gathering)))
 
-        async def check() -> None:
-            if await self._has_ended(wait):
-                raise _TaskHasEnded
-
-        journal = None if self.hand_over else Journal(XComPages(wait), check)
-        with stalls.told_to(self._poll_anew):
-            while True:
-                self._again = False
-                events = {}
-                if journal is not None:
-                    try:
-                        await journal.read()
-                    except _TaskHasEnded:
-                        self.log.warning("The task has ended meanwhile; nothing is waited for")
-                        return
-                    events = await recorded_in_turns(journal, calls, listener)
-                gathering = Gathering(
-                    listener, wait, calls, wanted=wanted, journal=journal, have=[*self.have, *events]
-                )
-                self._gathering = gathering
-                try:
-                    if gathering.complete:
-                        self.log.info("All events of %s are recorded already; the wait is %s", self._call, wait.id)
-                    else:
-                        await self._wait_for_many(gathering, record)
-                except _TimeIsUp:
-                    if gathering.complete:
-                        pass
-                    elif self.hand_over and gathering.arrived:
-                        self.log.info("The time is up; %d events go to a worker first", len(gathering.arrived))
-                    else:
-                        await gathering.release()
-                        yield await self._end_of_time(gathering, record)
-                        return
-                except _PollAnew:
-                    continue
-                except _TaskHasEnded:
-                    self.log.warning("The task has ended meanwhile; what is not recorded goes back to the source")
-                    await gathering.release()
-                    return
-                if journal is None:
-                    yield await _batch(gathering)
-                    return
-                await self._show(gathering, finally_=True)
-                if gathering.missing:  # the first k are there
-                    await gathering.release()
-                if self._ends_on_worker:
-                    yield TriggerEvent(outcome.encode(outcome.Gathered()))
-                    return
-                events = await recorded_in_turns(journal, calls, listener)
-                yield await self._deliver(record, result(events, len(calls), self.first))
-                return
-
-    async def _wait_for_many(self, gathering: Gathering, record: XComRecord) -> None:
-        """Gather until the deadline, which is counted over all tries."""
-        assert self.task_instance is not None
-        if self.timeout is not None:
-            self.deadline = await record.deadline(
-                timedelta(seconds=self.timeout), self.task_instance.try_number, self._retries, _now()
-            )
-        self._announce(gathering.wait)
-        if gathering.have:
-            self.log.info("%s of %s events are there already", f"{len(gathering.have):,}", f"{self.count:,}")
-        try:
-            await self._gather(gathering)
-        except (_TimeIsUp, _PollAnew, _TaskHasEnded):
-            raise
-        except Exception:
-            await self._show(gathering, finally_=True)
-            if self.timeout is not None:
-                await record.hand_over_deadline()
-            raise
+    def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
+        calls = self._calls
+        arguments = list(calls.arguments[:_MOST_SHOWN])
+        if len(calls) > _MOST_SHOWN:
+            arguments.append(f"... and {len(calls) - _MOST_SHOWN:,} more")
+        return Begin(
+            self._ti,
+            listener=reference.display_name(self.listener),
+            call=self._call(),
+            arguments=hashlib.sha256(self.calls.encode()).hexdigest(),
+            rendered=self._to_show(arguments=arguments, listener_kwargs=calls.common),
+            timeout=self.timeout,
+            grace=GRACE,
+            replay=self.replay,
+            holder=_HOLDER,
+            wanted=self._wanted,
+        )
 
     async def _gather(self, gathering: Gathering) -> None:
         """
-        Return when all is there that is wanted, or when it is time to hand over what is.
+        Return when all is there that is wanted.
 
-        :raises _TimeIsUp: the deadline has passed.
-        :raises _PollAnew: see `_poll_anew`.
+        :raises TimeIsUp: the deadline has passed, and what had come until then is recorded and committed.
+        :raises BeginAgain: see `_begin_again`.
         """
-        loop = asyncio.get_running_loop()
-        at_once = True
+        at_once, look_at = True, next_look()
         try:
-            await gathering.begin()
+            await gathering.begin(polling=self._remaining() > 0)
             self.log.info("%s events are waited for", f"{len(gathering.missing):,}")
-            while not gathering.complete:
-                if gathering.error is not None:
-                    break
-                if self._again:
-                    break
-                pause = min(self._remaining(), _LONGEST_PAUSE)
-                if self.hand_over and gathering.first_arrived is not None:
-                    pause = min(pause, gathering.first_arrived + HOLD - loop.time())
-                if pause <= 0:
-                    break
-                await gathering.changed(min(pause, await self._show(gathering)))
+            while not gathering.complete and gathering.error is None and (left := self._remaining()) > 0:
+                await gathering.changed(min(left, self._say(gathering), seconds_until(look_at)))
+                if seconds_until(look_at) <= 0:
+                    await self._look()
+                    look_at = next_look()
             at_once = False
         finally:
-            await gathering.end(at_once=at_once)
+            await gathering.end(at_once=at_once, patiently=gathering.error is None)
+        self._say(gathering, finally_=True)
         if gathering.complete:
             return
         if gathering.error is not None:
+            await gathering.release(ended=False)
             raise gathering.error
-        if self._again:
-            raise _PollAnew
-        if self._remaining() <= 0:
-            raise _TimeIsUp
+        raise TimeIsUp
 
-    async def _show(self, gathering: Gathering, *, finally_: bool = False) -> float:
-        """Note how many events have come, if that is new, and return in how many seconds to come again."""
-        if self.task_instance is None:
-            return _LONGEST_PAUSE
-        uncommitted = 0 if gathering.journal is None else gathering.journal.records.uncommitted
-        arrived = len(gathering.have) + (len(gathering.arrived) if self.hand_over else uncommitted)
-        if (arrived, uncommitted) == (self._shown or (0, 0)):
+    def _remaining(self) -> float:
+        return _LONGEST_PAUSE if self.deadline is None else (self.deadline - _now()).total_seconds()
+
+    def _say(self, gathering: Gathering, *, finally_: bool = False) -> float:
+        """Say how many events have come, if that is new, and return in how many seconds to come again."""
+        if gathering.arrived == self._said:
             return _LONGEST_PAUSE
         now = asyncio.get_running_loop().time()
-        if (since := now - self._shown_at) < _SHOW_EVERY and not finally_:
-            return _SHOW_EVERY - since
-        self._shown, self._shown_at = (arrived, uncommitted), now
-        self.log.info("%s of %s events have arrived", f"{arrived:,}", f"{gathering.wanted:,}")
-        told = progress(arrived, gathering.wanted, uncommitted)
-        await XComPages(gathering.wait).set(PROGRESS_KEY, told)
+        if (since := now - self._said_at) < _SAY_EVERY and not finally_:
+            return _SAY_EVERY - since
+        self._said, self._said_at = gathering.arrived, now
+        self.log.info("%s of %s events have arrived", f"{gathering.arrived:,}", f"{gathering.wanted:,}")
         return _LONGEST_PAUSE
 
-    async def _end_of_time(self, gathering: Gathering, record: XComRecord) -> TriggerEvent:
+    async def _end_late(self, gathering: Gathering) -> bool:
         assert self.deadline is not None
+        count = len(gathering.events)
         self.log.info(
             "%s of %s events came until %s",
-            f"{len(gathering.have):,}",
-            f"{self.count:,}",
+            f"{count:,}",
+            f"{self._wanted:,}",
             self.deadline.isoformat(timespec="seconds"),
         )
-        on_worker = self._ends_on_worker or self.hand_over
-        if on_worker or not (self.soft_fail or self.default):
-            return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
-        if not self.default:
-            return TaskSkippedEvent()
-        assert gathering.journal is not None
-        self.log.info("Delivering the default in the place of what is missing")
-        events = await recorded_in_turns(gathering.journal, gathering.calls, gathering.listener)
-        return await self._deliver(record, result(events, len(gathering.calls), self.first, self.default))
+        if self.default:
+            self.log.info("Delivering the default in the place of what is missing")
+            end = await self._end(self._result(gathering))
+        elif self.soft_fail:
+            end = End(state="skipped")
+        else:
+            end = _by_a_worker(outcome.TimedOut(self.deadline, count))
+        if not await self._end_without_event(end):
+            return False
+        await gathering.release()
+        return True
+
+    def _result(self, gathering: Gathering) -> list[Any]:
+        return result(gathering.events, len(self._calls), self.first, self.default)
+
+    # Airflow's writing of a long list is one piece of work, which would hold up other triggers.
+
+    async def _on_worker(self, value: Any) -> End:
+        payload = await asyncio.to_thread(outcome.encode, outcome.Arrived(value))
+        return End(state="worker", payload=payload)
+
+    async def _serialized(self, key: str, value: Any) -> Any:
+        assert self.wait is not None
+        where = {name: self.wait[name] for name in ("dag_id", "run_id", "task_id", "map_index")}
+        return await asyncio.to_thread(XCom.serialize_value, value, key=key, **where)
+
+    async def _in_a_test(self, listener: type[EventListener], wait: Wait) -> TriggerEvent:
+        if self.timeout is not None:
+            self.deadline = _now() + timedelta(seconds=self.timeout)
+        held = Held(_nothing_is_recorded, "", 0, self._scope)
+        gathering = self._gathering = Gathering(listener, wait, self._calls, held, wanted=self._wanted)
+        self._announce(wait)
+        try:
+            await self._gather(gathering)
+        except TimeIsUp:
+            if not self.default:
+                assert self.deadline is not None
+                return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline, len(gathering.events))))
+        await gathering.release()
+        return TriggerEvent(outcome.encode(outcome.Arrived(self._result(gathering))))
+
+    def _begin_again(self) -> None:
+        super()._begin_again()
+        if self._gathering is not None:
+            self._gathering.begin_again()
 
     async def _let_go(self) -> None:
-        if self.wait is None or self.task_instance is None or self._gathering is None:
+        if self.wait is None or self.task_instance is None or self._has_ended or self._gathering is None:
             return
         await self._gathering.end(at_once=True)
-        if await self._has_ended(Wait(**self.wait)):
-            await self._gathering.release()
-
-    def _poll_anew(self) -> None:
-        self._again = True
-        if self._gathering is not None:
-            self._gathering.wake()
+        await self._gathering.release(ended=await self._state() in _ENDED)
 
     @property
+    def _wanted(self) -> int:
+        return len(self._calls) if self.first is None else self.first
+
     def _call(self) -> str:
-        assert self._gathering is not None
-        return self._gathering.calls.describe(reference.display_name(self.listener))
+        """Say how many events are wanted, and with what arguments the first of them."""
+        calls, name = self._calls, reference.display_name(self.listener)
+        of = "" if self.first is None else f"{self.first:,} of "
+        times = f"{name}, {of}{len(calls):,} times"
+        if not len(calls):
+            return times
+        return f"{times}, the first of them {describe(name, *self._masked(*calls.of(0)))}"
 
 
-async def _batch(gathering: Gathering) -> TriggerEvent:
-    """Return what hands over to a worker what has been polled."""
-    batch = outcome.Batch(dict(gathering.arrived))
-    return TriggerEvent(await asyncio.to_thread(outcome.encode, batch))
+async def _nothing_is_recorded(entry: Entry) -> Answer:
+    """Answer in ``dag.test()``, where nothing outlives the process, as the inbox would."""
+    return Answer(Status.DONE, lost=getattr(entry, "record_id", ""))

@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import heapq
 import logging
+import time
+import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import greenback
-from airflow_events.errors import EventLost
+from airflow_events import metrics
+from airflow_events.errors import ArgumentsChanged, EventLost, EventUndecodable
+from airflow_events.inbox.entries import (
+    Answer,
+    Entry,
+    Finish,
+    Lose,
+    Phase,
+    Place,
+    Places,
+    Record,
+    Status,
+)
+from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, foresees, releases, working_for
 from airflow_events.listeners.clock import Clock
-from airflow_events.listeners.commit import inherit_portal, release, settle
+from airflow_events.listeners.commit import acknowledge, inherit_portal, recorded, release, tags
+from airflow_events.listeners.queue import InHand
 from airflow_events.listeners.turns import Turns
 from airflow_events.triggers.calls import Calls
-from airflow_events.triggers.event import as_recorded, blocking_threshold, poll_once
-from airflow_events.triggers.foreseen import foreseen_by
-from airflow_events.triggers.journal import EventRecord, Journal
+from airflow_events.triggers.event import checked, fails_for, recording, settle
+from airflow_events.triggers.polling import BeginAgain, blocking_threshold, foreseen_by, poll_once
 
 log = logging.getLogger(__name__)
 
 # How many polls begin, and how many are cancelled, in one turn of the event loop.
 _AT_ONCE = 50
-# How many events that were polled are checked and written down in one turn: each is written several times.
+# How many events are checked and written down, or read, in one turn.
 _CHECKED_AT_ONCE = 20
 # How many events are recorded and committed at the same time; the second where there is nothing to commit.
 _SETTLING = 256
@@ -38,44 +55,64 @@ _LONGEST_RELEASE = 20.0
 _LONGEST_GOODBYE = 10.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """
+    A list of waits as a trigger holds it: what it asks the inbox, and for what.
+
+    :param ask: ask the inbox.
+    :param ti: of which try; ``generation`` likewise.
+    :param scope: what an event's id is unique in.
+    """
+
+    ask: Callable[[Entry], Awaitable[Answer]]
+    ti: str
+    generation: int
+    scope: str
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """An event that is a place's, and not known to be committed."""
+
+    record_id: str
+    event: Any
+    after: str
+
+
 class Gathering:
     """
-    Waits for some of the events of a task, each in the name of a wait of its own.
+    Waits for some of the events of a list, each in the name of a wait of its own.
 
     Each event has an asyncio task, which polls, and records and commits what it polled; nothing else is kept for
     it, and what waits for a shared source waits in that source's hub. An event that its listener foresees has not
     even that: it stands in a heap until its moment, at which it is polled.
 
     :param wanted: how many are wanted in all; when so many are there, no more are recorded.
-    :param journal: where they are recorded; None leaves that to a worker, and keeps what has been polled in
-        ``arrived``.
-    :param have: the indexes of those that need not be waited for, since they were recorded and committed.
+    :ivar events: by index: those that are recorded and committed.
+    :ivar error: why not all of it can be waited for any more.
     """
 
     def __init__(
-        self,
-        listener: type[EventListener],
-        wait: Wait,
-        calls: Calls,
-        *,
-        wanted: int,
-        journal: Journal | None,
-        have: Iterable[int] = (),
+        self, listener: type[EventListener], wait: Wait, calls: Calls, held: Held, *, wanted: int
     ) -> None:
-        self.listener, self.wait, self.calls, self.wanted, self.journal = listener, wait, calls, wanted, journal
-        self.have = set(have)
-        self.arrived: dict[int, Any] = {}  # by index: what was polled, and is not recorded
-        self.first_arrived: float | None = None  # by the loop's clock: the first of these
+        self.listener, self.wait, self.calls, self.wanted = listener, wait, calls, wanted
+        self.events: dict[int, Any] = {}
         self.error: Exception | None = None
+        self._held = held
+        self._uncommitted: dict[int, _Recorded] = {}
+        self._lost: dict[int, str] = {}  # the recording that a place has lost last
+        self._polled: dict[int, tuple[Any, float]] = {}  # what is not recorded, and when it came
+        self._asked: dict[int, asyncio.Future[Answer]] = {}  # whether it can be recorded
         # Those that have their event, or are about to: with `wanted` of them, others have to wait.
-        self._recorded = {index for index in self.missing if self._is_recorded(index)}
-        self._admitted = self.have | self._recorded
+        self._admitted: set[int] = set()
         self._queue: deque[asyncio.Future[None]] = deque()
         self._room = asyncio.Semaphore(_SETTLING if commits(listener) else _RECORDING)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._foreseen: list[tuple[datetime, int]] = []  # a heap of those that come later: when, and the index
         self._clock: asyncio.Task[None] | None = None  # which polls for them at their moments
         self._settling: set[int] = set()
+        self._is_ending = False
         self._turns = Turns(_CHECKED_AT_ONCE)
         self._threshold = blocking_threshold()
         self._has_portal = greenback.has_portal()
@@ -84,21 +121,67 @@ class Gathering:
     @property
     def complete(self) -> bool:
         """Whether as many events as are wanted are there, and none is recorded that is not committed."""
-        if self.journal is None:
-            return len(self.have) + len(self.arrived) >= self.wanted
-        return len(self.have) >= self.wanted and self._recorded <= self.have
+        return len(self.events) >= self.wanted and not self._uncommitted
+
+    @property
+    def arrived(self) -> int:
+        """How many events are recorded, committed or not."""
+        return len(self.events) + len(self._uncommitted)
 
     @property
     def missing(self) -> list[int]:
-        """The indexes of the events that are not recorded, in order."""
-        return [index for index in range(len(self.calls)) if index not in self.have]
+        """The indexes of the events that are not there, in order."""
+        return [index for index in range(len(self.calls)) if index not in self.events]
 
-    async def begin(self) -> None:
-        """Begin to wait for what is missing; first for what was recorded and not committed."""
-        recorded = sorted(self._recorded - self.have)
-        others = [index for index in self.missing if index not in self._recorded]
-        for number, index in enumerate(recorded + others if len(self.have) < self.wanted else recorded):
-            if index in self._recorded or not self._is_to_come(index):
+    async def read(self) -> None:
+        """
+        Read what the places have already.
+
+        :raises ArgumentsChanged: an event was recorded for other arguments than those at its index now, and its
+            source has forgotten it, or will, for that.
+        """
+        changed: list[Place] = []
+        start: int | None = 0
+        while start is not None:
+            page = await self._ask(Places, start=start)
+            for number, place in enumerate(page.places):
+                if not self._take(place):
+                    changed.append(place)
+                if number % _CHECKED_AT_ONCE == _CHECKED_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+            start = page.next
+        if changed and commits(self.listener):
+            raise ArgumentsChanged.at(changed[0].place, len(self.calls))
+        for first in range(0, len(changed), _SETTLING):
+            await asyncio.gather(*map(self._lose, changed[first : first + _SETTLING]))
+        self._admitted = {*self.events, *self._uncommitted}
+
+    def _take(self, place: Place) -> bool:
+        """Take in what a place has; return False if it has an event, for other arguments than it has now."""
+        if place.lost:
+            self._lost[place.place] = place.lost
+        if not place.phase:
+            return True
+        if place.place >= len(self.calls) or place.arguments != self.calls.digest(place.place):
+            return False
+        event = serde.decode(place.event)
+        if place.phase == Phase.COMMITTED:
+            self.events[place.place] = event
+        else:
+            self._uncommitted[place.place] = _Recorded(place.record_id, event, place.after)
+        return True
+
+    async def begin(self, *, polling: bool = True) -> None:
+        """
+        Begin to wait for what is missing; first for what is recorded and not committed.
+
+        :param polling: whether to wait for what is not recorded, too.
+        """
+        indexes = sorted(self._uncommitted)
+        if polling and len(self.events) < self.wanted:
+            indexes += [index for index in self.missing if index not in self._uncommitted]
+        for number, index in enumerate(indexes):
+            if index in self._uncommitted or not self._is_to_come(index):
                 self._begin_one(index)
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
@@ -140,95 +223,181 @@ class Gathering:
             alarm.cancel()
         self._changed.clear()
 
-    def wake(self) -> None:
-        """Let `changed` return."""
+    def begin_again(self) -> None:
+        """End the waiting, so that it begins again with what the inbox says then."""
+        self._fail(BeginAgain())
+
+    def _fail(self, error: Exception) -> None:
+        self.error = self.error or error
         self._changed.set()
 
-    async def end(self, *, at_once: bool = False) -> None:
+    async def end(self, *, at_once: bool = False, patiently: bool = False) -> None:
         """
         End all polls.
 
         :param at_once: also what is being recorded or committed, which otherwise has a while to end.
+        :param patiently: as long a while as ``[events] commit_timeout`` lets it take.
         """
+        self._is_ending = True
         if self._clock is not None:
             self._clock.cancel()
-        polls = [index for index in self._tasks if at_once or index not in self._settling]
-        for number, index in enumerate(polls):
-            if (task := self._tasks.get(index)) is not None:
-                task.cancel()
+        ready = self._settling | self._uncommitted.keys() | (self._polled.keys() & self._admitted)
+        polls = [index for index in self._tasks if at_once or index not in ready]
+        settling = [] if at_once else [self._tasks[index] for index in ready if index in self._tasks]
+        cancelled = [self._tasks[index] for index in polls]
+        for number, task in enumerate(cancelled):
+            task.cancel()
             if number % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)
-        if self._tasks:
-            await asyncio.wait(list(self._tasks.values()), timeout=_LONGEST_GOODBYE)
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=_LONGEST_GOODBYE)
+        if settling:
+            await asyncio.wait(settling, timeout=None if patiently else _LONGEST_GOODBYE)
         if left := [task for task in self._tasks.values() if not task.done()]:
             for task in left:
                 task.cancel()
             await asyncio.wait(left, timeout=1)
 
-    async def release(self) -> None:
-        """Give back what is claimed for events that are not recorded."""
+    async def release(self, *, ended: bool = True) -> None:
+        """
+        Give back what is held for places that have no event.
+
+        :param ended: whether nobody waits for them any more. If somebody does, what may be held in the name of a
+            place, since it has no id, is kept for it.
+        """
         if not releases(self.listener):
             return
-        left = iter([index for index in self.missing if not self._is_recorded(index)])
+        # What was on its way to the inbox when this was cancelled may be recorded by now.
+        answers = await asyncio.gather(*self._asked.values(), return_exceptions=True)
+        has = (Status.DONE, Status.TAKEN)
+        settled = {
+            index
+            for index, answer in zip(self._asked, answers, strict=True)
+            if isinstance(answer, Answer) and answer.status in has
+        }
+        held = self.missing if ended else [index for index in self._polled if self._has_id(index)]
+        left = iter([index for index in held if index not in settled | self._uncommitted.keys()])
 
         async def some() -> None:
             await inherit_portal(self._has_portal)
             for index in left:
                 args, kwargs = self.calls.of(index)
-                await release(self.listener, self._wait_of(index), self.arrived.get(index), args, kwargs)
+                event, _ = self._polled.pop(index, (None, 0.0))
+                await release(self.listener, self._wait_of(index), event, args, kwargs)
 
         tasks = [asyncio.create_task(some()) for _ in range(_RELEASING)]
         _, late = await asyncio.wait(tasks, timeout=_LONGEST_RELEASE)
         for task in late:
             task.cancel()
         if late:
-            log.warning("Not all claims could be given back in %.0f s; the others will lapse", _LONGEST_RELEASE)
+            log.warning(
+                "Not all that is held could be given back in %.0f s; the source delivers the rest again by itself",
+                _LONGEST_RELEASE,
+            )
 
-    def _is_recorded(self, index: int) -> bool:
-        """Whether an event is recorded, committed or not, for the arguments that it has now."""
-        return self.journal is not None and self.journal.records.of(index, self.calls.digest(index)) is not None
+    def _has_id(self, index: int) -> bool:
+        return self.listener().event_id(self._polled[index][0]) is not None
 
     def _wait_of(self, index: int) -> Wait:
-        after = "" if self.journal is None else self.journal.records.after(index)
-        return dataclasses.replace(self.wait, index=index, after=after)
+        return dataclasses.replace(self.wait, index=index, after=self._lost.get(index, ""))
 
     async def _one(self, index: int) -> None:
         try:
-            if self.journal is None:
-                with working_for(self._wait_of(index)):
-                    self._keep(index, await self._poll(index))
-            else:
-                await self._poll_and_settle(index, EventRecord(self.journal, index, self.calls.digest(index)))
+            await self._poll_and_settle(index)
         except Exception as error:
-            self.error = self.error or error
+            self._fail(error)
         finally:
             del self._tasks[index]
             self._changed.set()
 
-    async def _poll_and_settle(self, index: int, store: EventRecord) -> None:
+    async def _poll_and_settle(self, index: int) -> None:
         while True:
-            record = store.journal.records.of(index, store.call)
-            wait = self._wait_of(index)
-            with working_for(wait):
-                event = await self._poll(index) if record is None else record.event
-            self._keep(index, event)
-            await self._admit(index)
+            if index not in self._uncommitted:
+                try:
+                    with working_for(self._wait_of(index)):
+                        event = await self._poll(index)
+                except EventUndecodable as error:
+                    entry = functools.partial(self._entry, place=index)
+                    if await fails_for(error, self._held.scope, self._held.ask, entry):
+                        raise
+                    continue
+                self._polled[index] = event, time.time()
+                await self._admit(index)
             async with self._room:
                 self._settling.add(index)
-                await inherit_portal(self._has_portal and commits(self.listener))
-                args, kwargs = self.calls.of(index)
                 try:
-                    await settle(self.listener, wait, store, event, args=args, kwargs=kwargs)
-                except EventLost as lost:
-                    log.warning("Event %d went to another wait, and is waited for anew: %s", index, lost)
-                    del self.arrived[index]
-                    self._leave(index)
-                    continue
+                    await inherit_portal(self._has_portal and commits(self.listener))
+                    if await self._settle(index) or self._is_ending:
+                        return
                 finally:
                     self._settling.discard(index)
-            del self.arrived[index]
-            self.have.add(index)
-            return
+            self._leave(index)
+
+    async def _settle(self, index: int) -> bool:
+        """Record and commit what was polled, or what is recorded; return False if it is not this place's."""
+        if index not in self._uncommitted and not await self._record(index):
+            return False
+        if (of_place := self._uncommitted.get(index)) is None:
+            return True  # there was nothing to commit
+        wait = dataclasses.replace(self._wait_of(index), after=of_place.after)
+        try:
+            acknowledged = await acknowledge(self.listener, wait, of_place.event)
+        except EventLost as lost:
+            log.warning("Event %d went to another wait, and its place waits on: %s", index, lost)
+            metrics.count(metrics.LOST, **tags(self.listener, wait))
+            self._lost[index] = (await self._ask(Lose, place=index, record_id=of_place.record_id)).lost
+            del self._uncommitted[index]
+            return False
+        metrics.count(metrics.COMMITTED, **tags(self.listener, wait))
+        await self._ask(Finish, place=index, record_id=of_place.record_id, acknowledged=acknowledged)
+        self.events[index] = of_place.event
+        del self._uncommitted[index]
+        return True
+
+    async def _record(self, index: int) -> bool:
+        """
+        Have an event recorded; return False if another wait has it.
+
+        :raises BeginAgain: its place has one by now, or there is to be none.
+        """
+        event, arrived = self._polled[index]
+        wait, record_id = self._wait_of(index), uuid.uuid4().hex
+        entry = Record(
+            self._held.ti,
+            index,
+            generation=self._held.generation,
+            record_id=record_id,
+            arguments=self.calls.digest(index),
+            **recording(self.listener, self._held.scope, wait, event),
+        )
+        # Should this be cancelled meanwhile, `release` finds out what became of it.
+        asked = self._asked[index] = asyncio.ensure_future(self._held.ask(entry))
+        answer = checked(entry, await asyncio.shield(asked))
+        del self._asked[index]
+        if answer.status == Status.TAKEN:
+            await settle(self.listener, wait, event, entry, answer, self._held.ask)
+            del self._polled[index]
+            return False
+        if answer.status != Status.DONE:
+            raise BeginAgain
+        recorded(self.listener, wait, arrived)
+        if entry.committed:
+            self.events[index] = event
+        else:
+            self._uncommitted[index] = _Recorded(record_id, event, wait.after)
+        del self._polled[index]
+        return True
+
+    async def _lose(self, place: Place) -> None:
+        """Give up an event that had nothing to commit, and was recorded for other arguments."""
+        self._lost[place.place] = (await self._ask(Lose, place=place.place, record_id=place.record_id)).lost
+
+    async def _ask(self, kind: Any, **told: Any) -> Answer:
+        entry = self._entry(kind, **told)
+        return checked(entry, await self._held.ask(entry))
+
+    def _entry(self, kind: Any, **told: Any) -> Any:
+        return kind(self._held.ti, generation=self._held.generation, **told)
 
     async def _admit(self, index: int) -> None:
         while index not in self._admitted and len(self._admitted) >= self.wanted:
@@ -239,18 +408,17 @@ class Gathering:
 
     def _leave(self, index: int) -> None:
         self._admitted.discard(index)
-        self._recorded.discard(index)
         while self._queue:
             if not (turn := self._queue.popleft()).done():
                 turn.set_result(None)
                 return
 
-    def _keep(self, index: int, event: Any) -> None:
-        self.arrived[index] = event
-        self.first_arrived = self.first_arrived or asyncio.get_running_loop().time()
-
     async def _poll(self, index: int) -> Any:
         args, kwargs = self.calls.of(index)
-        event = await poll_once(self.listener, args, kwargs, self._threshold, portal=self._has_portal)
+        event = None
+        try:
+            event = await poll_once(self.listener, args, kwargs, self._threshold, portal=self._has_portal)
+        finally:
+            await InHand.of_loop().poll_ended(self.listener, self._wait_of(index).id, event)
         await self._turns.take()
-        return as_recorded(event)
+        return serde.check(event)

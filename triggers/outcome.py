@@ -13,7 +13,7 @@ from airflow_events.listeners import serde
 @dataclass(frozen=True)
 class Arrived:
     """
-    The event, for the worker to record and commit unless a record says that this was done.
+    What is delivered. It is recorded and committed, unless it stands for what has not come.
 
     :param at: when it was polled, in seconds since the epoch; None if it was recorded before.
     """
@@ -23,30 +23,30 @@ class Arrived:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some of the events that a task waits for, by their indexes, for the worker to record and commit."""
-
-    events: dict[int, Any]
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """All events are recorded and committed; the worker finds them among the task's XComs."""
-
-
-@dataclass(frozen=True)
 class TimedOut:
-    """The wait's time was up before an event came."""
+    """
+    The wait's time was up before an event came.
+
+    :param arrived: of a task that waits for many: how many have come; None of others.
+    """
 
     deadline: datetime
+    arrived: int | None = None
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """Somebody has rejected the wait; the record says who, and why."""
+    """
+    Somebody has rejected the wait.
+
+    :param reason: what they gave as the reason.
+    """
+
+    reason: str = ""
+    by: str = ""
 
 
-Outcome = Arrived | Batch | Gathered | TimedOut | Rejected
+Outcome = Arrived | TimedOut | Rejected
 
 
 def encode(outcome: Outcome) -> dict[str, Any]:
@@ -61,12 +61,11 @@ def encode(outcome: Outcome) -> dict[str, Any]:
         case Arrived(event, at):
             value = event
             more = {} if at is None else {"at": at}
-        case TimedOut(deadline):
+        case TimedOut(deadline, arrived):
             value = deadline
-        case Batch(events):
-            value = list(events.items())
-        case Gathered() | Rejected():
-            value = None
+            more = {} if arrived is None else {"arrived": arrived}
+        case Rejected(reason, by):
+            value = {"reason": reason, "by": by}
     return {"outcome": type(outcome).__name__, "value": serde.encode(value), **more}
 
 
@@ -80,14 +79,10 @@ def decode(payload: Any) -> Outcome:
         case {"outcome": "Arrived", "value": str(value)}:
             return Arrived(serde.decode(value), payload.get("at"))
         case {"outcome": "TimedOut", "value": str(value)}:
-            return TimedOut(serde.decode(value))
-        case {"outcome": "Batch", "value": str(value)}:
-            return Batch(dict(serde.decode(value)))
-        case {"outcome": "Gathered"}:
-            return Gathered()
-        case {"outcome": "Rejected"}:
-            return Rejected()
+            return TimedOut(serde.decode(value), payload.get("arrived"))
+        case {"outcome": "Rejected", "value": str(value)}:
+            return Rejected(**(serde.decode(value) or {}))
     raise UnknownOutcome(
-        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived, Batch, Gathered, "
-        "TimedOut and Rejected; run one version of airflow-provider-events in triggerers and workers"
+        f"the trigger sent {payload!r:.200}, and this version reads the outcomes Arrived, TimedOut and Rejected; "
+        "run one version of airflow-provider-events in triggerers and workers"
     )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import importlib
+import operator
 import os
 import pickle
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import cloudpickle
 from airflow.sdk.configuration import conf
 from airflow_events import settings
 from airflow_events.errors import ListenerUnavailable
 from airflow_events.listeners.base import EventListener, check_listener
+from airflow_events.triggers import pickling, steadiness
 
+# Bytes of a pickle; each wait has its own in the serialized DAG.
+_LONGEST = 64 * 1024
+# For how many listeners a process keeps what it has pickled.
+_KEPT = 64
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -40,26 +44,91 @@ def name(listener: type[EventListener]) -> str:
     return f"{listener.__module__}:{listener.__qualname__}"
 
 
+def refer(listener: type[EventListener]) -> str | dict[str, str]:
+    """
+    Return what `load` takes in the triggerer: the listener's name, or itself where a name will not do.
+
+    :raises ListenerUnavailable: it is to travel by value, and cannot.
+    """
+    return name(listener) if is_importable(listener) else by_value(listener)
+
+
 def by_value(listener: type[EventListener]) -> dict[str, str]:
     """
     Return the listener itself, with the modules of its DAG bundle that it uses.
 
+    It is the same text whoever makes it of the same source, unless `unsteady` says otherwise.
+
     :raises ListenerUnavailable: it refers to something that cannot be pickled.
     """
-    with _pickled_by_value():
-        try:
-            pickled = cloudpickle.dumps(listener)
-        except Exception as error:
-            raise ListenerUnavailable(
-                f"{listener.__qualname__} is defined beside the DAG, so it goes to the triggerer as a "
-                f"pickle, and it refers to something that cannot be pickled: {error}. "
-                "Import that inside of its methods, or move the listener to an installed package"
-            ) from error
     return {
         "name": listener.__qualname__,
         "python": _PYTHON,
-        "pickle": base64.b85encode(pickled).decode("ascii"),
+        "pickle": _made(listener).text,
     }
+
+
+def unsteady(listener: type[EventListener]) -> str | None:
+    """Say why a serialized DAG is not to hold the listener by value, or return None if it can."""
+    try:
+        return _made(listener).unsteady
+    except ListenerUnavailable as error:
+        return f"it cannot be pickled: {error}"
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A pickle, for as long as it would be made of the same objects: Airflow asks a dozen times for each wait."""
+
+    text: str
+    unsteady: str | None
+    names: tuple[tuple[str, str], ...]
+    objects: tuple[Any, ...]
+
+    def is_of_now(self, listener: type[EventListener]) -> bool:
+        objects = _objects(listener, self.names)
+        return len(objects) == len(self.objects) and all(map(operator.is_, objects, self.objects))
+
+
+_kept: dict[type[EventListener], _Made] = {}
+
+
+def _made(listener: type[EventListener]) -> _Made:
+    if (made := _kept.get(listener)) is not None and made.is_of_now(listener):
+        return made
+    need_value = functools.lru_cache(_Folders.configured().need_value)
+    try:
+        pickled = pickling.pickled(listener, need_value)
+    except Exception as error:
+        raise ListenerUnavailable(
+            f"{listener.__qualname__} is defined beside the DAG, so it goes to the triggerer as a "
+            f"pickle, and it refers to something that cannot be pickled: {error}. "
+            "Import that inside of its methods, or move the listener to an installed package"
+        ) from error
+    why = None
+    if len(pickled.data) > _LONGEST:
+        why = f"its pickle of {len(pickled.data) // 1024} KiB is too long for a serialized DAG"
+    elif computed := steadiness.unsteady(pickled.values, need_value):
+        why = f"its pickle may be another one whenever the DAG is parsed, with {computed}"
+    names = tuple(pickled.names)
+    if len(_kept) >= _KEPT:
+        _kept.clear()
+    text = base64.b85encode(pickled.data).decode("ascii")
+    made = _kept[listener] = _Made(text, why, names, _objects(listener, names))
+    return made
+
+
+def _objects(listener: type[EventListener], names: Iterable[tuple[str, str]]) -> tuple[Any, ...]:
+    """Return what a pickle is made of, as far as a module puts other objects in its place as it goes on."""
+    found: list[Any] = [*vars(listener).values()]
+    for module, name in names:
+        value: Any = vars(sys.modules[module]).get(name) if module in sys.modules else None
+        found.append(value)
+        if type(value) in (list, tuple, set, frozenset):
+            found += value
+        elif type(value) is dict:
+            found += [*value, *value.values()]
+    return tuple(found)
 
 
 def load(reference: Any) -> type[EventListener]:
@@ -123,8 +192,8 @@ class _Folders:
             str(get_bundle_storage_root_path()),
             *((bundle.get("kwargs") or {}).get("path") for bundle in bundles),
         ]
-        importable = [conf.get("core", "plugins_folder"), sys.prefix]
-        return cls(_real(dags), _real(importable))
+        importable = (conf.get("core", "plugins_folder"), sys.prefix)
+        return cls(_real(tuple(dags)), _real(importable))
 
     def need_value(self, module: ModuleType | None) -> bool:
         """Whether what the module defines must travel by value."""
@@ -139,28 +208,11 @@ class _Folders:
         return _depth(file, self.dags) > _depth(file, self.importable)
 
 
-def _real(folders: Iterable[str | None]) -> frozenset[str]:
+@functools.lru_cache(maxsize=16)
+def _real(folders: tuple[str | None, ...]) -> frozenset[str]:
     return frozenset(os.path.realpath(os.path.expanduser(folder)) for folder in folders if folder)
 
 
 def _depth(file: str, folders: Iterable[str]) -> int:
     """Return the length of the deepest of ``folders`` that the file is in, or 0."""
     return max((len(folder) for folder in folders if file.startswith(folder + os.sep)), default=0)
-
-
-@contextlib.contextmanager
-def _pickled_by_value() -> Iterator[None]:
-    folders = _Folders.configured()
-    modules = {
-        name: module
-        for name, module in list(sys.modules.items())
-        if isinstance(module, ModuleType) and module.__name__ == name and folders.need_value(module)
-    }
-    registered = cloudpickle.list_registry_pickle_by_value()
-    for name in modules.keys() - registered:
-        cloudpickle.register_pickle_by_value(modules[name])
-    try:
-        yield
-    finally:
-        for name in modules.keys() - registered:
-            cloudpickle.unregister_pickle_by_value(modules[name])

@@ -1,38 +1,40 @@
 """
 Files that are dropped into a directory, without any server.
 
-`claims` has the renames by which a file is taken, exactly once; `hub` looks at a directory for all waits on it.
+`files` has the renames by which a file is committed; `hub` looks at a directory for all waits on it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
-import os
-import time
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from airflow_events.listeners.base import EventListener, current_wait
-from airflow_events.listeners.directory.claims import Drops, identity_of, key_of
-from airflow_events.listeners.directory.hub import Hub, Seeker, Wanted
+from airflow_events.errors import EventLost
+from airflow_events.listeners.base import EventListener
+from airflow_events.listeners.directory.files import Drops, commit, coordinates, identity_of
+from airflow_events.listeners.directory.hub import DirectoryHub, File, FileSeeker, Wanted
+from airflow_events.listeners.queue import FinalIdListener, receive
 from airflow_events.listeners.shared import shared
 
 
-class DirectoryListener(EventListener):
+class DirectoryListener(FinalIdListener):
     """
     Take a file out of a directory: each file goes to one wait, exactly once.
 
-    The directory must be the same for all triggerers and workers, on one file system. The event says where
-    the file will be from the commit on, so downstream tasks open ``event["path"]``:
+    The directory must be the same for all triggerers and workers, on one file system, under one path. The event
+    says where the file will be from the commit on, so downstream tasks open ``event["path"]``:
 
-    ``{"name", "path", "directory", "size", "modified", "id"}``; ``size`` in bytes, ``modified`` a datetime
-    in UTC, ``path`` None if the file is deleted, ``id`` an identity that survives every rename.
+    ``{"name", "path", "directory", "size", "modified", "id", "marker"}``; ``size`` in bytes, ``modified`` a
+    datetime in UTC, ``path`` None if the file is deleted, ``id`` an identity that survives every rename,
+    ``marker`` the name of the file that marked it as complete, or None. Directory, name and id are what tells the
+    event from every other.
+
+    The file stays where it is until the event is recorded. If it is written to again before it was moved, the
+    event was of half a file: it is dropped, and the wait goes on until the file has settled again.
     """
-
-    repeatable_poll: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -45,47 +47,51 @@ class DirectoryListener(EventListener):
         archive: str | None = None,
     ) -> dict[str, Any]:
         """
-        Return when a file is there that no other wait has claimed, the one changed longest ago first.
+        Return when a file is there, the one changed longest ago first.
 
-        :param directory: must exist; if relative, below ``[events] directory_root``.
+        :param directory: if relative, below ``[events] directory_root``. It may come later.
         :param pattern: a shell pattern for the file's name; files in subdirectories are not looked at,
             nor hidden ones unless the pattern begins with a dot.
+        :param done_marker: a name with ``{name}`` in it, such as ``{name}.done``; the file is taken when
+            this other file exists beside it. It is moved with the file. None means no marker. Where a producer
+            writes slowly and cannot rename, this is what tells a whole file from half of one.
         :param settle: seconds for which size and modification time must not have changed. 0 is for
             producers that rename finished files into the directory.
-        :param done_marker: a name with ``{name}`` in it, such as ``{name}.done``; the file is taken when
-            this other file exists beside it. It is moved with the file. None means no marker.
-        :param on_commit: what the commit does with the file.
+        :param on_commit: what the commit does with the file. The same for all waits that may be given it, as is
+            ``archive``: with several triggerers, another wait may come to commit it.
         :param archive: where committed files go, if relative below ``directory``; must be on the same file
             system. None means ``.airflow-events/archive``.
-        :raises FileNotFoundError: the directory is not there.
+        :raises SourceUnreachable: the directory was not there, or could not be read, for longer than ``[events]
+            unreachable_timeout``.
         :raises ValueError: an argument will not do; the message says which.
         """
-        drops = Drops.of(directory, archive)
         if on_commit not in ("archive", "delete"):
             raise ValueError(f"on_commit is 'archive' or 'delete', not {on_commit!r}")
-        key = key_of(current_wait())
+        drops = Drops.of(directory, archive, delete=on_commit == "delete")
         wanted = Wanted.of(pattern, settle, done_marker)
-        await asyncio.to_thread(drops.prepare)
-        while True:
-            claim = await asyncio.to_thread(drops.held, key)
-            if claim is None:
-                async with shared(("directory", drops.root), lambda: Hub(drops.root)) as hub:
-                    claim = (await hub.take(Seeker(wanted, drops, key)))[0]
-            with contextlib.suppress(FileNotFoundError):  # taken away again: the claim lapsed
-                event = _describe(claim, claim.stat(), claim.parent.name, drops.root)
-                break
-        event["path"] = None if on_commit == "delete" else str(drops.archive / key / event["id"] / event["name"])
-        return event
+
+        def read(file: File) -> dict[str, Any]:
+            event = _describe(drops.root, file)
+            return {**event, "path": drops.path_of(file.name, event["id"]), "marker": file.marker}
+
+        async with shared(*_hub(drops.root)) as hub:
+            with contextlib.suppress(FileNotFoundError):  # which the hub says, if it does not come soon
+                await hub.on_disk(drops.check)
+            return await receive(*_hub(drops.root), read, seek=lambda: FileSeeker(wanted))
+
+    def event_id(self, event: Any) -> str:
+        """Return directory, name and identity of the file, as JSON."""
+        return coordinates(event["directory"], event["name"], event["id"])
 
     async def event_checkpointed(self, event: Any) -> None:
-        """Move the claimed file to the archive, under the wait's name."""
-        key = key_of(current_wait())
-        await asyncio.to_thread(Drops.of_event(event).commit, key, event["id"], event["path"] is None)
-
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Put the claimed file back."""
-        drops = Drops.of(args[0] if args else kwargs["directory"], None)
-        await asyncio.to_thread(drops.release, key_of(current_wait()))
+        """Move the file to the archive, or delete it."""
+        async with shared(*_hub(Path(event["directory"]))) as hub:
+            try:
+                await hub.on_disk(commit, event)
+            except EventLost:
+                await hub.release(self.event_id(event))
+                raise
+            hub.forget(self.event_id(event))
 
 
 class DirectoryWatchListener(EventListener):
@@ -94,6 +100,8 @@ class DirectoryWatchListener(EventListener):
 
     The event is as of `DirectoryListener`, with ``path`` where the file lies.
     """
+
+    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -104,31 +112,21 @@ class DirectoryWatchListener(EventListener):
         done_marker: str | None = None,
     ) -> dict[str, Any]:
         """Return when a file is there; parameters and errors as of `DirectoryListener.poll_for_event`."""
-        drops = _checked(directory, int(time.monotonic()))
-        async with shared(("directory", drops.root), lambda: Hub(drops.root)) as hub:
-            file, stat = await hub.take(Seeker(Wanted.of(pattern, settle, done_marker)))
-        return _describe(file, stat, identity_of(stat), drops.root)
+        root, wanted = Drops.of(directory).root, Wanted.of(pattern, settle, done_marker)
+        async with shared(*_hub(root)) as hub:
+            file: Any = await hub.take(FileSeeker(wanted, watches=True))
+        return {**_describe(root, file), "path": str(root / file.name)}
 
 
-@functools.lru_cache(maxsize=64)
-def _checked(directory: str, second: int) -> Drops:
-    """
-    Return a directory that is there, looked for once in each ``second`` for all who begin to watch it.
-
-    Each time that the file system is asked, another thread, a hub's say, may have the interpreter for a while; and
-    reading Airflow's configuration takes longer than the rest of what a watch does.
-    """
-    drops = Drops.of(directory, None)
-    drops.check()
-    return drops
+def _hub(root: Path) -> tuple[tuple[str, Path], Callable[[], DirectoryHub]]:
+    return ("directory", root), lambda: DirectoryHub(root)
 
 
-def _describe(file: Path, stat: os.stat_result, identity: str, root: Path) -> dict[str, Any]:
+def _describe(root: Path, file: File) -> dict[str, Any]:
     return {
         "name": file.name,
-        "path": str(file),
         "directory": str(root),
-        "size": stat.st_size,
-        "modified": datetime.fromtimestamp(stat.st_mtime, timezone.utc),
-        "id": identity,
+        "size": file.stat.st_size,
+        "modified": datetime.fromtimestamp(file.stat.st_mtime, timezone.utc),
+        "id": identity_of(file.stat),
     }

@@ -3,7 +3,7 @@ One look at a directory for all the waits on it.
 
 A wait joins its directory's hub as a seeker. The hub scans the directory, in a thread, when there is a reason to,
 compares new files with the patterns that are sought, and gives each settled file to the seeker that has waited
-longest, whose claim it makes, or to all seekers that only watch.
+longest, or to all seekers that only watch. Two triggerers may give one file to a wait each: the inbox decides.
 """
 
 from __future__ import annotations
@@ -14,30 +14,34 @@ import fnmatch
 import functools
 import importlib
 import logging
+import math
 import os
 import re
-import time
 from collections import deque
-from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from airflow_events import settings
-from airflow_events.listeners.directory.claims import Drops, identity_of
+from airflow_events.listeners.directory.files import Drops, coordinates, identity_of, put_back_claims
+from airflow_events.listeners.hub import Seeker
+from airflow_events.listeners.queue import Delivery, QueueHub
 from airflow_events.listeners.shared import background
-from airflow_events.listeners.turns import Turns
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _NETWORK_FILE_SYSTEMS = re.compile(r"nfs\d?|cifs|smb3?|smbfs|9p|ceph|lustre|glusterfs|fuse\..*")
 # Each watched directory holds one of the forty threads that anyio has for all of a process.
 _MOST_WATCHED = 16
-# How many waits are given a file in one turn of the event loop.
-_AT_ONCE = 50
-# Seconds.
-_SWEEP_INTERVAL = 60.0
+# Of each directory.
+_THREADS = 2
+# Seconds that a hub waits for a reason to look in one piece.
+_LONGEST_SERVE = 5.0
 # Seconds after a look until the next: as long as the look took, between these.
 _SHORTEST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.2
@@ -75,16 +79,22 @@ class Wanted:
         return self.done_marker.replace("{name}", name) if self.done_marker else None
 
 
-@dataclass(eq=False)
-class Seeker:
-    """One wait for a file; without drops and key it only watches."""
+class FileSeeker(Seeker):
+    """A wait for a file."""
 
-    wanted: Wanted
-    drops: Drops | None = None
-    key: str = ""
-    found: asyncio.Future[tuple[Path, os.stat_result]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    def __init__(self, wanted: Wanted, *, watches: bool = False) -> None:
+        """:param watches: whether it leaves the file to others."""
+        super().__init__()
+        self.wanted = wanted
+        self.watches = watches
+
+
+class File(NamedTuple):
+    """A file as a look found it, and which one marks it as complete."""
+
+    name: str
+    stat: os.stat_result
+    marker: str | None
 
 
 @dataclass(frozen=True)
@@ -96,129 +106,97 @@ class _Seen:
     since: float
 
 
-class Hub:
+class DirectoryHub(QueueHub):
     """
     Looks at one directory for all the waits on it in this triggerer.
 
     It looks when the file system reports a change (inotify, by watchfiles), when a file will have settled,
-    and every ``[events] directory_rescan_interval`` seconds.
+    and every ``[events] directory_rescan_interval`` seconds. It has threads of its own, so that a file system that
+    hangs holds up nobody else.
     """
 
     _watched: ClassVar[int] = 0
-    _swept: ClassVar[dict[Path, float]] = {}
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._seekers: dict[Wanted, deque[Seeker]] = {}
+        self._waiting: dict[Wanted, dict[FileSeeker, None]] = {}
         self._seen: dict[str, _Seen] = {}
         # What matches and was not given yet, so that a look compares only new files with old patterns.
         self._candidates: dict[Wanted, set[str]] = {}
         self._look = asyncio.Event()
-        self._closed = asyncio.Event()
-        self._claiming = asyncio.Lock()
-        self._turns = Turns(_AT_ONCE)
-        # Kept over hubs, which may be short-lived; the first time later, when waits have their claims again.
-        self._swept.setdefault(root, time.monotonic())
-        self._server = background(self._serve(), f"directory {root}")
-        self._watcher = background(self._listen(), f"changes of {root}")
+        self._next_look = 0.0
+        self._ended: asyncio.Event | None = None
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"events-{root.name}")
+        super().__init__(f"the directory {root}")
+
+    async def on_disk(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """Do what may block in a thread of this directory's."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    async def connect(self) -> None:
+        await self.on_disk(Drops(self._root).check)
+        await self.on_disk(put_back_claims, self._root)
+        self._ended = asyncio.Event()
+        background(self._listen(self._ended), f"changes of {self._root}")
+        self._next_look = 0.0
+
+    async def disconnect(self) -> None:
+        if self._ended is not None:
+            self._ended.set()  # the watcher's thread sees it at once, and not that its task is cancelled
 
     async def close(self) -> None:
-        self._closed.set()  # the watcher's thread sees it at once, and not that its task is cancelled
-        self._server.cancel()
-        await asyncio.gather(self._server, self._watcher, return_exceptions=True)
+        await super().close()
+        self._threads.shutdown(wait=False)
 
-    async def take(self, seeker: Seeker) -> tuple[Path, os.stat_result]:
-        """Return a file for the seeker. Cancelled, it may leave a claim, which is the wait's."""
-        if self._server.done():
-            self._server.result()
-        self._seekers.setdefault(seeker.wanted, deque()).append(seeker)
+    def joined(self, seeker: Seeker) -> None:
+        assert isinstance(seeker, FileSeeker)
+        self._waiting.setdefault(seeker.wanted, {})[seeker] = None
         self._look.set()
-        try:
-            return await seeker.found
-        finally:
-            async with self._claiming:  # so that a claim in this wait's name is made by now, or never
-                if seeker in (waiting := self._seekers.get(seeker.wanted, deque())):
-                    waiting.remove(seeker)
 
-    async def _listen(self) -> None:
-        # In a thread the first time, since it reads many files.
-        await asyncio.to_thread(importlib.import_module, "watchfiles")
-        import watchfiles
+    def left(self, seeker: Seeker) -> None:
+        assert isinstance(seeker, FileSeeker)
+        seekers = self._waiting.get(seeker.wanted, {})
+        seekers.pop(seeker, None)
+        if not seekers:
+            self._waiting.pop(seeker.wanted, None)
+            self._candidates.pop(seeker.wanted, None)
 
-        if kind := await asyncio.to_thread(_network_file_system, self._root):
-            log.info("%s is on %s, which reports no changes: polling", self._root, kind)
+    def pass_on(self, delivery: Delivery) -> None:
+        self.forget(delivery.id)
+        self._look.set()
+
+    async def release(self, id: str) -> None:
+        self.forget(id)
+        self._look.set()
+
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Nothing: `files.commit` moves a file by what its event says."""
+
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Nothing: a file stays where it is until then."""
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._look.is_set() and (pause := self._next_look - loop.time()) > 0:
+            await self._changes(min(pause, _LONGEST_SERVE))
             return
-        if Hub._watched >= _MOST_WATCHED:
-            log.info("%s: more than %d directories are watched already: polling", self._root, _MOST_WATCHED)
-            return
-        root = str(self._root)
-        Hub._watched += 1
+        self._look.clear()
+        began = loop.time()
+        files = await self.on_disk(_scan, self._root)
+        candidates = await self.on_disk(self._match, list(self._waiting), files, began)
+        settles_in = self._hand_out(candidates, files.keys())
+        looked = loop.time() - began
+        self._next_look = loop.time() + min(settles_in, settings.directory_rescan_interval())
+        # What comes at once is looked at once, and thousands of patterns leave others the interpreter, too.
+        await asyncio.sleep(min(max(_SHORTEST_PAUSE, looked), _LONGEST_PAUSE))
+
+    async def _changes(self, seconds: float) -> None:
+        """Wait until there is a reason to look, but not for longer."""
+        look = asyncio.ensure_future(self._look.wait())
         try:
-            async for _ in watchfiles.awatch(
-                self._root,
-                recursive=False,
-                stop_event=self._closed,
-                watch_filter=lambda change, path: (
-                    change is not watchfiles.Change.deleted and os.path.dirname(path) == root
-                ),
-            ):
-                self._look.set()
-        except Exception as error:
-            log.warning("Changes of %s cannot be watched (%s): polling instead", self._root, error)
+            await asyncio.wait({look}, timeout=seconds)
         finally:
-            Hub._watched -= 1
-
-    async def _serve(self) -> None:
-        while True:
-            self._look.clear()
-            began = time.monotonic()
-            try:
-                files = await asyncio.to_thread(_scan, self._root)
-                next_look = await self._hand_out(files)
-                if time.monotonic() - self._swept[self._root] > _SWEEP_INTERVAL:
-                    self._swept[self._root] = time.monotonic()
-                    await asyncio.to_thread(self._sweep)
-            except OSError as error:
-                log.warning("%s cannot be looked at, which is tried again: %s", self._root, error)
-                next_look = settings.directory_rescan_interval()
-            except Exception as error:  # a fault of this code: better failed waits than waits that hang
-                for seeker in [seeker for seekers in self._seekers.values() for seeker in seekers]:
-                    if not seeker.found.done():
-                        seeker.found.set_exception(error)
-                raise
-            looked = time.monotonic() - began
-            # Not asyncio.wait_for, which before Python 3.12 may swallow the cancellation.
-            alarm = asyncio.get_running_loop().call_later(next_look, self._look.set)
-            await self._look.wait()
-            alarm.cancel()
-            # What comes at once is looked at once, and thousands of patterns leave others the interpreter, too.
-            await asyncio.sleep(min(max(_SHORTEST_PAUSE, looked), _LONGEST_PAUSE))
-
-    def _sweep(self) -> None:
-        Drops.of(str(self._root), None).sweep(time.time() - settings.directory_claim_timeout())
-
-    async def _hand_out(self, files: dict[str, os.stat_result]) -> float:
-        """Give settled files to waits, and return for how many seconds nothing more will have settled."""
-        now = asyncio.get_running_loop().time()
-        candidates = await asyncio.to_thread(self._match, list(self._seekers), files, now)
-        next_look = settings.directory_rescan_interval()
-        for wanted, names in candidates.items():
-            names = names & self._seen.keys()  # another pattern's wait may have got one just now
-            for name in sorted(names, key=lambda name: (self._seen[name].stat.st_mtime_ns, name)):
-                seekers = self._seekers[wanted]
-                if not seekers:
-                    break
-                marker = wanted.marker(name)
-                if marker and marker not in files:
-                    continue
-                if (settles_in := self._seen[name].since + wanted.settle - now) > 0:
-                    next_look = min(next_look, settles_in)
-                    continue
-                await self._give(name, self._seen[name], seekers, marker)
-        for wanted in [wanted for wanted, seekers in self._seekers.items() if not seekers]:
-            del self._seekers[wanted]
-            self._candidates.pop(wanted, None)
-        return next_look
+            look.cancel()
 
     def _match(
         self, patterns: list[Wanted], files: dict[str, os.stat_result], now: float
@@ -237,30 +215,59 @@ class Hub:
         }
         return {wanted: names for wanted, names in self._candidates.items() if names}
 
-    async def _give(self, name: str, seen: _Seen, seekers: deque[Seeker], marker: str | None) -> None:
-        """Give one file: to every watcher, and to the consumer that has waited longest."""
-        for seeker in [s for s in seekers if s.drops is None and not s.found.done()]:
-            await self._turns.take()
-            if not seeker.found.done():  # nor has gone meanwhile
-                seeker.found.set_result((self._root / name, seen.stat))
-        async with self._claiming:
-            for seeker in seekers:
-                if seeker.drops and not seeker.found.done():
-                    await self._claim(seeker.drops, seeker, name, seen, marker)
+    def _hand_out(self, candidates: Mapping[Wanted, set[str]], files: Set[str]) -> float:
+        """Give settled files to waits, and return for how many seconds nothing more will have settled."""
+        now = asyncio.get_running_loop().time()
+        settle_in = math.inf
+        for wanted, names in candidates.items():
+            seekers = [seeker for seeker in self._waiting.get(wanted, ()) if not seeker.done]
+            watchers = [seeker for seeker in seekers if seeker.watches]
+            consumers = deque(seeker for seeker in seekers if not seeker.watches)
+            for name in sorted(names, key=lambda name: (self._seen[name].stat.st_mtime_ns, name)):
+                if not watchers and not consumers:
                     break
-        for seeker in [s for s in seekers if s.found.done()]:
-            seekers.remove(seeker)
+                marker = wanted.marker(name)
+                if marker and marker not in files:
+                    continue
+                seen = self._seen[name]
+                if (settles_in := seen.since + wanted.settle - now) > 0:
+                    settle_in = min(settle_in, settles_in)
+                else:
+                    file = File(name, seen.stat, marker)
+                    while watchers:
+                        watchers.pop().give(file)
+                    id = coordinates(str(self._root), name, seen.identity)
+                    if consumers and (delivery := self.hold(id, file)) is not None:
+                        consumers.popleft().give(delivery)
+        return settle_in
 
-    async def _claim(self, drops: Drops, seeker: Seeker, name: str, seen: _Seen, marker: str | None) -> None:
-        try:
-            claim = await asyncio.to_thread(drops.claim, seeker.key, name, seen.identity, marker)
-        except OSError as error:
-            if not seeker.found.done():
-                seeker.found.set_exception(error)  # no permission, say: for the log of that wait's task
+    async def _listen(self, ended: asyncio.Event) -> None:
+        # In a thread the first time, since it reads many files.
+        await asyncio.to_thread(importlib.import_module, "watchfiles")
+        import watchfiles
+
+        if kind := await self.on_disk(_network_file_system, self._root):
+            log.info("%s is on %s, which reports no changes: polling", self._root, kind)
             return
-        self._seen.pop(name, None)  # gone, to this wait or to somebody else
-        if claim and not seeker.found.done():
-            seeker.found.set_result((claim, seen.stat))
+        if DirectoryHub._watched >= _MOST_WATCHED:
+            log.info("%s: more than %d directories are watched already: polling", self._root, _MOST_WATCHED)
+            return
+        root = str(self._root)
+        DirectoryHub._watched += 1
+        try:
+            async for _ in watchfiles.awatch(
+                self._root,
+                recursive=False,
+                stop_event=ended,
+                watch_filter=lambda change, path: (
+                    change is not watchfiles.Change.deleted and os.path.dirname(path) == root
+                ),
+            ):
+                self._look.set()
+        except Exception as error:
+            log.warning("Changes of %s cannot be watched (%s): polling instead", self._root, error)
+        finally:
+            DirectoryHub._watched -= 1
 
 
 def _scan(root: Path) -> dict[str, os.stat_result]:

@@ -1,285 +1,495 @@
-"""Taking messages: each goes to one wait of its group."""
+"""
+Reading topics for a group, and keeping how far it has come.
+
+Every triggerer reads everything, and the inbox decides which wait has a message. What is settled, and is never to
+be delivered again, the inbox knows by partition (`airflow_events.listeners.positions`), since Kafka forgets the
+offsets of a group without members after some days. The committed offset follows: all before it is settled.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import time
-from collections import deque
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.hub import Hub, Seeker
+from airflow_events.errors import EventUndecodable, SourceUnfit
 from airflow_events.listeners.kafka.client import (
     PATIENCE,
     Away,
     Clients,
+    Place,
     Source,
     Worker,
-    moment,
+    coordinates,
+    event_of,
+    place_of,
 )
-from airflow_events.listeners.kafka.ledger import ledger_of
-from airflow_events.listeners.kafka.state import RELEASED, Claim, State
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from airflow_events.listeners.kafka.group import About, Group, Look, partition_of, source_of
+from airflow_events.listeners.kafka.reader import Reader
+from airflow_events.listeners.kafka.schemas import Decoder, Formats
+from airflow_events.listeners.positions import Known, Positions, Ranges, after, union
+from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
+from airflow_events.listeners.shared import background, connected
+from confluent_kafka import KafkaException, Message, Producer
 
 log = logging.getLogger(__name__)
 
-# Seconds for which a hub waits for messages, after which it sees new waits.
-_BLOCK = 0.5
-# Seconds between two looks at what other processes did, while waits wait.
-_LOOK = 1.0
-# Seconds between two warnings of one kind.
-_TELL = 300
-# Messages, and their bytes, that are kept for waits to come.
-_MOST = 1000
-_MOST_BYTES = 2**25
+# Seconds between two looks at what others did: partitions, members, offsets, and what is settled.
+_LOOK_EVERY = 10.0
+# Seconds for which reading waits for such a look.
+_LONGEST_LOOK = 1.0
+# Seconds for which reading goes on though no broker says what topics and partitions there are.
+_BLIND = 30.0
+# Seconds between two attempts to commit, and after a look that had no answer.
+_PAUSE = 2.0
+# Seconds that a commit may hold up the end of a hub.
+_LONGEST_COMMIT = 3.0
+# Over how many settled messages it is quicker to jump than to read them.
+_FAR = 1000
+# With it begins the metadata of the offsets that we commit.
+_MARK = "airflow-events"
 
 Start = Literal["earliest", "latest"]
 
 
-class Taker(Seeker):
-    """A wait for a message, and after how many seconds its claim lapses."""
+class Record(NamedTuple):
+    """A message, of which incarnation of its topic it is, and its event, or why it has none."""
 
-    def __init__(self, wait: str, lapse: float) -> None:
-        super().__init__()
-        self.wait = wait
-        self.lapse = lapse
-        self.seen = False
+    cluster: str
+    topic_id: str
+    message: Any
+    event: dict[str, Any] | EventUndecodable | None = None
+
+    @property
+    def place(self) -> Place:
+        """Topic and partition."""
+        return self.message.topic(), self.message.partition()
+
+    def read(self) -> dict[str, Any]:
+        """
+        Return its event.
+
+        :raises EventUndecodable: it has none.
+        """
+        if isinstance(self.event, dict):
+            return {**self.event, "cluster": self.cluster, "topic_id": self.topic_id}
+        assert self.event is not None
+        raise self.event
 
 
 @dataclass
-class _Window:
+class _Partition:
     """
-    What has been read of a partition and is free, as far as is known.
+    How far a partition has come.
 
-    :param start: from there on nothing is left out.
+    :param next: the offset from which on nothing is read yet.
+    :param settled: what is never to be delivered again, as far as is known.
+    :param told: the offset that Kafka has for the group, if it is ours; None if it is not.
     """
 
-    start: int
-    messages: deque[Message] = field(default_factory=deque)
+    next: int
+    settled: Ranges
+    told: int | None = None
 
 
-class QueueHub(Hub[Taker]):
-    """Claims messages for the waits of one group."""
+@dataclass
+class _Topic:
+    """A topic, as it was when it was looked at last: ``id`` and ``cluster`` are as of `About`."""
+
+    cluster: str
+    id: str
+    owner: str
+    partitions: dict[int, _Partition] = field(default_factory=dict)
+
+
+class GroupHub(QueueHub):
+    """Reads topics for the waits of a group."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = (Away,)
 
-    def __init__(self, source: Source, start: Start) -> None:
+    def __init__(self, source: Source, start: Start, formats: Formats) -> None:
         self._source = source
         self._start = start
-        self._stack = contextlib.AsyncExitStack()
         self._worker = Worker(f"kafka read {source.topic}")
-        self._consumer: Consumer | None = None
+        self._asker = Worker(f"kafka group {source.group}")
+        self._decoder = Decoder(formats)
         self._clients: Clients | None = None
-        self._windows: dict[int, _Window] = {}
-        self._looked = 0.0
-        self._told = float("-inf")
+        self._reader: Reader | None = None
+        self._group: Group | None = None
+        self._producer: Producer | None = None
+        self._topics: dict[str, _Topic] = {}
+        self._assigned: dict[Place, str] | None = None  # the topics' ids; None if it is to be assigned again
+        self._free: dict[str, Record] = {}  # what is read, or was given back, and no wait has
+        self._gaps: dict[str, dict[str, Ranges]] = defaultdict(lambda: defaultdict(list))
+        self._committing: asyncio.Task[None] | None = None
+        self._looking: asyncio.Future[Look] | None = None
+        self._looked = 0.0  # when the topics were seen last
+        self._next_look = 0.0
+        self._is_silent = False  # of the group's coordinator
         super().__init__(str(source))
+
+    @property
+    def reader(self) -> Reader:
+        """Of a hub that is connected."""
+        assert self._reader is not None
+        return self._reader
 
     async def connect(self) -> None:
         self._clients = await Clients.of(self._source)
-        self._ledger = await self._stack.enter_async_context(ledger_of(self._source))
-        await self._ledger.open(self._start)
-        if self._ledger.members:
-            self._tell_all(
-                logging.WARNING,
-                "%s: the group has members besides (%s); they get the same messages, and what they commit is "
-                "followed: give the waits a group of their own",
-                self.name, ", ".join(self._ledger.members),
-            )  # fmt: skip
-        self._looked = time.monotonic()
-        self._windows.clear()  # a consumer of an earlier connection had read them, and this one is to go on
-        self._consumer = await self._worker.do(self._clients.consumer)
-        await self._follow()
+        await self._decoder.open()
+        self._reader = await self._worker.do(Reader, self._clients)
+        self._group = Group(self._clients.apart(), self._reader.consumer)
+        self._assigned = None
+        look = await self._asker.do(self._group.look)
+        if look.silent is not None:
+            await self._worker.do(self._reader.read, 1)  # a refusal is told to who reads; nothing is assigned yet
+        await self._see(look)
+
+    async def connected(self) -> None:
+        """Return at once: what is acknowledged the inbox is told, over no connection to Kafka."""
 
     async def disconnect(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        try:
-            if consumer is not None:
-                await self._worker.do(consumer.close)
-        finally:
-            await self._stack.aclose()
+        if self._committing is not None:
+            await asyncio.wait({self._committing}, timeout=_LONGEST_COMMIT)
+        reader, group, looking = self._reader, self._group, self._looking
+        self._reader = self._group = self._producer = self._looking = None
+        if looking is not None and not looking.cancel() and not looking.cancelled():
+            looking.exception()  # it is looked at, so that asyncio does not complain
+        if group is not None:
+            await self._asker.do(group.close)  # after what it does now, which may need the reader's consumer
+        if reader is not None:
+            await self._worker.do(reader.close)
 
     async def close(self) -> None:
         await super().close()
         self._worker.end()
+        self._asker.end()
+        await self._decoder.close()
 
     async def serve(self) -> None:
-        takers = [seeker for seeker in self.seekers if not seeker.done]
-        # What a new wait has, another process may have changed until this moment.
-        if time.monotonic() - self._looked > _LOOK or not all(taker.seen for taker in takers):
-            await self._ledger.refresh()
-            self._looked = time.monotonic()
-            for taker in takers:
-                taker.seen = True
-        await self._follow()
-        await self._hand_out(takers)
-        waiting = sum(not taker.done for taker in takers)
-        kept = [message for window in self._windows.values() for message in window.messages]
-        if len(kept) > _MOST or sum(len(cast("Any", message)) for message in kept) > _MOST_BYTES:
-            await self.pause(_BLOCK)  # there is no room for more claims
-        elif waiting:
-            for message in await self._worker.do(self._read, min(waiting, 500)):
-                self._keep(message)
+        await self._look()
+        if self._assigned is None:
+            await self._assign()
+        if not self._ready():
+            self._take_in(await self._worker.do(self.reader.read, self.wanted))
+        await self._offer()
 
-    async def _follow(self) -> None:
-        """Read on from where the group is, should that be before what is read already."""
-        assert self._ledger.state is not None and self._consumer is not None
-        anew = []
-        for number, partition in self._ledger.state.partitions.items():
-            window = self._windows.get(number)
-            if window is None or partition.next < window.start:
-                self._windows[number] = _Window(partition.next)
-                anew.append(number)
-            else:
-                while window.messages and _offset(window.messages[0]) < partition.next:
-                    window.messages.popleft()
-                window.start = max(window.start, partition.next)
-        if anew:
-            await self._worker.do(self._assign, self._consumer, anew)
+    # What is settled.
 
-    def _assign(self, consumer: Consumer, anew: list[int]) -> None:
-        assert self._clients is not None
-        with self._clients.refusals():
-            for number in anew:
-                self._check_bounds(consumer, number)
-            consumer.incremental_unassign([place for place in consumer.assignment() if place.partition in anew])
-            consumer.incremental_assign(
-                [TopicPartition(self._source.topic, number, self._windows[number].start) for number in anew]
-            )
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        settled: dict[str, dict[str, Ranges]] = defaultdict(lambda: defaultdict(list))
+        for delivery in deliveries.values():
+            record: Record = delivery.message
+            topic, partition = record.place
+            offset = record.message.offset()
+            settled[topic][partition_of(record.topic_id, partition)].append((offset, offset + 1))
+        for name, places in settled.items():
+            await self._exchange(name, places)
+        committing = self._commit()
+        if not all(topic.owner for topic in self._topics.values()):
+            await asyncio.wait({committing})  # without an inbox nothing else outlives the process
 
-    def _check_bounds(self, consumer: Consumer, partition: int) -> None:
-        """Tell if the topic has lost what no wait has had, at its one end or the other."""
-        start = self._windows[partition].start
-        bounds = consumer.get_watermark_offsets(TopicPartition(self._source.topic, partition), timeout=PATIENCE)
-        if bounds is None:
-            raise Away("the broker does not say how far the topic goes")
-        low, high = bounds
-        if low > start:
-            self._tell_all(
-                logging.WARNING,
-                "%s: the messages from offset %d until before %d of partition %d were deleted before any wait had "
-                "them, by the topic's retention or by hand",
-                self.name, start, low, partition,
-            )  # fmt: skip
-        if high < start:
-            raise SourceUnfit(
-                f"{self.name}: partition {partition} ends at offset {high}, and its group is at {start}: the "
-                "topic was made anew, or has lost messages; set the group's offsets, as by kafka-consumer-groups "
-                "--reset-offsets"
-            )
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        self._free.update({id: delivery.message for id, delivery in deliveries.items()})
 
-    def _read(self, most: int) -> list[Message]:
-        assert self._clients is not None and self._consumer is not None
-        with self._clients.refusals():
-            messages = self._consumer.consume(1, _BLOCK)
-            if messages and most > 1:
-                messages += self._consumer.consume(most - 1, 0)
-            self._clients.check()
-            for message in messages:
-                error = message.error()
-                if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                    raise KafkaException(error)
-        return [message for message in messages if message.error() is None]
+    async def _exchange(self, name: str, settled: Mapping[str, Ranges]) -> None:
+        """Tell the inbox what is settled of a topic, and learn what others have told it."""
+        topic = self._topics[name]
+        gaps: Mapping[str, Ranges] = self._gaps.pop(name, {})
+        both = {place: [*settled.get(place, ()), *gaps.get(place, ())] for place in {**settled, **gaps}}
+        source = source_of(topic.cluster, name, self._source.group)
+        known = await Positions.of_loop().exchange(source, both)
+        for number, partition in topic.partitions.items():
+            # Answers may come in another order than they were given.
+            partition.settled = union([*partition.settled, *known.settled.get(partition_of(topic.id, number), ())])
 
-    def _keep(self, message: Message) -> None:
-        window = self._windows[cast("int", message.partition())]
-        last = _offset(window.messages[-1]) if window.messages else window.start - 1
-        if _offset(message) <= last:
-            return  # read before the position was changed
-        window.messages.append(message)
+    def _commit(self) -> asyncio.Task[None]:
+        """Let the group's offsets follow, some while after."""
+        if self._committing is None or self._committing.done():
+            self._committing = background(self._follow_up(), f"offsets of {self.name}")
+        return self._committing
 
-    async def _hand_out(self, takers: list[Taker]) -> None:
-        """Give to each of the waits what it has, or what is free."""
-        state = self._ledger.state
-        assert state is not None
-        wanted = {taker.wait: taker.lapse for taker in takers if not taker.done}
-        heads = self._heads(len(wanted))
-        now = time.time()
-
-        def work(state: State) -> dict[str, tuple[int, int, Claim]]:
-            return _claim(state, wanted, heads, starts, now, self._ledger.mark)
-
-        starts = {number: window.start for number, window in self._windows.items()}
-        attempt = state.copy()
-        found = work(attempt)
-        if attempt.full and time.monotonic() - self._told > _TELL:
-            self._told = time.monotonic()
-            claims = sum(1 for _ in attempt.claims())
-            message = "%s: there is no room for more than its %d open claims; waits wait until some are committed"
-            self._tell_all(logging.WARNING, message, self.name, claims)
-        if not found:
-            return
-        if attempt.changed:
-            found = await self._ledger.change(work)
-        messages = {(number, _offset(message)): message
-                    for number, window in self._windows.items() for message in window.messages}  # fmt: skip
-        elsewhere = [(number, offset) for number, offset, _ in found.values() if (number, offset) not in messages]
-        if elsewhere:
-            messages |= await self._ledger.messages(elsewhere)
-        for taker in takers:
-            if taker.wait not in found:
+    async def _follow_up(self) -> None:
+        while (group := self._group) is not None and (offsets := self._behind()):
+            if await self._asker.do(group.commit, offsets):
                 continue
-            number, offset, claim = found[taker.wait]
-            if (number, offset) in messages:
-                taker.give((messages[number, offset], claim.mark))
-            else:
-                taker.tell(
-                    logging.WARNING,
-                    "%s: the message at offset %d of partition %d was deleted while it was claimed: passed over",
-                    self.name, offset, number,
-                )  # fmt: skip
-                await self._ledger.change(lambda state, at=(number, offset): state.forget(*at))  # type: ignore[misc]
+            for name, number in offsets:
+                self._topics[name].partitions[number].told = None
+            if group.is_overtaken:
+                return
+            await asyncio.sleep(_PAUSE)
 
-    def _heads(self, most: int) -> list[tuple[int, int]]:
-        """Return partition and offset of what may be claimed next, the oldest first."""
-        heads: list[tuple[int, int]] = []
-        rest = {number: deque(window.messages) for number, window in self._windows.items() if window.messages}
-        while rest and len(heads) < most:
-            oldest = min(rest, key=lambda number: (moment(rest[number][0]), number))
-            heads.append((oldest, _offset(rest[oldest].popleft())))
-            if not rest[oldest]:
-                del rest[oldest]
-        return heads
+    def _behind(self) -> dict[Place, tuple[int, str]]:
+        """Return where Kafka is not told yet how far all is settled."""
+        offsets = {}
+        for name, topic in self._topics.items():
+            for number, partition in topic.partitions.items():
+                if (floor := after(partition.settled, 0)) != partition.told:
+                    partition.told = floor
+                    offsets[name, number] = floor, _mark(topic.owner)
+        return offsets
+
+    async def _look(self) -> None:
+        """See from time to time what others did, and where a partition begins that is new."""
+        assert self._group is not None
+        if self._looking is None:
+            if time.monotonic() < self._next_look and (self._is_silent or not self._group.is_overtaken):
+                return
+            self._looking = asyncio.ensure_future(self._asker.do(self._group.look))
+            await asyncio.wait({self._looking}, timeout=_LONGEST_LOOK)
+        if not self._looking.done():
+            return
+        looking, self._looking = self._looking, None
+        try:
+            look = looking.result()
+        except Away:
+            if time.monotonic() - self._looked > _BLIND:
+                raise
+            self._next_look = time.monotonic() + _PAUSE
+        else:
+            await self._see(look)
+
+    async def _see(self, look: Look) -> None:
+        for about in look.topics:
+            await self._follow(about, look.silent)
+        self._tell_silence(look.silent)
+        self._looked = time.monotonic()
+        self._next_look = self._looked + (_LOOK_EVERY if look.silent is None else _PAUSE)
+        there = {(name, number): topic.id for name, topic in self._topics.items() for number in topic.partitions}
+        if there != self._assigned:
+            await self._assign()
+        self._commit()
+
+    def _tell_silence(self, silent: Away | None) -> None:
+        if silent is not None and not self._is_silent:
+            self._tell_all(
+                logging.INFO,
+                "%s: the group's coordinator does not answer, and is asked again; messages are read meanwhile: %s",
+                self.name, silent,
+            )  # fmt: skip
+        elif silent is None and self._is_silent:
+            self._tell_all(logging.INFO, "%s: the group's coordinator answers again", self.name)
+        self._is_silent = silent is not None
+
+    async def _follow(self, about: About, silent: Away | None) -> None:
+        """
+        Follow what a topic has become.
+
+        :param silent: why it is not known what is committed; None if it is.
+        :raises Away: for that reason it is not known where to begin.
+        """
+        source = source_of(about.cluster, about.topic, self._source.group)
+        positions = Positions.of_loop()
+        known = await positions.exchange(source, self._gaps.pop(about.topic, {}))
+        if silent is not None and not known.settled:
+            raise silent
+        self._check_owner(about, known)
+        begins = await self._begins(about, known)
+        settled = self._set_by_others(about, known)
+        if begins or settled:
+            known = await positions.exchange(source, settled, begins)
+        topic = self._topics.get(about.topic)
+        if topic is None or topic.id != about.id:
+            topic = self._topics[about.topic] = _Topic(about.cluster, about.id, known.owner)
+            stale = [id for id, one in self._free.items() if one.place[0] == about.topic]
+            self._free = {id: one for id, one in self._free.items() if id not in stale}
+        for number in about.partitions:
+            ranges = known.settled.get(partition_of(about.id, number), [])
+            partition = topic.partitions.setdefault(number, _Partition(after(ranges, 0), ranges))
+            partition.settled = ranges
+            if number in about.committed:
+                offset, metadata = about.committed[number]
+                partition.told = offset if offset >= 0 and metadata == _mark(known.owner) else None
+
+    def _warn(self, message: str) -> None:
+        self._tell_all(logging.WARNING, "%s: %s", self.name, message)
+
+    def _check_owner(self, about: About, known: Known) -> None:
+        for number, (_, metadata) in about.committed.items():
+            if metadata.startswith(f"{_MARK} ") and metadata != _mark(known.owner):
+                raise SourceUnfit(
+                    f"{self.name}: the offset of partition {number} of {about.topic!r} was committed by another "
+                    "Airflow, or by this one with another database, which has had messages that this one does not "
+                    "know of. Give the waits a group of their own; or, if that Airflow is gone, set the group's "
+                    "offsets to where to go on"
+                )
+
+    async def _begins(self, about: About, known: Known) -> dict[str, int]:
+        """Return where partitions begin that nobody has read yet."""
+        places = {number: partition_of(about.id, number) for number in about.partitions}
+        new = [number for number, place in places.items() if place not in known.settled]
+        if not new:
+            return {}
+        is_first = not known.settled
+        if not is_first and len(new) == len(places):
+            self._warn(f"the topic {about.topic!r} was deleted and made anew; it is read from its beginning")
+        bounds = await self._worker.do(self.reader.bounds, [(about.topic, number) for number in new])
+        begins = {}
+        for number in new:
+            low, high = bounds[about.topic, number]
+            begins[places[number]] = low
+            if not is_first:
+                continue
+            offset, _ = about.committed[number]
+            if offset >= 0:
+                begins[places[number]] = min(offset, high)
+            elif self._start == "latest":
+                begins[places[number]] = high
+        return begins
+
+    def _set_by_others(self, about: About, known: Known) -> dict[str, Ranges]:
+        """Return what is settled since somebody has set the group's offsets further on."""
+        settled = {}
+        for number, (offset, metadata) in about.committed.items():
+            place = partition_of(about.id, number)
+            if offset < 0 or place not in known.settled:
+                continue
+            floor = after(known.settled[place], 0)
+            was_set = (
+                f"the committed offset of partition {number} of {about.topic!r} was set from {floor} to {offset}"
+            )
+            if metadata == _mark(known.owner):
+                if offset > floor and known.owner:
+                    self._warn(
+                        f"{was_set} by this Airflow; it is read again from where the inbox knows it: was "
+                        "Airflow's database restored?"
+                    )
+            elif offset > floor:
+                settled[place] = [(0, offset)]
+                self._warn(f"{was_set} by others, which is followed")
+            elif offset < floor:
+                self._warn(
+                    f"{was_set} by others, which is put right: what waits have had is not delivered again. To "
+                    "read it again, use another group"
+                )
+        return settled
+
+    # What is read.
+
+    async def _assign(self) -> None:
+        partitions = {(name, number): partition for name, topic in self._topics.items()
+                      for number, partition in topic.partitions.items()}  # fmt: skip
+        for place, (low, high) in (await self._worker.do(self.reader.bounds, list(partitions))).items():
+            name, number = place
+            partition = partitions[place]
+            if low > partition.next:
+                self._warn(
+                    f"the messages from offset {partition.next} until before {low} of partition {number} of "
+                    f"{name!r} were deleted before any wait had them, by the topic's retention or by hand"
+                )
+                self._pass(place, low)
+            if high < partition.next:
+                raise Away(
+                    f"partition {number} of {name!r} ends at offset {high}, and was read until {partition.next}: "
+                    "the brokers do not have all of it yet, or have lost messages. If so, use another group"
+                )
+        await self._worker.do(self.reader.assign, {place: one.next for place, one in partitions.items()})
+        self._assigned = {(name, number): self._topics[name].id for name, number in partitions}
+
+    def _pass(self, place: Place, offset: int) -> None:
+        """Note that there is nothing in a partition from what was read last until before ``offset``."""
+        name, number = place
+        partition = self._topics[name].partitions[number]
+        if offset > partition.next:
+            self._gaps[name][partition_of(self._topics[name].id, number)].append((partition.next, offset))
+            partition.next = offset
+
+    def _take_in(self, messages: list[Message]) -> None:
+        for message in messages:
+            one: Any = message
+            name, number, offset = one.topic(), one.partition(), one.offset()
+            topic = self._topics[name]
+            partition = topic.partitions[number]
+            # What never comes is a marker of a transaction, or was aborted, or compacted away.
+            self._pass((name, number), offset)
+            if message.error() is not None or offset < partition.next:
+                continue  # it ends here; or was settled by others meanwhile
+            id = coordinates(topic.cluster, topic.id, name, number, offset, self._source.group)
+            self._free[id] = Record(topic.cluster, topic.id, message)
+            partition.next = after(partition.settled, offset + 1)
+            if partition.next > offset + _FAR:
+                self._assigned = None
+
+    def _ready(self) -> list[str]:
+        """Return the ids of what may be given to waits, as many as want one."""
+        return [id for id in self._free if id not in self.in_hand][: self.wanted]
+
+    async def _offer(self) -> None:
+        for id, record in list(self._free.items()):
+            name, number = record.place
+            offset = record.message.offset()
+            if after(self._topics[name].partitions[number].settled, offset) > offset:
+                del self._free[id]  # another triggerer was faster
+        ready = self._ready()
+        events = await self._decoder.patiently(
+            lambda: [self._event(self._free[id]) for id in ready], self._tell_all
+        )
+        for id, event in zip(ready, events, strict=True):
+            self.offer(id, self._free.pop(id)._replace(event=event))
+
+    def _event(self, record: Record) -> dict[str, Any] | EventUndecodable:
+        try:
+            return event_of(self._source, record.message, self._decoder.value)
+        except EventUndecodable as error:
+            return error
+
+    async def bury(self, record: Record, topic: str, error: EventUndecodable) -> None:
+        """Send a message that cannot be read to a topic for such, with the reason."""
+        await self._worker.do(self._bury, record.message, topic, error)
+        log.warning("Sent to the dead letters in %r: %s", topic, error)
+
+    def _bury(self, message: Message, topic: str, error: EventUndecodable) -> None:
+        assert self._clients is not None
+        if self._producer is None:
+            self._producer = self._clients.producer()
+        try:
+            headers: list[Any] = list(message.headers() or ())
+        except ValueError:  # names that are no text
+            headers = []
+        headers += [
+            (REASON, error.reason.encode()),
+            (SOURCE, place_of(message, self._source).encode()),
+        ]
+        said: list[Any] = []
+        with self._clients.refusals():
+            self._producer.produce(
+                topic, message.value(), message.key(), headers=headers, on_delivery=lambda *told: said.append(told)
+            )
+            self._producer.flush(PATIENCE + 5)
+            if not said:
+                raise Away(f"no broker has taken a dead letter for {topic!r}")
+            if said[0][0] is not None:
+                raise KafkaException(said[0][0])
 
 
-def _claim(
-    state: State,
-    wanted: dict[str, float],
-    heads: list[tuple[int, int]],
-    starts: dict[int, int],
-    now: float,
-    mark: int,
-) -> dict[str, tuple[int, int, Claim]]:
-    """
-    Let each wait have the message that it has already, one whose claim has lapsed, or the next one.
-
-    :param wanted: for each wait how many seconds its claim is to last.
-    :param starts: from where on ``heads`` leave nothing out; where that is not soon enough, they are no use.
-    """
-    found: dict[str, tuple[int, int, Claim]] = {}
-    free = []
-    for number, offset, claim in sorted(state.claims(), key=lambda each: each[:2]):
-        if claim.wait in wanted and claim.wait not in found:
-            if claim.until < now:  # or others would have it as soon as they look
-                claim = Claim(claim.wait, now + wanted[claim.wait], claim.mark)
-                state.claim(number, offset, claim)
-            found[claim.wait] = number, offset, claim
-        elif claim.wait == RELEASED or claim.until < now:
-            free.append((number, offset))
-    free += [(number, offset) for number, offset in heads
-             if starts[number] <= state.partitions[number].next <= offset]  # fmt: skip
-    for wait, lapse in wanted.items():
-        if wait not in found and free:
-            number, offset = free[0]
-            claim = Claim(wait, now + lapse, mark)
-            if not state.claim(number, offset, claim):
-                break
-            found[wait] = number, offset, claim
-            del free[0]
-    return found
+def _mark(owner: str) -> str:
+    return f"{_MARK} {owner}" if owner else _MARK
 
 
-def _offset(message: Message) -> int:
-    return cast("int", message.offset())
+async def settle(source: Source, event: Mapping[str, Any]) -> None:
+    """Note that a message is settled which this process does not have, and let the group's offset follow."""
+    number, offset = event["partition"], event["offset"]
+    place = partition_of(event["topic_id"], number)
+    about = source_of(event["cluster"], source.topic, source.group)
+    known = await Positions.of_loop().exchange(about, {place: [(offset, offset + 1)]})
+    # The offset is for whoever measures the lag: a hub puts it right, if this cannot.
+    try:
+        async with connected(("kafka offsets", source), lambda: _open(source), _close) as group:
+            offset = after(known.settled[place], 0)
+            await asyncio.to_thread(group.commit, {(source.topic, number): (offset, _mark(known.owner))})
+    except (Away, SourceUnfit) as error:
+        log.info("%s: the group's offset is not committed, for now: %s", source, error)
+
+
+async def _open(source: Source) -> Group:
+    clients = await Clients.of(source)
+    return Group(clients, clients.consumer())
+
+
+async def _close(group: Group) -> None:
+    group.close()
+    await asyncio.to_thread(group.consumer.close)

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from airflow_events import settings
 from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners.connections import connection
+from airflow_events.listeners.connections import connection, known_extras
 from airflow_events.listeners.kafka.client import PATIENCE, Away, Worker
-from airflow_events.listeners.values import FORMATS, check_choices, decode, json_of
+from airflow_events.listeners.values import FORMATS, check_choices, decode, json_of, text_of
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
@@ -33,6 +33,14 @@ _BY_REGISTRY = ("avro", "json_schema")
 
 # What of the client's settings is ours unless the connection says otherwise. It would wait for ever.
 _OURS = {"timeout": PATIENCE, "max.retries": 0}
+
+_EXTRAS = frozenset({
+    "url", "timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity",
+    "cache.latest.ttl.sec", "proxy", "ssl.ca.location", "ssl.certificate.location", "ssl.key.location",
+    "ssl.key.password", "basic.auth.user.info", "bearer.auth.client.id", "bearer.auth.client.secret",
+    "bearer.auth.credentials.source", "bearer.auth.identity.pool.id", "bearer.auth.issuer.endpoint.query",
+    "bearer.auth.issuer.endpoint.url", "bearer.auth.logical.cluster", "bearer.auth.scope", "bearer.auth.token",
+})  # fmt: skip
 
 # A registry's own words for a subject, version or schema that it does not have. Any other 404 is a wrong address.
 _UNKNOWN = (40401, 40402, 40403)
@@ -132,9 +140,13 @@ class Decoder:
         """
         Return a message's value, or its key, of `raw`.
 
+        A key that is ``text`` and no text becomes Base64: it often is none, and few look at it.
+
         :raises EventUndecodable: it is not of the format.
         """
         form = self._formats.keys if key else self._formats.values
+        if key and raw is not None and form == "text":
+            return text_of(raw)
         if raw is None or form not in _BY_REGISTRY:
             return decode(raw, form, where)  # type: ignore[arg-type]
         from confluent_kafka.serialization import MessageField, SerializationContext
@@ -178,7 +190,7 @@ class Decoder:
 async def _settings(conn_id: str) -> dict[str, Any]:
     """Return the registry client's settings."""
     found = await connection(conn_id, "http")
-    conf = {**_OURS, **found.extra_dejson}
+    conf = {**_OURS, **known_extras(found, _EXTRAS)}
     if "url" not in conf:
         if not found.host:
             raise SourceUnfit(f"the connection {conn_id!r} has no host, where a schema registry is needed")

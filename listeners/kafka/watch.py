@@ -6,7 +6,6 @@ import time
 from datetime import datetime, timezone
 from typing import ClassVar, cast
 
-from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.kafka.client import (
     PATIENCE,
     Away,
@@ -15,21 +14,23 @@ from airflow_events.listeners.kafka.client import (
     Worker,
     event_of,
     moment,
-    partitions_of,
+    place_of,
+    published,
+    topic_of,
 )
 from airflow_events.listeners.kafka.schemas import Decoder, Formats
-from airflow_events.listeners.log import LogHub, Message
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from airflow_events.listeners.log import READ_BYTES, LogHub, Message, Reader, message_of
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Sent
-
-# Seconds for which a read waits for messages, after which new waits are seen.
-_BLOCK = 0.5
 
 # Milliseconds for which a broker lets a fetch wait for messages.
 _FETCH_WAIT = 50
 
-# Seconds between two looks for partitions that were added.
+# Seconds between two looks for partitions that were added, and whether the topic is still the same.
 _LISTING = 30
+
+# How many messages are read at once, at most.
+_AT_ONCE = 500
 
 # Offsets by partition.
 _Position = dict[int, int]
@@ -43,129 +44,173 @@ class TopicHub(LogHub[_Position]):
     def __init__(self, source: Source, formats: Formats) -> None:
         self._source = source
         self._decoder = Decoder(formats)
-        self._worker = Worker(f"kafka watch {source.topic}")
-        self._consumer: Consumer | None = None
+        self.worker = Worker(f"kafka watch {source.topic}")
         self._clients: Clients | None = None
-        self._read_to: _Position | None = None
+        self.readers: set[_TopicReader] = set()
+        self._topic: str | None = None
         self._listed_at = 0.0
         super().__init__(str(source))
 
     async def connect(self) -> None:
         self._clients = await Clients.of(self._source)
         await self._decoder.open()
-        self._consumer = await self._worker.do(self._open, self._clients)
-        self._read_to = None
+        topic = await self.worker.do(topic_of, self._clients)
+        if self._topic not in (None, topic):
+            self.start_over("was made anew, and counts from zero again")
+        self._topic, self._listed_at = topic, time.monotonic()
 
     async def disconnect(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            await self._worker.do(consumer.close)
+        for reader in list(self.readers):
+            await reader.close()
 
     async def close(self) -> None:
         await super().close()
-        self._worker.end()
+        self.worker.end()
         await self._decoder.close()
 
-    async def position(self, since: datetime) -> _Position:
-        return await self._worker.do(self._position_at, since)
+    async def serve(self) -> None:
+        assert self._clients is not None
+        if time.monotonic() - self._listed_at > _LISTING:
+            if await self.worker.do(topic_of, self._clients) != self._topic:
+                raise Away("the topic was made anew")
+            self._listed_at = time.monotonic()
+        await super().serve()
 
-    async def read(self, position: _Position) -> tuple[_Position, list[Message]]:
-        position, sent = await self._worker.do(self._read, position)
-        messages = await self._decoder.patiently(
-            lambda: [self._message(message) for message in sent], self._tell_all
-        )
-        self._read_to = position
-        return position, messages
+    async def reader(self, since: datetime, position: _Position | None) -> Reader[_Position]:
+        assert self._clients is not None
+        reader = await self.worker.do(_TopicReader, self, self._clients)
+        self.readers.add(reader)
+        await self.worker.do(reader.begin, since, position)
+        return reader
+
+    def reached(self, position: _Position, other: _Position) -> bool:
+        return all(position.get(number, 0) >= offset for number, offset in other.items())
 
     async def dropped_until(self) -> datetime | None:
-        return await self._worker.do(self._oldest)
+        assert self._clients is not None
+        reader = await self.worker.do(_TopicReader, self, self._clients)
+        try:
+            return await self.worker.do(reader.oldest)
+        finally:
+            await reader.close()
+
+    async def messages(self, sent: list[Sent]) -> list[Message]:
+        return await self._decoder.patiently(lambda: [self._message(message) for message in sent], self._tell_all)
+
+    def _message(self, sent: Sent) -> Message:
+        return message_of(
+            published(sent),
+            len(sent.value() or b"") + len(sent.key() or b""),
+            place_of(sent, self._source),
+            lambda: event_of(self._source, sent, self._decoder.value),
+        )
+
+
+class _TopicReader(Reader[_Position]):
+    """Reads by a consumer of its own, in the hub's thread."""
+
+    def __init__(self, hub: TopicHub, clients: Clients) -> None:
+        self.position: _Position = {}
+        self._hub = hub
+        self._clients = clients
+        self._topic = clients.source.topic
+        self._listed_at = 0.0
+        # A broker answers what is asked over a connection in turn: a question would wait for a fetch that waits
+        # for messages.
+        kilobytes = READ_BYTES // 1024
+        settings = {"queued.max.messages.kbytes": kilobytes, "fetch.max.bytes": READ_BYTES}
+        self._consumer = clients.consumer(**{"fetch.wait.max.ms": _FETCH_WAIT, **settings})
+
+    async def read(self, seconds: float) -> list[Message]:
+        position, sent = await self._hub.worker.do(self._read, seconds)
+        messages = await self._hub.messages(sent)
+        self.position = position
+        return messages
+
+    async def close(self) -> None:
+        self._hub.readers.discard(self)
+        await self._hub.worker.do(self._consumer.close)
 
     # What follows runs in the hub's thread.
 
-    def _open(self, clients: Clients) -> Consumer:
-        partitions_of(clients, clients.admin())
-        # A broker answers what is asked over a connection in turn: what a new wait asks about each partition would
-        # wait for a fetch that waits for messages.
-        return clients.consumer(**{"fetch.wait.max.ms": _FETCH_WAIT})
+    def begin(self, since: datetime, position: _Position | None) -> None:
+        """Read from ``position`` on, or if it is None such that nothing of ``since`` or later is missed."""
+        with self._clients.refusals():
+            self._assign(self._position_at(since) if position is None else position)
+            self._list()
 
-    def _known(self) -> tuple[Clients, Consumer]:
-        assert self._clients is not None and self._consumer is not None
-        return self._clients, self._consumer
-
-    def _partitions(self) -> list[int]:
-        _, consumer = self._known()
-        topic = consumer.list_topics(self._source.topic, timeout=PATIENCE).topics[self._source.topic]
-        if topic.error is not None:
-            raise KafkaException(topic.error)
-        self._listed_at = time.monotonic()
-        return sorted(topic.partitions)
-
-    def _position_at(self, since: datetime) -> _Position:
-        clients, consumer = self._known()
-        # Cut: a message's timestamp is in milliseconds.
-        asked = max(int(since.timestamp() * 1000), 0)
-        position = {}
-        with clients.refusals():
-            # The ends first: what is sent meanwhile is not to be missed.
-            ends = {number: self._bounds(number)[1] for number in self._partitions()}
-            places = [TopicPartition(self._source.topic, number, asked) for number in ends]
-            for place in consumer.offsets_for_times(places, timeout=PATIENCE):
-                if place.error is not None:
-                    raise KafkaException(place.error)
-                # Negative: nothing is that young.
-                position[place.partition] = place.offset if place.offset >= 0 else ends[place.partition]
-        return position
-
-    def _bounds(self, partition: int) -> tuple[int, int]:
-        _, consumer = self._known()
-        found = consumer.get_watermark_offsets(TopicPartition(self._source.topic, partition), timeout=PATIENCE)
-        if found is None:
-            raise Away("the broker does not say how far the topic goes")
-        return found
-
-    def _read(self, position: _Position) -> tuple[_Position, list[Sent]]:
-        clients, consumer = self._known()
-        with clients.refusals():
-            if time.monotonic() - self._listed_at > _LISTING:
-                # A partition that came later is read from its beginning.
-                position = {**dict.fromkeys(self._partitions(), 0), **position}
-            if position != self._read_to:
-                consumer.assign([TopicPartition(self._source.topic, *place) for place in position.items()])
-            found = consumer.consume(1, _BLOCK)
-            if found:
-                found += consumer.consume(499, 0)
-            clients.check()
-            messages = []
-            position = dict(position)
-            for message in found:
-                error = message.error()
-                if error is None:
-                    messages.append(message)
-                    position[cast("int", message.partition())] = cast("int", message.offset()) + 1
-                elif error.code() not in (KafkaError._PARTITION_EOF, KafkaError.GROUP_AUTHORIZATION_FAILED):
-                    raise KafkaException(error)
-        return position, messages
-
-    def _oldest(self) -> datetime | None:
+    def oldest(self) -> datetime | None:
         """Return the timestamp of the first message that is there, if there were others before it."""
-        clients, consumer = self._known()
         oldest = None
-        with clients.refusals():
+        with self._clients.refusals():
             for number in self._partitions():
                 low, high = self._bounds(number)
                 if low == 0:
                     continue
                 if low == high:
                     return datetime.now(timezone.utc)
-                consumer.assign([TopicPartition(self._source.topic, number, low)])
-                self._read_to = None
-                message = consumer.poll(PATIENCE)
+                self._consumer.assign([TopicPartition(self._topic, number, low)])
+                message = self._consumer.poll(PATIENCE)
                 if message is not None and message.error() is None:
                     oldest = max(oldest or moment(message), moment(message))
         return oldest
 
-    def _message(self, sent: Sent) -> Message:
-        try:
-            return Message(moment(sent), event_of(self._source, sent, self._decoder.value))
-        except EventUndecodable as error:
-            return Message(moment(sent), {}, error)
+    def _assign(self, position: _Position) -> None:
+        self._consumer.assign([TopicPartition(self._topic, *place) for place in position.items()])
+        self.position = position
+
+    def _list(self) -> None:
+        # A partition that came later is read from its beginning.
+        position = {**dict.fromkeys(self._partitions(), 0), **self.position}
+        if position != self.position:
+            self._assign(position)
+
+    def _partitions(self) -> list[int]:
+        topic = self._consumer.list_topics(self._topic, timeout=PATIENCE).topics[self._topic]
+        if topic.error is not None:
+            raise KafkaException(topic.error)
+        self._listed_at = time.monotonic()
+        return sorted(topic.partitions)
+
+    def _position_at(self, since: datetime) -> _Position:
+        # Cut: a message's timestamp is in milliseconds.
+        asked = max(int(since.timestamp() * 1000), 0)
+        position = {}
+        # The ends first: what is sent meanwhile is not to be missed.
+        ends = {number: self._bounds(number)[1] for number in self._partitions()}
+        places = [TopicPartition(self._topic, number, asked) for number in ends]
+        for place in self._consumer.offsets_for_times(places, timeout=PATIENCE):
+            if place.error is not None:
+                raise KafkaException(place.error)
+            # Negative: nothing is that young.
+            position[place.partition] = place.offset if place.offset >= 0 else ends[place.partition]
+        return position
+
+    def _bounds(self, partition: int) -> tuple[int, int]:
+        found = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), timeout=PATIENCE)
+        if found is None:
+            raise Away("the broker does not say how far the topic goes")
+        return found
+
+    def _read(self, seconds: float) -> tuple[_Position, list[Sent]]:
+        with self._clients.refusals():
+            if time.monotonic() - self._listed_at > _LISTING:
+                self._list()
+            found = self._consumer.consume(1, seconds)
+            if found:
+                found += self._consumer.consume(_AT_ONCE - 1, 0)
+            self._clients.check()
+            messages = []
+            position = dict(self.position)
+            for message in found:
+                error = message.error()
+                if error is None:
+                    messages.append(message)
+                    position[cast("int", message.partition())] = cast("int", message.offset()) + 1
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    # Behind what was aborted, and what a transaction ends with: no message has these offsets.
+                    end = cast("int", message.partition())
+                    position[end] = max(position[end], cast("int", message.offset()))
+                elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
+                    raise KafkaException(error)
+        return position, messages

@@ -1,48 +1,46 @@
 """
 NATS JetStream: a durable consumer as a queue, and a stream as a log.
 
-`claims` is who has which message, as keys of a bucket; `consume` claims by it for the waits on a consumer; `watch`
-reads a stream; `messages` is how a stream has its messages; `client` makes connections of an Airflow connection.
+`consume` receives and acknowledges messages through a `consumer`; `watch` reads a stream; `messages` is how a
+stream has its messages; `client` makes connections of an Airflow connection.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.clients import needs
 from airflow_events.listeners.log import first_match
-from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.queue import Delivery, FinalIdListener, receive, skip
+from airflow_events.listeners.values import Format, OnUndecodable, check_choices, seconds
 
 needs("a NATS listener", "nats", "nats")
 
-log = logging.getLogger(__name__)
-
 DEFAULT = "nats_default"
-BUCKET = "airflow-events"
 Start = Literal["all", "new"]
 
 
-class NatsListener(EventListener):
+class NatsListener(FinalIdListener):
     """
-    Take a message of a stream through a durable consumer: each message goes to one wait, exactly once.
+    Take a message of a stream through a durable consumer: each message goes to one wait.
 
-    Claims and commits are keys of a key-value bucket; the acknowledgement, which JetStream takes from anybody,
-    follows the commit. The event is
+    The event is
 
-    ``{"stream", "durable", "id", "sequence", "subject", "headers", "timestamp", "value", "bucket",
-    "nats_conn_id"}``, ``timestamp`` a datetime in UTC, of when the stream stored the message; ``headers`` a dict
-    of strings.
+    ``{"stream", "created", "durable", "sequence", "subject", "headers", "timestamp", "value", "nats_conn_id"}``,
+    ``created`` when the stream was made, as the server writes it; ``timestamp`` a datetime in UTC, of when the
+    stream stored the message; ``headers`` a dict of strings. Stream, created, durable and sequence are what tells
+    the event from every other.
 
-    How long a message stays, the stream's limits and its retention decide. One that is dropped before a wait had
-    it is gone.
+    A message is pending at its consumer until the wait's event is recorded, and is acknowledged then. One that a
+    process had in hand as it died goes to another wait after the consumer's ``ack_wait``. How long a message
+    stays, the stream's limits and its retention decide. One that is dropped before a wait had it is gone.
+
+    A consumer belongs to one Airflow.
     """
-
-    repeatable_poll: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -52,98 +50,94 @@ class NatsListener(EventListener):
         durable: str = "airflow",
         values: Format = "json",
         on_undecodable: OnUndecodable = "fail",
+        dead_letter: str | None = None,
         deliver_policy: Start = "all",
-        claim_timeout: float | timedelta = 3600.0,
+        lease: float | timedelta = 60.0,
         require_persistence: bool = True,
-        bucket: str = BUCKET,
         nats_conn_id: str = DEFAULT,
     ) -> dict[str, Any]:
         """
-        Return when there is a message that no other wait on the consumer has, the oldest first.
+        Return when there is a message for this wait: those that have waited longest are served first.
 
         :param stream: its name. It must be there.
         :param subject: of which subjects, with wildcards; None is all of them, or those of a consumer that is
             there already.
         :param durable: the consumer's name. It is made if it is not there. Each consumer gets every message.
         :param values: of what format the message is; see `airflow_events.listeners.values.decode`.
-        :param on_undecodable: what to do with a message that is not: ``fail`` fails the wait and leaves the
-            message to others, ``skip`` acknowledges it, with a warning, and waits on.
+        :param on_undecodable: what to do with a message that is not, or that Airflow cannot store: ``fail`` fails
+            one wait for it, and it stays pending, for no other wait; ``skip`` acknowledges it, with a warning, and
+            waits on; ``dead_letter`` publishes it to the subject ``dead_letter``, and then acknowledges it.
+        :param dead_letter: a subject, of another stream, for messages that cannot be read. What is published has
+            the message's headers but those of NATS, and ``airflow-events-reason`` and ``airflow-events-source``.
         :param deliver_policy: where a consumer that is not there yet begins: ``all`` at the stream's first
             message, ``new`` at the next one.
-        :param claim_timeout: after how many seconds a message that a wait has claimed and not committed goes to
-            another. A wait that still lives loses nothing by it: its commit is refused, and it waits on.
-        :param require_persistence: refuse a stream, a consumer or a bucket that is kept in memory.
-        :param bucket: where claims and commits are kept. It is made if it is not there.
+        :param lease: the ``ack_wait``, in seconds, of a consumer that is not there yet: after it a message that a
+            process had in hand as it died goes to another wait. A process that lives keeps what it has, however
+            long that takes.
+        :param require_persistence: refuse a stream or a consumer that is kept in memory.
         :param nats_conn_id: an Airflow connection of type ``nats`` or ``generic``; ``docs/sources/nats.md`` says
             what may stand in it.
-        :raises SourceUnfit: the connection is of another type; there is no such stream; the stream, the consumer
-            or the bucket would lose events; the user may not use them.
+        :raises SourceUnfit: the connection is of another type; there is no such stream; the stream or the consumer
+            would lose events, or hold them up; the user may not use them.
         :raises SourceUnreachable: the server was away for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
-        from airflow_events.listeners.nats.claims import Claims
-        from airflow_events.listeners.nats.client import server_of
-        from airflow_events.listeners.nats.consume import QueueHub, Taker
+        from airflow_events.listeners.nats.consume import ConsumerHub, Received, bury
+        from airflow_events.listeners.nats.consumer import SHORTEST, Wanted
         from airflow_events.listeners.nats.messages import Source, event_of
 
-        check_choices(values, on_undecodable)
+        check_choices(values, on_undecodable, dead_letter=dead_letter)
         if deliver_policy not in ("all", "new"):
             raise ValueError(f"deliver_policy is 'all' or 'new', not {deliver_policy!r}")
-        source = Source(nats_conn_id, stream, durable, bucket)
-        wait = current_wait().id
-        lapse = claim_timeout if isinstance(claim_timeout, timedelta) else timedelta(seconds=claim_timeout)
-        key = ("nats", source, subject, deliver_policy, require_persistence)
-        while True:
-            make = lambda: QueueHub(source, subject, deliver_policy, require_persistence)  # noqa: E731
-            async with shared(key, make) as hub:
-                message = await hub.take(Taker(wait, lapse))
-            try:
-                event = event_of(source, message, values)
-            except EventUndecodable as error:
-                async with server_of(nats_conn_id) as server:
-                    claims = Claims(server, source)
-                    if on_undecodable == "fail":
-                        await claims.release(message.id, wait)
-                        raise
-                    await claims.commit(message.id, wait)
-                log.warning("Passed over, and acknowledged: %s", error)
-            else:
-                return {**event, "durable": durable, "bucket": bucket, "nats_conn_id": nats_conn_id}
+        if dead_letter is not None and not re.fullmatch(r"[^\s.*>]+(\.[^\s.*>]+)*", dead_letter):
+            raise ValueError(f"dead_letter is a subject without wildcards, not {dead_letter!r}")
+        after = seconds(lease, "lease")
+        if after < SHORTEST:
+            raise ValueError(f"lease is at least {SHORTEST:g} s, not {lease!r}")
+        source, wanted = (
+            Source(nats_conn_id, stream, durable),
+            Wanted(subject, deliver_policy, after, require_persistence),
+        )
 
-    async def event_checkpointed(self, event: Any) -> None:
-        """Note for ``[events] commit_memory`` seconds who has the message, and acknowledge it."""
-        from airflow_events.listeners.nats.claims import Claims
-        from airflow_events.listeners.nats.client import server_of
+        def read(received: Received) -> dict[str, Any]:
+            event = event_of(source, received.stored, values)
+            return {**event, "created": received.created, "durable": durable, "nats_conn_id": nats_conn_id}
+
+        async def to_dead_letters(hub: ConsumerHub, delivery: Delivery, error: EventUndecodable) -> None:
+            assert dead_letter is not None
+            await bury(hub, source, delivery.message, dead_letter, error)
+
+        return await receive(
+            ("nats", source, wanted, values),
+            lambda: ConsumerHub(source, wanted),
+            read,
+            {"skip": skip, "dead_letter": to_dead_letters}.get(on_undecodable),
+        )
+
+    def event_id(self, event: Any) -> str:
+        """Return the stream, when it was made, the consumer and the message's sequence, as JSON."""
+        from airflow_events.listeners.nats.client import coordinates
+
+        # Events of the first edition do not say when the stream was made: they were held by claims.
+        return coordinates(event["stream"], event.get("created", ""), event["durable"], event["sequence"])
+
+    async def acknowledge(self, event: Any) -> None:
+        """Acknowledge the message by its sequence."""
+        from airflow_events.listeners.nats.consume import acknowledge
         from airflow_events.listeners.nats.messages import Source
 
-        source = Source(event["nats_conn_id"], event["stream"], event["durable"], event["bucket"])
-        async with server_of(source.conn_id) as server:
-            await Claims(server, source).commit(event["id"], current_wait().id)
-
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Let another wait have the message at once."""
-        from airflow_events.listeners.nats.claims import Claims
-        from airflow_events.listeners.nats.client import server_of
-        from airflow_events.listeners.nats.messages import Source
-
-        stream = args[0] if args else kwargs["stream"]
-        conn_id, wait = kwargs.get("nats_conn_id", DEFAULT), current_wait().id
-        source = Source(conn_id, stream, kwargs.get("durable", "airflow"), kwargs.get("bucket", BUCKET))
-        async with server_of(conn_id) as server:
-            claims = Claims(server, source)
-            message = event["id"] if event is not None else await claims.chosen(wait)
-            if message is not None:
-                await claims.release(message, wait)
+        source = Source(event["nats_conn_id"], event["stream"], event["durable"])
+        await acknowledge(source, event.get("created", ""), event["sequence"])
 
 
 class NatsWatchListener(EventListener):
     """
     Wait for the first message of a stream that matches, and take nothing away.
 
-    The event is as of `NatsListener`, without ``durable``, ``bucket`` and ``nats_conn_id``.
+    The event is as of `NatsListener`, without ``created``, ``durable`` and ``nats_conn_id``.
     """
 
-    repeatable_poll: ClassVar[bool] = True
+    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,

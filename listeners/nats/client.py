@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import connection, tls
-from airflow_events.listeners.nats.messages import Source, Stored, headers_of, moment
+from airflow_events.listeners.connections import (
+    check_files,
+    connection,
+    context,
+    endpoints,
+    known_extras,
+    secure,
+    unfit,
+)
+from airflow_events.listeners.nats.messages import Source, headers_of
 from airflow_events.listeners.shared import connected
 from nats import errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.errors import APIError, NotFoundError, ServerError, ServiceUnavailableError
+
+if TYPE_CHECKING:
+    from airflow.sdk import Connection
 
 # Seconds for which a hub's pull waits for a message, after which it sees new waits.
 BLOCK = 0.5
@@ -27,7 +35,7 @@ _MORE = 0.01
 # Seconds within which the server must have answered.
 _PATIENCE = 5.0
 
-# How many messages are pulled at once, and how many waits looked up at once.
+# How many messages are pulled at once.
 BATCH = 100
 
 SECOND = 10**9
@@ -35,6 +43,16 @@ SECOND = 10**9
 # The server's error codes.
 _THERE_ALREADY = (10013, 10058, 10105, 10148)
 _NO_JETSTREAM = (10035, 10039, 10076)
+_NO_PEERS = 10005  # a node that is needed for what is to be made is unreachable; refused as a bad request
+
+_PORT = 4222
+_SCHEMES = ("nats", "tls", "ws", "wss")
+_SAFE = ("tls:", "wss:")
+_TYPES = (*_SCHEMES, "generic")
+# The extras that are a login, and what the client calls them.
+_LOGINS = {"token": "token", "nkey_seed": "nkeys_seed_str", "credentials": "user_credentials"}
+_FOR_TLS = ("tls_ca", "tls_cert", "tls_key", "tls_hostname")
+_EXTRAS = frozenset({*_LOGINS, "tls", *_FOR_TLS})
 
 LOST = (
     OSError,
@@ -49,6 +67,15 @@ LOST = (
 )
 
 
+def coordinates(stream: str, created: str, durable: str, sequence: int) -> str:
+    """
+    Return what tells a message of a consumer from every other. Its form is frozen.
+
+    :param created: when the stream was made, as the server writes it: a stream that is made again counts from one.
+    """
+    return json.dumps([stream, created, durable, sequence], ensure_ascii=False)
+
+
 @contextlib.contextmanager
 def refusals(source: Source) -> Iterator[None]:
     """Say what the server refused, and where."""
@@ -57,6 +84,8 @@ def refusals(source: Source) -> Iterator[None]:
     except APIError as error:
         if isinstance(error, LOST):
             raise
+        if error.err_code == _NO_PEERS:
+            raise ConnectionError(f"{error.description} ({error.err_code})") from error
         raise SourceUnfit(f"{source}: the server refuses it: {error.description} ({error.err_code})") from error
 
 
@@ -84,12 +113,28 @@ def checked(answer: Msg) -> dict[str, Any]:
     return found
 
 
+class _Client(Client):
+    """
+    The client, which by itself stops reading at a message whose subject or headers it cannot read.
+
+    It says nothing of it to those who wait for an answer. JetStream stores such messages. And what it makes of
+    headers differs from version to version, while a message has to be the same when it comes again.
+    """
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        readable = subject.decode("utf-8", "backslashreplace").encode()
+        await super()._process_msg(sid, readable, reply, data, headers)
+
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        return headers_of(headers) if headers else None
+
+
 class Server:
-    """A connection to NATS, which is not mended: who uses it connects anew."""
+    """A connection to NATS, which is not mended: who uses it connects again."""
 
     def __init__(self, conn_id: str) -> None:
         self._conn_id = conn_id
-        self._client = Client()
+        self._client = _Client()
         self._inbox = ""
         self._arrived: asyncio.Queue[Msg | None] = asyncio.Queue()  # None: something is wrong
         self._trouble: Exception | None = None
@@ -155,13 +200,13 @@ class Server:
                 raise
             raise SourceUnfit(f"the connection {self._conn_id!r} may not use it: {self._denied}") from error
 
+    def has_room(self, payload: bytes, headers: dict[str, str]) -> bool:
+        """Whether the server takes a message of that size."""
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return len(f"NATS/1.0\r\n{lines}\r\n".encode()) + len(payload) <= self._client.max_payload
+
     async def publish(self, subject: str, payload: bytes) -> None:
         await self._client.publish(subject, payload)
-
-    async def later(self, reply: str, seconds: float) -> None:
-        """Let a message be given out again, by the subject that it is acknowledged by, after some seconds."""
-        delay = round(max(seconds, 0.05) * SECOND)
-        await self.publish(reply, b"-NAK" if seconds <= 0 else b'-NAK {"delay": %d}' % delay)
 
     async def api(self, what: str, **request: Any) -> dict[str, Any]:
         """
@@ -189,31 +234,31 @@ class Server:
             if error.err_code not in _THERE_ALREADY:
                 raise
 
-    async def message(self, stream: str, **which: Any) -> Stored | None:
-        """Return a stream's message of a sequence (``seq``), or its last of a subject (``last_by_subj``)."""
-        try:
-            found = (await self.api(f"STREAM.MSG.GET.{stream}", **which))["message"]
-        except NotFoundError:
-            return None
-        headers, data = (base64.b64decode(found.get(part) or "") for part in ("hdrs", "data"))
-        return Stored(found["seq"], moment(found["time"]), found["subject"], headers_of(headers), data)
-
     async def listen(self) -> None:
         """Begin to receive what `pull` asks for."""
         self._inbox = self._client.new_inbox()
         # The requests are the limit.
         await self._client.subscribe(self._inbox, cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0)
 
-    async def pull(self, stream: str, consumer: str, batch: int) -> list[Msg]:
-        """Return up to ``batch`` messages that are there, or wait for the first for up to `BLOCK` seconds."""
+    async def pull(
+        self, stream: str, consumer: str, batch: int, seconds: float = BLOCK, max_bytes: int | None = None
+    ) -> list[Msg]:
+        """
+        Return up to ``batch`` messages that are there, or wait for the first.
+
+        :param seconds: how long to wait.
+        :param max_bytes: how large all but the first may be together.
+        """
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
-        found = await self._pull(subject, 1, BLOCK)
+        found = await self._pull(subject, 1, max(seconds, _MORE))
         if found and batch > 1:
-            found += await self._pull(subject, batch - 1, _MORE)
+            found += await self._pull(subject, batch - 1, _MORE, max_bytes)
         return found
 
-    async def _pull(self, subject: str, batch: int, seconds: float) -> list[Msg]:
+    async def _pull(self, subject: str, batch: int, seconds: float, max_bytes: int | None = None) -> list[Msg]:
         request = {"batch": batch, "expires": round(seconds * SECOND)}
+        if max_bytes is not None:
+            request["max_bytes"] = max_bytes
         await self._client.publish(subject, json.dumps(request).encode(), reply=self._inbox)
         found: list[Msg] = []
         while len(found) < batch:
@@ -222,9 +267,9 @@ class Server:
                 found.append(message)
                 continue
             status = dict(message.headers or {})  # which every pull ends with that did not get all
-            if status.get("Status") == "408":
-                break
             reason = status.get("Description") or f"status {status.get('Status')}"
+            if status.get("Status") == "408" or "MaxBytes" in reason:
+                break
             if reason.startswith("Exceeded Max"):
                 raise SourceUnfit(f"the connection {self._conn_id!r}: a pull of {batch} is refused: {reason}")
             raise ConnectionError(f"{subject} ended: {reason}")
@@ -253,48 +298,56 @@ class Server:
 
 
 def server_of(conn_id: str) -> contextlib.AbstractAsyncContextManager[Server]:
-    """Use the connection by which the waits of this process commit and release."""
+    """Use the connection over which this process acknowledges what another has received."""
     return connected(
         ("nats server", conn_id), lambda: connect(conn_id), Server.close, lambda server: server.closed
     )
 
 
 async def connect(conn_id: str) -> Server:
-    """Connect as an Airflow connection says."""
-    found = await connection(conn_id, "nats", "generic")
-    extra = found.extra_dejson
-    servers = _urls(found.host or "localhost", found.port or 4222)
-    options: dict[str, Any] = {
-        "user": found.login or None,
-        "password": (found.password or "") if found.login else None,
-        "token": extra.get("token"),
-        "nkeys_seed_str": extra.get("nkey_seed"),
-        "user_credentials": extra.get("credentials"),
-    }
-    secure = str(extra.get("tls", False)).lower() in ("true", "1") or servers[0].startswith(("tls:", "wss:"))
-    try:
-        if options["user_credentials"]:
-            await asyncio.to_thread(Path(options["user_credentials"]).read_bytes)
-        if secure or any(extra.get(f"tls_{name}") for name in ("ca", "cert", "key", "hostname")):
-            files = (extra.get(name) for name in ("tls_ca", "tls_cert", "tls_key"))
-            options["tls"] = await asyncio.to_thread(tls, *files)
-            options["tls_hostname"] = extra.get("tls_hostname")
-    except OSError as error:  # of which ssl.SSLError is a kind
-        raise SourceUnfit(f"the connection {conn_id!r}: a file that it names cannot be used: {error}") from error
+    """
+    Connect as an Airflow connection says.
+
+    :raises SourceUnfit: it says what cannot be used, or what is not known here.
+    """
+    found = await connection(conn_id, *_TYPES)
+    told = known_extras(found, _EXTRAS)
+    nodes = endpoints(found, *_SCHEMES)
+    scheme = found.conn_type if found.conn_type in _SCHEMES else _SCHEMES[0]
+    urls = [f"{node.scheme or scheme}://{node.address(_PORT)}" for node in nodes]
+    options = {**_login(found, told), **await _tls(found, told, urls)}
+    await check_files(found, options.get("user_credentials"))
     server = Server(conn_id)
     try:
-        await server.open(servers, **options)
+        await server.open(urls, **options)
     except BaseException:
         await server.close()
         raise
     return server
 
 
-def _urls(host: str, port: int) -> list[str]:
-    """Return the URLs of a connection's hosts, which are separated by commas, and may be URLs already."""
-    urls = []
-    for part in host.split(","):
-        url = part.strip().rstrip("/")
-        url = url if "://" in url else f"nats://{url}"
-        urls.append(url if urlsplit(url).port else f"{url}:{port}")
-    return urls
+def _login(found: Connection, told: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return the client's settings for the login, of which there is at most one kind.
+
+    A password without a login is a token, and so, as in NATS's own URLs, is a login without a password.
+    """
+    kinds = [f"the extra {name!r}" for name in _LOGINS if name in told]
+    if found.login or found.password:
+        kinds.append("a login or a password")
+    if len(kinds) > 1:
+        raise unfit(found, f"has {' and '.join(kinds)}, of which there may be one")
+    if found.login and found.password:
+        return {"user": found.login, "password": found.password}
+    if found.login or found.password:
+        return {"token": found.password or found.login}
+    return {option: told[name] for name, option in _LOGINS.items() if name in told}
+
+
+async def _tls(found: Connection, told: dict[str, Any], urls: list[str]) -> dict[str, Any]:
+    # A certificate is what TLS is asked for by, too.
+    safe = any(url.startswith(_SAFE) for url in urls) or any(name in told for name in _FOR_TLS)
+    if not secure(found, told, "tls", safe, _FOR_TLS):
+        return {}
+    files = await context(found, *(told.get(name) for name in ("tls_ca", "tls_cert", "tls_key")))
+    return {"tls": files, "tls_hostname": told.get("tls_hostname")}

@@ -1,211 +1,257 @@
-"""Taking messages: each goes to one wait on its consumer."""
+"""Receiving messages through a durable pull consumer, and telling JetStream what became of them."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
+import contextlib
+import logging
+import re
 import time
-from collections.abc import Coroutine, Iterable, Iterator
-from datetime import timedelta
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from airflow_events import settings
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.nats.claims import Claims
-from airflow_events.listeners.nats.client import BATCH, BLOCK, LOST, SECOND, Server, about_of, connect, refusals
-from airflow_events.listeners.nats.messages import MICROSECOND, Source, Stored, id_of, stored_as
+from airflow_events.errors import AtRedelivery, EventUndecodable, SourceUnfit
+from airflow_events.listeners.nats.client import (
+    LOST,
+    Server,
+    checked,
+    connect,
+    coordinates,
+    refusals,
+    server_of,
+)
+from airflow_events.listeners.nats.consumer import SHORTEST, Consumer, Wanted, consumer_of, info
+from airflow_events.listeners.nats.messages import Source, Stored, stored_of
+from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
+from nats import errors
 from nats.aio.msg import Msg
 from nats.js.errors import NotFoundError
 
-if TYPE_CHECKING:
-    from airflow_events.listeners.nats import Start
+log = logging.getLogger(__name__)
 
-# Seconds within which every wait is looked up anew: another triggerer may have claimed for it.
-_ROUND = 30.0
-# Of a consumer that is made here. Each claim is a pending acknowledgement; the server's own limit is 1000.
-_MAX_ACK_PENDING = 10_000
-# Seconds. After these JetStream gives out again what a triggerer pulled and, having died, claimed for nobody.
-_ACK_WAIT = 30
+# How many messages are pulled at once.
+_MOST = 500
+# Seconds without a message, after which a look tells whether the consumer may deliver none.
+_LOOK_EVERY = 30.0
 
 
-class Taker(Seeker):
-    """A wait for a message that no other has."""
+class Received(NamedTuple):
+    """
+    A message as it was delivered.
 
-    def __init__(self, wait: str, lapse: timedelta) -> None:
-        super().__init__()
-        self.wait = wait
-        self.lapse = lapse
-        self.looked_up = 0.0  # by the monotonic clock; 0 is never
+    :param id: its `coordinates`.
+    :param created: when its stream was made, as the server writes it.
+    :param reply: the subject to which JetStream is told what became of it.
+    """
+
+    id: str
+    created: str
+    reply: str
+    stored: Stored
 
 
-class QueueHub(Hub[Taker]):
-    """Claims messages for the waits on one consumer."""
+class ConsumerHub(QueueHub):
+    """
+    Receives messages for the waits on one consumer.
+
+    What JetStream is told of a message names no more than stream, consumer and sequence, and of a stream that was
+    made again it would be about another message. So it is told only while the consumer is the one that delivered.
+    """
 
     lost: ClassVar[tuple[type[BaseException], ...]] = LOST
 
-    def __init__(self, source: Source, subject: str | None, deliver_policy: Start, persistent: bool) -> None:
+    def __init__(self, source: Source, wanted: Wanted) -> None:
         self._source = source
-        self._subject = subject
-        self._deliver_policy = deliver_policy
-        self._persistent = persistent
+        self._wants = wanted
         self._server: Server | None = None
-        self._keeps = timedelta.max
+        self._consumer: Consumer | None = None
+        self._connecting = asyncio.Lock()
+        self._looked = 0.0
+        self.keep_every = SHORTEST / 4
         super().__init__(str(source))
 
     async def connect(self) -> None:
+        async with self._connecting:
+            await self._connect()
+
+    async def _connect(self) -> None:
         await self.disconnect()
         self._server = server = await connect(self._source.conn_id)
         with refusals(self._source):
-            config = (await about_of(server, self._source))["config"]
-            self._check_storage("the stream", config["storage"])
-            await self._connect_bucket(server, config)
-            await self._connect_consumer(server, config)
+            consumer = await consumer_of(server, self._source, self._wants)
             await server.listen()
-        for seeker in self.seekers:
-            seeker.looked_up = 0.0
+        if self._consumer is not None and self._consumer.made != consumer.made:
+            self.connection_lost()
+        self._consumer, self.keep_every = consumer, consumer.again_after / 4
+        self._looked = time.monotonic()
 
     async def disconnect(self) -> None:
         if self._server is not None:
             await self._server.close()
 
+    async def close(self) -> None:
+        await super().close()
+        await self.disconnect()  # where something was given back after `serve` had ended, with the event loop
+
+    async def server(self) -> Server:
+        """Return the connection, of a hub that is connected; a new one if it has ended while nobody waited."""
+        async with self._connecting:
+            if self._server is None or self._server.closed:
+                await self._connect()
+            assert self._server is not None
+            return self._server
+
+    @property
+    def consumer(self) -> Consumer:
+        """The consumer, of a hub that is connected."""
+        assert self._consumer is not None
+        return self._consumer
+
     async def serve(self) -> None:
-        assert self._server is not None
-        claims = Claims(self._server, self._source)
+        server = await self.server()
         with refusals(self._source):
-            waiting = [seeker for seeker in self.seekers if not seeker.done]
-            fresh = [seeker for seeker in waiting if not seeker.looked_up]
-            # The others one after the other, all within a round.
-            turn = max(10, round(len(waiting) * BLOCK / _ROUND))
-            for batch in _batches(fresh or heapq.nsmallest(turn, waiting, key=lambda seeker: seeker.looked_up)):
-                await _all(self._look_up(claims, seeker) for seeker in batch)
-            if wanting := self._wanting():
-                most = min(BATCH, len(wanting))
-                pulled = await self._server.pull(self._source.stream, self._source.durable, most)
-                # Some may have gone meanwhile.
-                offers = zip_longest(pulled, list(self._wanting().items())[: len(pulled)], fillvalue=None)
-                await _all(self._offer(claims, message, wait) for message, wait in offers if message is not None)
+            most = min(self.wanted, self.consumer.max_batch or _MOST, _MOST)
+            pulled = await server.pull(self._source.stream, self._source.durable, most) if most else []
+            if pulled and await self._same(server) is None:
+                await _tell(server, b"-NAK", (message.reply for message in pulled))
+                raise ConnectionError(f"the consumer of {self._source} was deleted, or made anew")
+            if pulled:
+                self._looked = time.monotonic()
+            elif time.monotonic() - self._looked >= _LOOK_EVERY:
+                await self._look_for_a_stall(server)
+        for message in pulled:
+            self._offer(message)
 
-    def _wanting(self) -> dict[str, timedelta]:
-        return {seeker.wait: seeker.lapse for seeker in self.seekers if not seeker.done}
+    def _offer(self, message: Msg) -> None:
+        stored, created = stored_of(message), self.consumer.stream_made
+        id = coordinates(self._source.stream, created, self._source.durable, stored.sequence)
+        self.offer(id, Received(id, created, message.reply, stored))
 
-    async def _look_up(self, claims: Claims, seeker: Taker) -> None:
-        if seeker.lapse > self._keeps:
-            seeker.fail(self._unfit("the bucket", "max_age", f"{self._keeps}", f"claim_timeout, {seeker.lapse}"))
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        if not deliveries:
             return
-        found, _ = await claims.held(seeker.wait, seeker.lapse)
-        seeker.looked_up = time.monotonic()
-        if found is not None:
-            seeker.give(found)
+        server = await self.server()
+        with refusals(self._source):
+            about = await self._same(server)
+            if about is None:
+                self.connection_lost()
+                return
+            for delivery in deliveries.values():
+                delivery.is_stale = not _is_delivered(about, delivery.message.stored.sequence)
+            await _confirmed(server, (one.message.reply for one in deliveries.values() if not one.is_stale))
 
-    async def _offer(self, claims: Claims, pulled: Msg, to: tuple[str, timedelta] | None) -> None:
-        """Let a wait have a message, unless the message has been given already or the wait has another."""
-        message = id_of(*stored_as(pulled.reply))
-        mark = await claims.message(message)
-        if mark.committed:
-            await claims.server.publish(pulled.reply, b"+ACK")
-        elif mark.left > 0:
-            await claims.server.later(pulled.reply, mark.left)
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        if deliveries:
+            await _tell(await self.server(), b"-NAK", _replies(deliveries))
+
+    async def keep(self, deliveries: Mapping[str, Delivery]) -> None:
+        server = await self.server()
+        if await self._same(server) is None:
+            self.connection_lost()
         else:
-            found = await claims.choose(*to, message, pulled.reply) if to is not None else None
-            if found is None or found.id != message:
-                await claims.server.later(pulled.reply, 0)
-            if found is not None and to is not None:
-                await self._give(claims, to[0], found)
+            await _tell(server, b"+WPI", _replies(deliveries))
 
-    async def _give(self, claims: Claims, wait: str, found: Stored) -> None:
-        seekers = [seeker for seeker in self.seekers if seeker.wait == wait]
-        for seeker in seekers:
-            seeker.give(found)
-        if not seekers:  # it was ended while the message was claimed for it
-            await claims.release(found.id, wait)
-
-    async def _connect_bucket(self, server: Server, stream: dict[str, Any]) -> None:
-        """Make the bucket if it is not there, and check it."""
-        name, needed = f"KV_{self._source.bucket}", timedelta(seconds=settings.commit_memory())
+    async def _same(self, server: Server) -> dict[str, Any] | None:
+        """Return what JetStream says of the consumer; None if it is not the one that has delivered."""
         try:
-            about = await server.api(f"STREAM.INFO.{name}")
+            about = await info(server, self._source)
         except NotFoundError:
-            age = _nanoseconds(max([needed, *(seeker.lapse for seeker in self.seekers)]))
-            await server.make(
-                f"STREAM.CREATE.{name}",
-                name=name,
-                description="Claims and commits of airflow-provider-events",
-                subjects=[f"$KV.{self._source.bucket}.>"],
-                max_msgs_per_subject=1,
-                max_age=age,
-                discard="new",
-                storage="file",
-                num_replicas=stream["num_replicas"],
-                duplicate_window=min(age, 120 * SECOND),
-                allow_rollup_hdrs=True,
-                deny_delete=True,
-            )
-            about = await server.api(f"STREAM.INFO.{name}")
-        config = about["config"]
-        self._check_storage("the bucket", config["storage"])
-        if max(config.get("max_msgs", -1), config.get("max_bytes", -1)) > 0 and config.get("discard") != "new":
-            raise self._unfit("the bucket", "discard", "old", "'new', as it has a limit (max_msgs or max_bytes)")
-        self._keeps = timedelta(microseconds=config["max_age"] // 1000) if config.get("max_age") else timedelta.max
-        if self._keeps < needed:
-            raise self._unfit("the bucket", "max_age", f"{self._keeps}", f"[events] commit_memory, {needed}")
+            return None
+        return about if about["created"] == self.consumer.made else None
 
-    async def _connect_consumer(self, server: Server, stream: dict[str, Any]) -> None:
-        """Make the consumer if it is not there, and check it."""
-        path = f"{self._source.stream}.{self._source.durable}"
-        try:
-            about = await server.api(f"CONSUMER.INFO.{path}")
-        except NotFoundError:
-            limit = (stream.get("consumer_limits") or {}).get("max_ack_pending") or _MAX_ACK_PENDING
-            config = {
-                "durable_name": self._source.durable,
-                "description": "Waits of airflow-provider-events",
-                "deliver_policy": self._deliver_policy,
-                "ack_policy": "explicit",
-                "ack_wait": _ACK_WAIT * SECOND,
-                "max_deliver": -1,
-                "max_ack_pending": limit,
-            }
-            if self._subject is not None:
-                config["filter_subject"] = self._subject
-            request = {"stream_name": self._source.stream, "config": config, "action": "create"}
-            await server.make(f"CONSUMER.DURABLE.CREATE.{path}", **request)
-            about = await server.api(f"CONSUMER.INFO.{path}")
-        config = about["config"]
-        self._check_storage("the consumer", "memory" if config.get("mem_storage") else "file")
-        filters = config.get("filter_subjects") or [config.get("filter_subject") or ">"]
-        needed = {
-            "ack_policy": (config["ack_policy"] == "explicit", "'explicit'"),
-            "deliver_subject": (not config.get("deliver_subject"), "none: a consumer that is pulled from"),
-            "max_deliver": (config.get("max_deliver", -1) <= 0, "-1: it may give up no message"),
-            "inactive_threshold": (not config.get("inactive_threshold"), "none: it stays while no wait waits"),
-            "filter_subject": (self._subject is None or filters == [self._subject], f"{self._subject!r}"),
-        }
-        for key, (fits, value) in needed.items():
-            if not fits:
-                raise self._unfit("the consumer", key, str(config.get(key) or filters), value)
-
-    def _check_storage(self, what: str, storage: str) -> None:
-        if self._persistent and storage != "file":
-            raise self._unfit(what, "storage", storage, "'file', or require_persistence=False")
-
-    def _unfit(self, what: str, key: str, found: str, needed: str) -> SourceUnfit:
-        name = f" {self._source.bucket!r}" if what == "the bucket" else ""
-        return SourceUnfit(f"{self._source}: {what}{name} would lose events: {key} is {found!r}; needed: {needed}")
+    async def _look_for_a_stall(self, server: Server) -> None:
+        about = await info(server, self._source)
+        pending, most = about["num_ack_pending"], about["config"].get("max_ack_pending", -1)
+        if 0 < most <= pending:
+            message = "%s delivers nothing, since %d messages are unacknowledged, its max_ack_pending"
+            for seeker in list(self.seekers):
+                seeker.tell(logging.WARNING, message, self._source, pending)
+        self._looked = time.monotonic()
 
 
-def _nanoseconds(span: timedelta) -> int:
-    return span // MICROSECOND * 1000
+def _is_delivered(about: dict[str, Any], sequence: int) -> bool:
+    """
+    Whether a consumer knows that it has delivered a message.
+
+    A server that was killed may not have written that down yet. It answers no acknowledgement of such a message,
+    and delivers it again. Likewise a consumer that was made again.
+    """
+    return bool(sequence <= about["delivered"]["stream_seq"])
 
 
-def _batches(seekers: list[Taker]) -> Iterator[list[Taker]]:
-    for start in range(0, len(seekers), BATCH):
-        yield seekers[start : start + BATCH]
+def _replies(deliveries: Mapping[str, Delivery]) -> list[str]:
+    return [delivery.message.reply for delivery in deliveries.values()]
 
 
-async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Do all of it at once, and raise what one of them raised after all have ended."""
-    for outcome in await asyncio.gather(*work, return_exceptions=True):
+async def _tell(server: Server, what: bytes, replies: Iterable[str]) -> None:
+    for reply in replies:
+        await server.publish(reply, what)
+
+
+async def _confirmed(server: Server, replies: Iterable[str]) -> None:
+    """Acknowledge, all at once, and return when JetStream has confirmed it; raise what one of them raised."""
+    asked = (server.request(reply, b"+ACK") for reply in replies)
+    for outcome in await asyncio.gather(*asked, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome
+
+
+async def acknowledge(source: Source, created: str, sequence: int) -> None:
+    """
+    Acknowledge a message that another process has received.
+
+    JetStream takes it from anybody, and reads no more than the sequence of what tells one delivery from another.
+
+    :param created: when its stream was made; empty where that is not known, in events of the first edition.
+    :raises AtRedelivery: the consumer does not know that it has delivered it.
+    """
+    async with server_of(source.conn_id) as server:
+        with refusals(source):
+            if not await _is_there(server, source, created):
+                return
+            with contextlib.suppress(NotFoundError, errors.NoRespondersError):
+                if _is_delivered(await info(server, source), sequence):
+                    await _confirmed(server, [f"$JS.ACK.{source.stream}.{source.durable}.1.{sequence}.1.0.0"])
+                    return
+    raise AtRedelivery(f"the message {sequence} of {source} is acknowledged when it comes again")
+
+
+async def _is_there(server: Server, source: Source, created: str) -> bool:
+    """Whether the stream is still that which was made then; with another one its messages have gone."""
+    try:
+        about = await server.api(f"STREAM.INFO.{source.stream}")
+    except NotFoundError:
+        return False
+    return created in ("", about["created"])
+
+
+async def bury(hub: ConsumerHub, source: Source, message: Received, subject: str, error: EventUndecodable) -> None:
+    """
+    Publish a message that cannot be read to a subject for such, with the reason, if the server takes both.
+
+    :raises SourceUnfit: no stream stores what has that subject, or the consumer would deliver it again.
+    """
+    if hub.consumer.delivers(subject):
+        raise SourceUnfit(f"{source}: its consumer would deliver its own dead letters, as it has {subject!r}")
+    headers = {name: value for name, value in message.stored.headers.items() if _may_be_kept(name)}
+    headers[REASON] = _line(error.reason)
+    headers[SOURCE] = _line(f"the message {message.stored.sequence} of {source}")
+    headers["Nats-Msg-Id"] = _line(message.id)  # by which the stream passes over it if it comes twice
+    server = await hub.server()
+    room = server.has_room(message.stored.data, headers)
+    try:
+        with refusals(source):
+            checked(await server.request(subject, message.stored.data, headers if room else None))
+    except errors.NoRespondersError as refused:
+        raise SourceUnfit(f"{source}: no stream has the subject of its dead letters, {subject!r}") from refused
+    log.warning("Published to the dead letters in %r: %s", subject, error)
+
+
+def _may_be_kept(header: str) -> bool:
+    """Whether a header can be published, and is no order to the stream (``Nats-Rollup``, ``Nats-TTL``)."""
+    return re.fullmatch(r"[!-9;-~]+", header) is not None and not header.lower().startswith("nats-")
+
+
+def _line(text: str) -> str:
+    """Return what a header can hold of a text."""
+    return " ".join(text.split())[:1000]

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from airflow_events.listeners.values import Format, decode
+from nats.aio.msg import Msg
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 MICROSECOND = timedelta(microseconds=1)
@@ -15,20 +16,17 @@ MICROSECOND = timedelta(microseconds=1)
 
 @dataclass(frozen=True)
 class Source:
-    """A stream of a connection, and the consumer and the bucket; watches have neither."""
+    """A stream of a connection, and the consumer; watches have none."""
 
     conn_id: str
     stream: str
     durable: str = ""
-    bucket: str = ""
 
     def __post_init__(self) -> None:
         # These become parts of subjects, where such a character would lead elsewhere.
         for what, name in (("stream", self.stream), ("durable", self.durable or "-")):
             if not name or re.search(r"[\s.*>/\\]", name):
                 raise ValueError(f"{what} is a name without spaces, dots, slashes and wildcards, not {name!r}")
-        if self.bucket and not re.fullmatch(r"[A-Za-z0-9_-]+", self.bucket):
-            raise ValueError(f"bucket is a name of letters, digits, '_' and '-', not {self.bucket!r}")
 
     def __str__(self) -> str:
         durable = f" (consumer {self.durable!r})" if self.durable else ""
@@ -45,20 +43,6 @@ class Stored:
     headers: dict[str, str]
     data: bytes
 
-    @property
-    def id(self) -> str:
-        return id_of(self.sequence, self.timestamp)
-
-
-def id_of(sequence: int, timestamp: datetime) -> str:
-    """
-    Name a message of a stream: its sequence, and when it was stored, in microseconds since the epoch.
-
-    The sequence alone begins anew in a stream that is deleted and made again, or restored. Claims and commits are
-    kept under it, so its format is frozen.
-    """
-    return f"{sequence}-{(timestamp - _EPOCH) // MICROSECOND}"
-
 
 def event_of(source: Source, message: Stored, values: Format) -> dict[str, Any]:
     """
@@ -68,7 +52,6 @@ def event_of(source: Source, message: Stored, values: Format) -> dict[str, Any]:
     """
     return {
         "stream": source.stream,
-        "id": message.id,
         "sequence": message.sequence,
         "subject": message.subject,
         "headers": message.headers,
@@ -77,10 +60,27 @@ def event_of(source: Source, message: Stored, values: Format) -> dict[str, Any]:
     }
 
 
+def covers(pattern: str, subject: str) -> bool:
+    """Whether a subject with wildcards has ``subject``, which has none."""
+    wanted, there = pattern.split("."), subject.split(".")
+    for place, token in enumerate(wanted):
+        if token == ">":
+            return place < len(there)
+        if place >= len(there) or token not in ("*", there[place]):
+            return False
+    return len(wanted) == len(there)
+
+
+def stored_of(message: Msg) -> Stored:
+    """Return what a consumer has delivered."""
+    sequence, timestamp = stored_as(message.reply)
+    return Stored(sequence, timestamp, message.subject, dict(message.headers or {}), message.data)
+
+
 def stored_as(reply: str) -> tuple[int, datetime]:
     """Return a delivered message's sequence in the stream, and when it was stored."""
     tokens = _tokens(reply)
-    # Cut, not rounded, to microseconds: as in `_moment`.
+    # Cut, not rounded, to microseconds: as in `moment`.
     return int(tokens[1]), _EPOCH + int(tokens[3]) // 1000 * MICROSECOND
 
 
@@ -102,7 +102,13 @@ def moment(text: str) -> datetime:
 
 
 def headers_of(raw: bytes) -> dict[str, str]:
-    """Read a message's headers as the client does: of those that are there twice, the last."""
-    lines = (line.partition(b":") for line in raw.split(b"\r\n")[1:])
-    return {name.strip().decode("utf-8", "replace"): value.strip().decode("utf-8", "replace")
-            for name, colon, value in lines if colon}  # fmt: skip
+    """
+    Read a message's headers: of those that are there twice, the last; what is no UTF-8 is replaced.
+
+    What the server says of itself, in the first line, is ``Status`` and ``Description``.
+    """
+    first, *lines = raw.decode("utf-8", "replace").split("\r\n")
+    status, _, description = first.partition(" ")[2].strip().partition(" ")
+    said = {name: value for name, value in (("Status", status), ("Description", description)) if value}
+    parts = (line.partition(":") for line in lines)
+    return {**said, **{name.strip(): value.strip() for name, colon, value in parts if name.strip() and colon}}

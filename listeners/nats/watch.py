@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any, ClassVar
 
-from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.log import LogHub, Message
+from airflow_events.listeners.log import READ_BYTES, LogHub, Message, Reader, message_of
 from airflow_events.listeners.nats.client import BATCH, LOST, SECOND, Server, about_of, connect, refusals
 from airflow_events.listeners.nats.messages import (
     MICROSECOND,
@@ -20,12 +20,8 @@ from airflow_events.listeners.nats.messages import (
 from airflow_events.listeners.values import Format
 
 
-class StreamHub(LogHub[datetime | int]):
-    """
-    Reads one stream for those who watch it.
-
-    The position is the next sequence, or the moment to begin from.
-    """
+class StreamHub(LogHub[int]):
+    """Reads one stream for those who watch it; a position is the next sequence."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = LOST
 
@@ -34,43 +30,44 @@ class StreamHub(LogHub[datetime | int]):
         self._subject = subject
         self._values = values
         self._server: Server | None = None
-        self._reads: tuple[str, int] | None = None  # the consumer, and what it has delivered
-        self._reads_on: datetime | int | None = None
+        self._created: str | None = None
         super().__init__(str(source))
 
     async def connect(self) -> None:
         await self.disconnect()
-        self._reads_on = None
         self._server = await connect(self._source.conn_id)
         with refusals(self._source):
-            await about_of(self._server, self._source)
+            about = await about_of(self._server, self._source)
             await self._server.listen()
+        if self._created not in (None, about["created"]):
+            self.start_over("was made anew, and counts from one again")
+        self._created = about["created"]
 
     async def disconnect(self) -> None:
         if self._server is not None:
             await self._server.close()
 
-    async def position(self, since: datetime) -> datetime | int:
-        return since
-
-    async def read(self, position: datetime | int) -> tuple[datetime | int, list[Message]]:
+    async def reader(self, since: datetime, position: int | None) -> Reader[int]:
+        """Make a consumer of this connection's own, which the server ends when nobody reads from it."""
         assert self._server is not None
+        config: dict[str, Any] = {
+            "ack_policy": "none",
+            "inactive_threshold": 30 * SECOND,
+            "mem_storage": True,
+            "num_replicas": 1,
+        }
+        if position is None:
+            start = since.astimezone(timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")
+            config |= {"deliver_policy": "by_start_time", "opt_start_time": start}
+        else:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": position}
+        if self._subject is not None:
+            config["filter_subject"] = self._subject
+        stream = self._source.stream
         with refusals(self._source):
-            if self._reads is None or self._reads_on != position:
-                self._reads = await self._begin_at(position), 0
-            consumer, delivered = self._reads
-            pulled = await self._server.pull(self._source.stream, consumer, BATCH)
-        messages = []
-        for message in pulled:
-            sequence, timestamp = stored_as(message.reply)
-            delivered += 1
-            if delivered_as(message.reply) != delivered:  # after which reading begins anew, at `position`
-                raise ConnectionError(f"a message of {self._source} before {sequence} was not delivered")
-            stored = Stored(sequence, timestamp, message.subject, dict(message.headers or {}), message.data)
-            messages.append(self._message(stored))
-            position = sequence + 1
-        self._reads, self._reads_on = (consumer, delivered), position
-        return position, messages
+            about = await self._server.api(f"CONSUMER.CREATE.{stream}", stream_name=stream, config=config)
+        begins = about["delivered"]["stream_seq"] + 1 if position is None else position
+        return _ConsumerReader(self._server, self._source, str(about["name"]), self._message, begins)
 
     async def dropped_until(self) -> datetime | None:
         assert self._server is not None
@@ -81,28 +78,39 @@ class StreamHub(LogHub[datetime | int]):
             return None
         return moment(state["first_ts"]) if state["messages"] else moment(state["last_ts"]) + MICROSECOND
 
-    async def _begin_at(self, position: datetime | int) -> str:
-        """Make a consumer of this connection's own, which the server ends when nobody reads from it."""
-        assert self._server is not None
-        config: dict[str, Any] = {
-            "ack_policy": "none",
-            "inactive_threshold": 30 * SECOND,
-            "mem_storage": True,
-            "num_replicas": 1,
-        }
-        if isinstance(position, datetime):
-            start = position.astimezone(timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")
-            config |= {"deliver_policy": "by_start_time", "opt_start_time": start}
-        else:
-            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": position}
-        if self._subject is not None:
-            config["filter_subject"] = self._subject
-        stream = self._source.stream
-        about = await self._server.api(f"CONSUMER.CREATE.{stream}", stream_name=stream, config=config)
-        return str(about["name"])
-
     def _message(self, stored: Stored) -> Message:
-        try:
-            return Message(stored.timestamp, event_of(self._source, stored, self._values))
-        except EventUndecodable as error:
-            return Message(stored.timestamp, {}, error)
+        return message_of(
+            stored.timestamp,
+            len(stored.data),
+            f"the message {stored.sequence} of {self._source}",
+            lambda: event_of(self._source, stored, self._values),
+        )
+
+
+class _ConsumerReader(Reader[int]):
+    """Pulls from a consumer."""
+
+    def __init__(
+        self, server: Server, source: Source, consumer: str, message: Callable[[Stored], Message], position: int
+    ) -> None:
+        self.position: int = position
+        self._server = server
+        self._source = source
+        self._consumer = consumer
+        self._message = message
+        self._delivered = 0
+
+    async def read(self, seconds: float) -> list[Message]:
+        messages = []
+        with refusals(self._source):
+            pulled = await self._server.pull(self._source.stream, self._consumer, BATCH, seconds, READ_BYTES)
+        for message in pulled:
+            sequence, timestamp = stored_as(message.reply)
+            self._delivered += 1
+            if delivered_as(message.reply) != self._delivered:  # after which another reads on from `position`
+                raise ConnectionError(f"a message of {self._source} before {sequence} was not delivered")
+            stored = Stored(sequence, timestamp, message.subject, dict(message.headers or {}), message.data)
+            messages.append(self._message(stored))
+        if pulled:
+            self.position = stored_as(pulled[-1].reply)[0] + 1
+        return messages

@@ -1,8 +1,8 @@
 """
 PostgreSQL: a table as a queue (an outbox), and a query that is asked until it has a row.
 
-`table` has the statements, each of which claims, commits or gives back as a whole or not at all; `consume` claims
-for the waits on a table; `watch` asks queries; `client` makes connections of an Airflow connection.
+`table` has the statements that read and acknowledge rows; `consume` receives for the waits on a table; `watch`
+asks queries; `client` makes connections of an Airflow connection.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.clients import needs
+from airflow_events.listeners.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices, decode
+from airflow_events.listeners.values import Format, OnUndecodable, check_choices, decode, seconds
+
+if TYPE_CHECKING:
+    from airflow_events.listeners.postgres.consume import Row, TableHub
+    from airflow_events.listeners.postgres.table import OnCommit, Source
 
 needs("a PostgreSQL listener", "postgres", "psycopg")
 
@@ -27,10 +32,15 @@ CHANNEL = "airflow_events"
 
 
 def create_table(
-    table: str, *, value_type: str = "jsonb", columns: Mapping[str, str] | None = None, channel: str = CHANNEL
+    table: str,
+    *,
+    value_type: str = "jsonb",
+    columns: Mapping[str, str] | None = None,
+    channel: str = CHANNEL,
+    on_commit: OnCommit = "mark",
 ) -> str:
     """
-    Return the statements that make a table for `PostgresListener`, its indexes and its notifying trigger.
+    Return the statements that make a table for `PostgresListener`, its index and its notifying trigger.
 
     They are for whoever keeps the database's schema; nothing in this package runs them.
 
@@ -38,36 +48,51 @@ def create_table(
     :param value_type: ``jsonb``, ``json``, ``text`` or ``bytea``.
     :param columns: names that are not the usual ones, as of `PostgresListener.poll_for_event`.
     :param channel: where the trigger notifies.
+    :param on_commit: as of `PostgresListener.poll_for_event`; for ``delete`` no column is made to mark rows in.
     """
-    from airflow_events.listeners.postgres.table import CREATE, VALUES, identifier, source_of
+    from airflow_events.listeners.postgres.table import ACKNOWLEDGED, CREATE, INDEX, VALUES, identifier, source_of
     from psycopg import sql
 
     if value_type not in VALUES:
         raise ValueError(f"value_type is one of {', '.join(map(repr, VALUES))}, not {value_type!r}")
     _check_channel(channel)
-    source = source_of(DEFAULT, table, columns)
+    source = source_of(DEFAULT, table, columns, on_commit)
     if source.columns.created_at is None:
         raise ValueError("a new table has created_at")
     function = identifier(*table.split(".")[:-1], "airflow_events_notify")
     more = {"type": sql.SQL(value_type), "function": function, "channel": sql.Literal(channel)}
+    marks = on_commit == "mark"
+    more["acknowledged"] = source.statement(ACKNOWLEDGED if marks else "")
+    more["index"] = source.statement(INDEX if marks else "")
     return source.statement(CREATE, **more).as_string(None)
 
 
-class PostgresListener(EventListener):
+def create_dead_letter_table(table: str) -> str:
     """
-    Take a row of a table: each row goes to one wait, exactly once.
+    Return the statement that makes a table for rows that cannot be read; see `create_table`.
 
-    The claim, and who committed, are columns of the row itself. `create_table` has the statements for such a
-    table. The event is
-
-    ``{"table", "id", "timestamp", "value", "columns", "postgres_conn_id"}``, ``timestamp`` the row's
-    ``created_at``, a datetime in UTC, and None where there is none; ``columns`` as they were given.
-
-    Rows are marked as committed and not deleted. Delete them when ``[events] commit_memory`` seconds have passed
-    since ``committed_at``: until then the row is what tells a repeated commit from somebody else's.
+    :param table: ``table`` or ``schema.table``.
     """
+    from airflow_events.listeners.postgres.table import CREATE_DEAD_LETTERS, source_of
 
-    repeatable_poll: ClassVar[bool] = True
+    return source_of(DEFAULT, table, None).statement(CREATE_DEAD_LETTERS).as_string(None)
+
+
+class PostgresListener(QueueListener):
+    """
+    Take a row of a table: each row goes to one wait.
+
+    A row is acknowledged by one column of the table, which says when, or by being deleted. `create_table` has the
+    statements for such a table. The event is
+
+    ``{"table", "id", "timestamp", "value", "source", "columns", "on_commit", "postgres_conn_id"}``, ``timestamp``
+    the row's ``created_at``, a datetime in UTC, and None where there is none; ``source`` the server's identifier,
+    the database, the table with its schema, and the table's oid; the rest as it was given. ``source`` and ``id``
+    are what tells the event from every other.
+
+    Every triggerer reads every row that is not acknowledged, without a lock, and Airflow's inbox decides which
+    wait has it. A row that somebody else deletes while a wait has it in hand is the wait's all the same.
+    """
 
     async def poll_for_event(
         self,
@@ -76,83 +101,112 @@ class PostgresListener(EventListener):
         columns: Mapping[str, str | None] | None = None,
         values: Format = "json",
         on_undecodable: OnUndecodable = "fail",
+        dead_letter: str | None = None,
+        on_commit: OnCommit = "mark",
         order_by: str | Sequence[str] | None = None,
         channel: str | None = CHANNEL,
-        poll_interval: float = 30.0,
-        claim_timeout: float | timedelta = 3600.0,
+        poll_interval: float | timedelta = 30.0,
         require_persistence: bool = True,
         postgres_conn_id: str = DEFAULT,
     ) -> dict[str, Any]:
         """
-        Return when there is a row that no other wait has.
+        Return when there is a row for this wait: those that have waited longest are served first.
 
         :param table: ``table``, as the connection's search path finds it, or ``schema.table``. Written as the
             catalog has it: without quotes, and upper case is upper case.
-        :param columns: how the table calls what is ``id``, ``value``, ``created_at``, ``claimed_by``,
-            ``claimed_at``, ``committed_by`` and ``committed_at`` here: ``{"value": "payload"}``. Columns that are
-            not in it go by these names. ``{"created_at": None}`` says that there is none.
+        :param columns: how the table calls what is ``id``, ``value``, ``created_at`` and ``acknowledged_at`` here:
+            ``{"value": "payload"}``. Columns that are not in it go by these names. ``{"created_at": None}`` says
+            that there is none.
         :param values: of what format the value is; see `airflow_events.listeners.values.decode`. ``text`` and
             ``bytes`` of a json column are its text.
-        :param on_undecodable: what to do with a row that is not: ``fail`` fails the wait and leaves the row to
-            others, ``skip`` commits it, with a warning, and waits on.
+        :param on_undecodable: what to do with a row that is not, or that Airflow cannot store: ``fail`` fails one
+            wait for it, and it stays unacknowledged, for no other wait; ``skip`` acknowledges it, with a warning,
+            and waits on; ``dead_letter`` adds it to the table ``dead_letter``, and then acknowledges it.
+        :param dead_letter: a table, on the same connection, for rows that cannot be read;
+            `create_dead_letter_table` has its statement. After a crash between the two steps it has a row twice.
+        :param on_commit: ``mark`` writes into ``acknowledged_at`` when; ``delete`` deletes the row.
         :param order_by: a column or several, by which to take the rows; ``-`` in front puts the largest first.
             None is by ``id``.
         :param channel: where ``NOTIFY`` says that there are new rows. None listens nowhere.
         :param poll_interval: seconds between two looks at the table if nothing is notified.
-        :param claim_timeout: after how many seconds a row that a wait has claimed and not committed goes to
-            another. A wait that still lives loses nothing by it: its commit is refused, and it waits on.
         :param require_persistence: refuse an unlogged table.
         :param postgres_conn_id: an Airflow connection of type ``postgres``, as the Postgres provider has it: the
             schema is the database, the extras are libpq's options.
         :raises SourceUnfit: the connection is of another type, or has an extra that is no option of libpq; the
-            table or a column is missing, or not as it must be; the user may not use it; the server is a standby.
-        :raises SourceUnreachable: the server was away, or refused the login, for too long.
+            table or a column is missing, or not as it must be; the user may not use it.
+        :raises SourceUnreachable: the server was away, refused the login, or was a standby, for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
-        from airflow_events.listeners.postgres.consume import Claimer, Looks, TableHub
-        from airflow_events.listeners.postgres.table import source_of
+        from airflow_events.listeners.postgres.consume import Looks, TableHub
+        from airflow_events.listeners.postgres.table import check_table, source_of
 
-        check_choices(values, on_undecodable)
+        check_choices(values, on_undecodable, dead_letter=dead_letter)
         _check_channel(channel)
-        source = source_of(postgres_conn_id, table, columns)
-        looks = Looks(_order(order_by), channel, _seconds("poll_interval", poll_interval), require_persistence)
-        wait, lapse = current_wait().id, _seconds("claim_timeout", claim_timeout)
-        while True:
-            async with shared(("postgres", source, looks), lambda: TableHub(source, looks)) as hub:
-                identity, created_at, raw = await hub.take(Claimer(wait, lapse))
-            try:
-                value = decode(raw, values, f"the row {identity} of {source}")
-            except EventUndecodable as error:
-                if on_undecodable == "fail":
-                    await source.release(wait, identity, channel)
-                    raise
-                await source.commit(wait, identity)
-                log.warning("Passed over, and committed: %s", error)
-            else:
-                return {
-                    "table": table,
-                    "id": identity,
-                    "timestamp": created_at,
-                    "value": value,
-                    "columns": dict(columns or {}),
-                    "postgres_conn_id": postgres_conn_id,
-                }
+        source = source_of(postgres_conn_id, table, columns, on_commit)
+        if dead_letter is not None:
+            check_table(dead_letter, "dead_letter")
+        interval = seconds(poll_interval, "poll_interval")
+        looks = Looks(_order(order_by), channel, interval, require_persistence)
 
-    async def event_checkpointed(self, event: Any) -> None:
-        """Write into the row who committed it."""
-        from airflow_events.listeners.postgres.table import source_of
+        def read(row: Row) -> dict[str, Any]:
+            return {
+                "table": table,
+                "id": row.id,
+                "timestamp": row.created_at,
+                "value": decode(row.raw, values, f"the row {row.id} of {source}"),
+                "source": list(row.origin),
+                "columns": dict(columns or {}),
+                "on_commit": on_commit,
+                "postgres_conn_id": postgres_conn_id,
+            }
 
-        source = source_of(event["postgres_conn_id"], event["table"], event["columns"])
-        await source.commit(current_wait().id, event["id"])
+        async def to_dead_letters(hub: TableHub, delivery: Delivery, error: EventUndecodable) -> None:
+            assert dead_letter is not None
+            await source.bury(delivery.message.id, delivery.message.raw, error.reason, dead_letter)
+            log.warning("Added to the dead letters in %r: %s", dead_letter, error)
 
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Let another wait have the row at once."""
-        from airflow_events.listeners.postgres.table import source_of
+        return await receive(
+            ("postgres", source, looks, values),
+            lambda: TableHub(source, looks),
+            read,
+            {"skip": skip, "dead_letter": to_dead_letters}.get(on_undecodable),
+        )
 
-        table = args[0] if args else kwargs["table"]
-        source = source_of(kwargs.get("postgres_conn_id", DEFAULT), table, kwargs.get("columns"))
-        channel = kwargs.get("channel", CHANNEL)
-        await source.release(current_wait().id, event["id"] if event else None, channel)
+    def event_id(self, event: Any) -> str:
+        """Return the server's identifier, the database, the table, its oid and the row's id, as JSON."""
+        from airflow_events.listeners.postgres.client import coordinates
+
+        # Events of the first edition do not say their source: they were held by claims.
+        system, database, table, oid = event.get("source") or ("", "", event["table"], 0)
+        return coordinates(system, database, table, oid, event["id"])
+
+    def event_content(self, event: Any) -> Any:
+        """Return what is the row's, by whichever connection and under whichever name of its table it was read."""
+        return [event["timestamp"], event["value"]]
+
+    async def acknowledge(self, event: Any) -> None:
+        """
+        Acknowledge the row by its id.
+
+        :raises LockNotAvailable: somebody has locked it; that can be tried again.
+        """
+        from airflow_events.listeners.postgres.consume import locked
+
+        source, oid = _source_of(event)
+        if await source.acknowledge(oid, [event["id"]]):
+            raise locked(source, event["id"])
+
+
+def _source_of(event: Any) -> tuple[Source, int | None]:
+    """Return the table of an event, and its oid."""
+    from airflow_events.listeners.postgres.table import source_of
+
+    conn_id, table, columns = event["postgres_conn_id"], event["table"], event["columns"]
+    if "source" in event:
+        return source_of(conn_id, table, columns, event["on_commit"]), event["source"][-1]
+    # Of the first edition: it marked rows in committed_at, and had columns for claims.
+    marked = {"id": columns.get("id", "id"), "acknowledged_at": columns.get("committed_at", "committed_at")}
+    return source_of(conn_id, table, marked), None
 
 
 class PostgresWatchListener(EventListener):
@@ -168,12 +222,14 @@ class PostgresWatchListener(EventListener):
     polls again may get another. Nothing is taken away.
     """
 
+    hosted: ClassVar[bool] = True
+
     async def poll_for_event(
         self,
         query: str,
         *,
         parameters: Mapping[str, Any] | Sequence[Any] | None = None,
-        interval: float = 10.0,
+        interval: float | timedelta = 10.0,
         channel: str | None = None,
         postgres_conn_id: str = DEFAULT,
     ) -> dict[str, Any]:
@@ -202,16 +258,9 @@ class PostgresWatchListener(EventListener):
         ):
             raise TypeError(f"parameters is a mapping, a sequence or None, not {parameters!r}")
         question = Question(query, parameters or None)
-        asker = Asker(question, _seconds("interval", interval), channel)
+        asker = Asker(question, seconds(interval, "interval"), channel)
         async with shared(("postgres watch", postgres_conn_id), lambda: QueryHub(postgres_conn_id)) as hub:
             return dict(await hub.take(asker))
-
-
-def _seconds(name: str, given: float | timedelta) -> float:
-    seconds = given.total_seconds() if isinstance(given, timedelta) else float(given)
-    if not 0 < seconds < 10**9:
-        raise ValueError(f"{name} is a number of seconds above 0, not {given!r}")
-    return seconds
 
 
 def _order(order_by: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1,42 +1,37 @@
-"""Taking rows: each goes to one wait."""
+"""Receiving the rows of a table that are not acknowledged, and acknowledging them."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
+import asyncio
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timezone
-from typing import Any, ClassVar
+from datetime import datetime, timezone
+from typing import Any, ClassVar, NamedTuple
 
 from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.postgres.client import BLOCK, LOST, connect, listen, refusals, run
-from airflow_events.listeners.postgres.table import (
-    CLAIM,
-    COLUMNS,
-    HELD,
-    OLDEST_CLAIM,
-    TABLE,
-    VALUES,
-    Source,
-    ordering,
+from airflow_events.listeners.hub import Seeker
+from airflow_events.listeners.postgres.client import (
+    LONGEST_PAUSE,
+    LOST,
+    SERVE_WITHIN,
+    connect,
+    coordinates,
+    listen,
+    refusals,
+    run,
+    system_of,
 )
-from psycopg import AsyncConnection, errors
+from airflow_events.listeners.postgres.table import COLUMNS, LOOK, TABLE, VALUES, Source, ordering
+from airflow_events.listeners.queue import Delivery, InHand, QueueHub
+from psycopg import AsyncConnection, errors, sql
 
-# Seconds to the next look when something is in the way that may be gone soon, such as a lock.
-_SOON = 1.0
-# What concerns one statement, and goes away by itself.
-_BUSY = (
-    errors.LockNotAvailable,
-    errors.QueryCanceled,
-    errors.DeadlockDetected,
-    errors.SerializationFailure,
-    errors.UniqueViolation,
-)
+# Rows that a look takes at most.
+_AT_ONCE = 500
 
 _IDS = ("smallint", "integer", "bigint", "uuid", "text", "character varying")
+_CREATED = ("timestamp with time zone",)
+_ACKNOWLEDGED = (*_CREATED, "timestamp without time zone")
 
 
 @dataclass(frozen=True)
@@ -49,34 +44,44 @@ class Looks:
     require_persistence: bool
 
 
-class Claimer(Seeker):
-    """A wait for a row that no other has; ``lapse`` in seconds."""
+class Origin(NamedTuple):
+    """Which table a row is of, whatever the connection that it was read over: see `coordinates`."""
 
-    def __init__(self, wait: str, lapse: float) -> None:
-        super().__init__()
-        self.wait = wait
-        self.lapse = lapse
-        self.asked = False
-        self.told = False
+    system: str
+    database: str
+    table: str
+    oid: int
 
 
-class _Stuck(Exception):
-    """Something is in the way of one wait's claim, and may be gone soon."""
+class Row(NamedTuple):
+    """A row, its value as bytes."""
+
+    origin: Origin
+    id: int | str
+    created_at: datetime | None
+    raw: bytes | None
 
 
-class TableHub(Hub[Claimer]):
-    """Claims rows for the waits on one table."""
+class TableHub(QueueHub):
+    """
+    Reads rows for the waits on one table.
+
+    Every triggerer reads every row that is not acknowledged, and that no wait of its own has: whose it is, the
+    inbox decides.
+    """
 
     lost: ClassVar[tuple[type[BaseException], ...]] = LOST
+    serve_within: ClassVar[float | None] = SERVE_WITHIN
 
     def __init__(self, source: Source, looks: Looks) -> None:
         self._source = source
         self._looks = looks
-        self._claim = source.statement(CLAIM, order=ordering(source, looks.order))
+        self._order = ordering(source, looks.order)
+        self._look_for = sql.Composed([])
         self._connection: AsyncConnection[Any] | None = None
-        self._was_primary = False
-        self._name_in_notifications = ""
+        self._origin: Origin | None = None
         self._next_look = 0.0
+        self._locked: set[str] = set()
         super().__init__(str(source))
 
     async def connect(self) -> None:
@@ -92,88 +97,99 @@ class TableHub(Hub[Claimer]):
         if self._connection is not None:
             await self._connection.close()
 
+    async def connected(self) -> None:
+        """Do nothing: rows are acknowledged over another connection than they are read over."""
+
+    def joined(self, seeker: Seeker) -> None:
+        self._next_look = 0.0
+
     async def serve(self) -> None:
-        waiting = [seeker for seeker in self.seekers if not seeker.done]
-        assert self._connection is not None
+        assert self._connection is not None and self._origin is not None
+        async for notification in self._connection.notifies(timeout=0):
+            if notification.payload in ("", self._origin.table):
+                self._next_look = 0.0
         left = self._next_look - time.monotonic()
-        if left <= 0 or not all(seeker.asked for seeker in waiting):
+        if left <= 0:
             with refusals(self.name):
-                self._next_look = time.monotonic() + await self._look(self._connection, waiting)
-        elif self._looks.channel is None:
-            await self.pause(left)
+                await self._look(self._connection, self._origin)
         else:
-            async for notification in self._connection.notifies(timeout=min(left, BLOCK), stop_after=1):
-                if notification.payload in ("", self._name_in_notifications):
-                    self._next_look = 0.0
+            await self._until_something_comes(self._connection, min(left, LONGEST_PAUSE))
 
-    async def _look(self, connection: AsyncConnection[Any], waiting: list[Claimer]) -> float:
-        """Claim for those who wait, and return after how many seconds to do so again."""
-        stuck = set()
-        nothing_for = math.inf  # nothing is left for claims that lapse in this time, or later
-        for seeker in waiting:
-            seeker.asked = True
-            if seeker.lapse < nothing_for and not seeker.done:
-                try:
-                    if not await self._claim_for(connection, seeker):
-                        nothing_for = seeker.lapse
-                except _Stuck:
-                    stuck.add(seeker)
-        waiting = [seeker for seeker in waiting if not seeker.done]
-        if not waiting:
-            return self._looks.interval
-        # A wait may have a claim that another triggerer made.
-        by_wait = {"waits": [seeker.wait for seeker in waiting if seeker not in stuck]}
-        [rows] = await run(connection, self._source.statement(HELD), by_wait)
-        held = {wait for (wait,) in rows}
-        for seeker in waiting:
-            if seeker.wait in held:
-                with contextlib.suppress(_Stuck):
-                    await self._claim_for(connection, seeker)
-        if stuck or held:
-            return min(self._looks.interval, _SOON)
-        [[(age,)]] = await run(connection, self._source.statement(OLDEST_CLAIM))
-        lapses = math.inf if age is None else min(seeker.lapse for seeker in waiting) - float(age)
-        return min(self._looks.interval, max(lapses, _SOON))
-
-    async def _claim_for(self, connection: AsyncConnection[Any], seeker: Claimer) -> bool:
-        """
-        Whether the wait was given a row.
-
-        :raises _Stuck: that is not to be known now.
-        """
-        parameters = {"wait": seeker.wait, "lapse": seeker.lapse}
+    async def _until_something_comes(self, connection: AsyncConnection[Any], seconds: float) -> None:
+        """Wait for a notification, or the connection's end, or a new wait, but not for longer."""
+        loop, socket = asyncio.get_running_loop(), connection.fileno()
+        loop.add_reader(socket, self._changed.set)
         try:
-            try:
-                answers = await run(connection, self._claim, parameters, raw=True)
-            except errors.UniqueViolation:  # another triggerer has just claimed for this wait
-                answers = await run(connection, self._claim, parameters, raw=True)
-        except _BUSY as error:
-            if connection.closed:
-                raise
-            if not seeker.told:
-                seeker.tell(logging.WARNING, "%s: it is tried again: %s", self.name, error)
-                seeker.told = True
-            raise _Stuck from error
-        for identity, created_at, raw in answers[-2] + answers[-1]:
+            await self.pause(seconds)
+        finally:
+            loop.remove_reader(socket)
+
+    async def _look(self, connection: AsyncConnection[Any], origin: Origin) -> None:
+        self._next_look = time.monotonic() + self._looks.interval
+        wanted = min(self.wanted, _AT_ONCE)
+        held = [str(row.id) for row in self._held() if row.origin == origin]
+        [*_, rows, [(oid,)]] = await run(connection, self._look_for, {"held": held, "wanted": wanted}, raw=True)
+        if oid != origin.oid:
+            raise errors.OperationalError("the table was made anew")
+        if len(rows) == wanted:
+            self._next_look = 0.0
+        for row, created_at, raw in rows:
+            row = row.decode() if isinstance(row, bytes) else row
             moment = created_at and created_at.replace(tzinfo=timezone.utc)
-            seeker.give((identity.decode() if isinstance(identity, bytes) else identity, moment, raw))
-            return True
-        return False
+            id = coordinates(*origin, row)
+            if id in InHand.of_loop().hubs:  # a wait of another hub has been quicker
+                self._next_look = 0.0
+            else:
+                self.offer(id, Row(origin, row, moment, raw))
+
+    def _held(self) -> Iterator[Row]:
+        """Return the rows that waits of this triggerer have, by whichever hub, and those set aside here."""
+        hubs = {self, *InHand.of_loop().hubs.values()}
+        yield from (delivery.message for delivery in self.aside.values())
+        for hub in hubs:
+            if isinstance(hub, TableHub):
+                yield from (delivery.message for delivery in hub.in_hand.values())
+
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Acknowledge rows; those that somebody has locked are told apart in `settle`."""
+        self._locked.difference_update(deliveries)
+        by_table: dict[int, dict[int | str, str]] = {}
+        for id, delivery in deliveries.items():
+            by_table.setdefault(delivery.message.origin.oid, {})[delivery.message.id] = id
+        for oid, rows in by_table.items():
+            self._locked.update(rows[row] for row in await self._source.acknowledge(oid, list(rows)))
+
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Do nothing: a row is everybody's until it is acknowledged."""
+
+    async def settle(self, id: str) -> None:
+        """
+        Acknowledge a row.
+
+        :raises LockNotAvailable: somebody has locked it; that can be tried again.
+        """
+        await self._acknowledging.add(id)
+        if id in self._locked:
+            raise locked(self._source, id)
+        self.forget(id)
+
+    async def _return(self, delivery: Delivery) -> None:
+        self.forget(delivery.id)
+        self._next_look = 0.0
+        self._changed.set()
 
     async def _check(self, connection: AsyncConnection[Any]) -> None:
         name, columns = self.name, self._source.columns
         [[(in_recovery,)]] = await run(connection, "SELECT pg_is_in_recovery()")
-        if in_recovery and self._was_primary:
-            raise errors.OperationalError("the server is in recovery: a standby, on which nothing can be claimed")
-        if in_recovery:
-            raise SourceUnfit(f"{name}: the server is in recovery (a read-only standby); its primary is needed")
+        if in_recovery:  # which may be about to end
+            raise errors.OperationalError("the server is in recovery (a read-only standby); its primary is needed")
         [tables] = await run(connection, TABLE, {"table": self._source.identifier.as_string(None)})
         if not tables:
             raise SourceUnfit(
                 f"{name}: there is no such table, or it is not in the search path; the statements for one are "
                 f"what airflow_events.listeners.postgres.create_table({self._source.table!r}) returns"
             )
-        [(oid, kind, persistence, self._name_in_notifications)] = tables
+        [(database, table, oid, kind, persistence, is_deletable)] = tables
         if kind != "r":
             raise SourceUnfit(f"{name}: it is of pg_class.relkind {kind!r}; an ordinary table ('r') is needed")
         if persistence == "u" and self._looks.require_persistence:
@@ -181,32 +197,30 @@ class TableHub(Hub[Claimer]):
                 f"{name}: it is UNLOGGED, so a crash of the server empties it; alter it with SET LOGGED, or "
                 "give require_persistence=False"
             )
-        [rows] = await run(connection, COLUMNS, {"oid": oid, "committed_by": columns.committed_by})
+        [rows] = await run(connection, COLUMNS, {"oid": oid})
         found = {row[0]: _Column(*row[1:]) for row in rows}
         self._check_columns(found)
-        if "" not in found[columns.id].unique_where:
+        if not found[columns.id].is_unique:
             raise SourceUnfit(
                 f"{name}: the column {columns.id!r} needs a PRIMARY KEY or a unique index of its own"
             )
-        claims = found[columns.claimed_by]
-        if claims.uncommitted not in claims.unique_where:
-            index = self._source.statement(
-                "CREATE UNIQUE INDEX ON {table} ({claimed_by}) WHERE {committed_by} IS NULL"
-            )
-            raise SourceUnfit(
-                f"{name}: nothing keeps a wait from having two claims; it needs: {index.as_string(None)}"
-            )
-        self._was_primary = True
+        if self._source.on_commit == "delete" and not is_deletable:
+            raise SourceUnfit(f"{name}: the connection's user has not the right to DELETE, for on_commit='delete'")
+        # Of a table whose rows are deleted some may be marked, from before.
+        is_marked = columns.acknowledged_at in found
+        unacknowledged = self._source.statement("{acknowledged_at} IS NULL") if is_marked else sql.SQL("true")
+        self._look_for = self._source.statement(LOOK, unacknowledged=unacknowledged, order=self._order)
+        self._origin = Origin(await system_of(connection), database, table, oid)
 
     def _check_columns(self, found: dict[str, _Column]) -> None:
-        columns = self._source.columns
+        columns, ours = self._source.columns, self._source.columns.acknowledged_at
         types: dict[str, tuple[str, ...]] = {columns.id: _IDS, columns.value: VALUES}
         types |= {name.removeprefix("-"): () for name in self._looks.order if name.removeprefix("-") not in types}
-        ours = (columns.claimed_by, columns.committed_by, columns.claimed_at, columns.committed_at)
-        types |= dict.fromkeys(ours[:2], ("text", "character varying"))
-        types |= dict.fromkeys(ours[2:], ("timestamp with time zone",))
         if columns.created_at:
-            types[columns.created_at] = ("timestamp with time zone",)
+            types[columns.created_at] = _CREATED
+        marks = self._source.on_commit == "mark"
+        if marks or ours in found:
+            types[ours] = _ACKNOWLEDGED
         for name, possible in types.items():
             column = found.get(name)
             if column is None:
@@ -216,15 +230,20 @@ class TableHub(Hub[Claimer]):
                 raise SourceUnfit(
                     f"{self.name}: the column {name!r} is of type {column.type}; {' or '.join(possible)} is needed"
                 )
-            if name in ours and (column.needed or (name in ours[:2] and column.limited != -1)):
-                what = "NOT NULL" if column.needed else "limited in length"
-                raise SourceUnfit(f"{self.name}: the column {name!r} is {what}, and must not be")
-            if not column.readable or (name in ours and not column.writable):
+            if name == ours and column.needed:
+                raise SourceUnfit(f"{self.name}: the column {name!r} is NOT NULL, and must not be")
+            if not column.readable or (name == ours and marks and not column.writable):
                 right = "UPDATE" if column.readable else "SELECT"
                 raise SourceUnfit(
                     f"{self.name}: the connection's user has not the right to {right} the column {name!r}; needed "
-                    f"are SELECT on all columns that are used, and UPDATE on {', '.join(map(repr, ours))}"
+                    f"are SELECT on all columns that are used, and UPDATE on {ours!r} or, for on_commit='delete', "
+                    "DELETE"
                 )
+
+
+def locked(source: Source, row: int | str) -> errors.LockNotAvailable:
+    """Return the error that a row cannot be acknowledged now."""
+    return errors.LockNotAvailable(f"{source}: somebody has locked the row {row}, or the table")
 
 
 @dataclass(frozen=True)
@@ -232,9 +251,7 @@ class _Column:
     """What the catalog says of a column, as `table.COLUMNS` has it."""
 
     type: str
-    limited: int
     needed: bool
     readable: bool
     writable: bool
-    unique_where: list[str]
-    uncommitted: str
+    is_unique: bool

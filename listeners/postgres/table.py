@@ -1,32 +1,28 @@
-"""A table as a queue: its columns, and the statements that claim, commit and give back its rows."""
+"""A table as a queue: its columns, and the statements that read and acknowledge its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from airflow_events.errors import EventLost
-from airflow_events.listeners.postgres.client import client_of, refusals, run
-from psycopg import sql
+from airflow_events.listeners.postgres.client import LIMIT, client_of, refusals, run
+from psycopg import AsyncConnection, errors, sql
+
+OnCommit = Literal["mark", "delete"]
 
 _TEXTS = ("json", "jsonb", "text", "character varying", "character")
 VALUES = (*_TEXTS, "bytea")
+# That somebody has a row, or the table, for the moment.
+_LOCKED = (errors.LockNotAvailable, errors.DeadlockDetected)
 
 CREATE = """\
 CREATE TABLE {table} (
     {id} bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     {value} {type},
-    {created_at} timestamptz NOT NULL DEFAULT clock_timestamp(),
-    {claimed_by} text,            -- the wait that has the event
-    {claimed_at} timestamptz,
-    {committed_by} text,          -- the wait to which it was delivered
-    {committed_at} timestamptz
+    {created_at} timestamptz NOT NULL DEFAULT clock_timestamp(){acknowledged}
 );
--- One claim for each wait, whoever polls for it. Needed.
-CREATE UNIQUE INDEX ON {table} ({claimed_by}) WHERE {committed_by} IS NULL;
--- What is still to be taken, in its order. Without it each look reads past all that was ever delivered.
-CREATE INDEX ON {table} ({id}) WHERE {committed_by} IS NULL;
--- Who waits is told at once. Without it events are seen at the next look, poll_interval seconds apart.
+{index}-- Who waits is told at once. Without it events are seen at the next look, poll_interval seconds apart.
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_notify(TG_ARGV[0], TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME);
@@ -36,65 +32,70 @@ CREATE TRIGGER airflow_events_notify AFTER INSERT ON {table}
     FOR EACH STATEMENT EXECUTE FUNCTION {function}({channel});
 """
 
+ACKNOWLEDGED = """,
+    {acknowledged_at} timestamptz  -- null until a wait has recorded the event"""
+
+INDEX = """\
+-- What is still to be taken, in its order. Without it each look reads past all that was ever acknowledged.
+CREATE INDEX ON {table} ({id}) WHERE {acknowledged_at} IS NULL;
+"""
+
+CREATE_DEAD_LETTERS = """\
+CREATE TABLE {table} (
+    id text,     -- of the row that could not be read
+    value text,  -- as PostgreSQL writes a bytea, if it is no text
+    reason text,
+    at timestamptz
+);
+"""
+
 
 # Each of these is one message to the server, which carries it out as one transaction or not at all, whatever
 # becomes of the client: nobody dies holding a lock. An isolation level that somebody chose as a default, a
 # commit that does not wait for the disk, or a lock of somebody's forgotten session must not come in.
-_BEGIN = """
-SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;
+_READ = f"""
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY;
 SET LOCAL lock_timeout = '2s';
+{LIMIT};
+"""
+_WRITE = f"""
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;
+SELECT set_config('lock_timeout', %(patience)s, true);
 SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';
+{LIMIT};
 """
 
+# No lock: one that is held until the event is recorded would block the acknowledgement, and pins what vacuum may
+# remove. No position either: a transaction that took its number early may commit late.
+LOOK = f"""{_READ}
+SELECT {{id}}, {{timestamp}}, {{value}} FROM {{table}}
+WHERE {{unacknowledged}} AND {{id}} IS NOT NULL AND {{id}} <> ALL(%(held)s)
+ORDER BY {{order}} LIMIT %(wanted)s;
 
-# What the wait has, or else what nobody has. Two that poll for one wait at once may both come to the second
-# step; the unique index then refuses one of them, and it begins again.
-CLAIM = f"""{_BEGIN}
-UPDATE {{table}} SET {{claimed_at}} = clock_timestamp()
-WHERE {{claimed_by}} = %(wait)s AND {{committed_by}} IS NULL
-RETURNING {{id}}, {{timestamp}}, {{value}};
-
-UPDATE {{table}} SET {{claimed_by}} = %(wait)s, {{claimed_at}} = clock_timestamp()
-WHERE {{id}} = (
-    SELECT {{id}} FROM {{table}}
-    WHERE {{committed_by}} IS NULL AND (
-        {{claimed_by}} IS NULL OR {{claimed_at}} IS NULL
-        OR {{claimed_at}} <= clock_timestamp() - make_interval(secs => %(lapse)s)
-    )
-    ORDER BY {{order}} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
-) AND NOT EXISTS (SELECT FROM {{table}} WHERE {{claimed_by}} = %(wait)s AND {{committed_by}} IS NULL)
-RETURNING {{id}}, {{timestamp}}, {{value}}
+SELECT to_regclass({{name}})::oid
 """
 
+# A table that was made again has rows by the same ids, and they are others.
+_WHICH = "{id} = ANY(%(ids)s) AND coalesce(to_regclass({name})::oid = %(oid)s::oid, true)"
 
-HELD = "SELECT {claimed_by} FROM {table} WHERE {claimed_by} = ANY(%(waits)s::text[]) AND {committed_by} IS NULL"
-
-OLDEST_CLAIM = """
-SELECT extract(epoch FROM clock_timestamp() - min({claimed_at})) FROM {table}
-WHERE {claimed_by} IS NOT NULL AND {committed_by} IS NULL
+_MARK = f"""{_WRITE}
+UPDATE {{table}} SET {{acknowledged_at}} = clock_timestamp() WHERE {_WHICH} AND {{acknowledged_at}} IS NULL
 """
 
-
-_COMMIT = f"""{_BEGIN}
-UPDATE {{table}} SET {{committed_by}} = %(wait)s, {{committed_at}} = clock_timestamp()
-WHERE {{id}} = %(id)s AND {{claimed_by}} = %(wait)s AND {{committed_by}} IS NULL;
-
-SELECT coalesce({{committed_by}}, {{claimed_by}}), {{committed_by}} FROM {{table}} WHERE {{id}} = %(id)s
+_DELETE = f"""{_WRITE}
+DELETE FROM {{table}} WHERE {_WHICH}
 """
 
-
-_RELEASE = f"""{_BEGIN}
-WITH freed AS (
-    UPDATE {{table}} SET {{claimed_by}} = NULL, {{claimed_at}} = NULL
-    WHERE {{claimed_by}} = %(wait)s AND {{committed_by}} IS NULL AND {{which}}
-    RETURNING {{id}}
-)
-SELECT pg_notify(%(channel)s, '') FROM freed WHERE %(channel)s::text IS NOT NULL
+_BURY = f"""{_WRITE}
+INSERT INTO {{dead_letters}} (id, value, reason, at)
+VALUES (%(id)s, %(value)s, %(reason)s, clock_timestamp())
 """
 
 
 TABLE = """
-SELECT c.oid, c.relkind, c.relpersistence, n.nspname || '.' || c.relname
+SELECT
+    current_database(), n.nspname || '.' || c.relname, c.oid, c.relkind, c.relpersistence,
+    has_table_privilege(c.oid, 'DELETE')
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%(table)s)
 """
 
@@ -103,16 +104,14 @@ COLUMNS = """
 SELECT
     a.attname,
     format_type(CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, NULL) AS type,
-    a.atttypmod AS limited,
     a.attnotnull AS needed,
     has_column_privilege(a.attrelid, a.attnum, 'SELECT') AS readable,
     has_column_privilege(a.attrelid, a.attnum, 'UPDATE') AS writable,
-    array(
-        SELECT coalesce(pg_get_expr(i.indpred, i.indrelid), '') FROM pg_index i
+    EXISTS (
+        SELECT FROM pg_index i
         WHERE i.indrelid = a.attrelid AND i.indisunique AND i.indisvalid AND i.indimmediate
-        AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum
-    ) AS unique_where,
-    format('(%%I IS NULL)', %(committed_by)s::text) AS uncommitted
+        AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum
+    ) AS is_unique
 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
 """
@@ -125,19 +124,17 @@ class Columns:
     id: str = "id"
     value: str = "value"
     created_at: str | None = "created_at"
-    claimed_by: str = "claimed_by"
-    claimed_at: str = "claimed_at"
-    committed_by: str = "committed_by"
-    committed_at: str = "committed_at"
+    acknowledged_at: str = "acknowledged_at"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A table of a connection."""
+    """A table of a connection, and what becomes of a row that is acknowledged."""
 
     conn_id: str
     table: str
     columns: Columns
+    on_commit: OnCommit
 
     def __str__(self) -> str:
         return f"the table {self.table!r} of the connection {self.conn_id!r}"
@@ -155,46 +152,81 @@ class Source:
             timestamp = sql.SQL(
                 "CASE WHEN {0} BETWEEN '0001-01-02' AND '9999-12-30' THEN {0} AT TIME ZONE 'UTC' END"
             ).format(identifiers["created_at"])
-        return sql.SQL(text).format(table=self.identifier, timestamp=timestamp, **identifiers, **more)
+        name = sql.Literal(self.identifier.as_string(None))
+        given = {"table": self.identifier, "name": name, "timestamp": timestamp, **identifiers, **more}
+        return sql.SQL(text).format(**given)
 
-    async def commit(self, wait: str, identity: int | str) -> None:
+    async def acknowledge(self, oid: int | None, rows: Sequence[int | str]) -> list[int | str]:
         """
-        Mark a row that ``wait`` has claimed as committed by it.
+        Mark rows as acknowledged, or delete them; of those that are gone, or marked already, change nothing.
 
-        :raises EventLost: another wait has claimed or committed it, or nobody has, or it was deleted.
+        :param oid: the table's, when they were read; None if that is not known.
+        :return: those that it could not, since somebody has locked them.
         """
         with refusals(str(self)):
             async with client_of(self.conn_id) as client:
-                answers = await run(client, self.statement(_COMMIT), {"wait": wait, "id": identity})
-        who, committed_by = answers[-1][0] if answers[-1] else (None, None)
-        if committed_by != wait:
-            holder = who or ("nobody (its claim was taken back)" if answers[-1] else "nobody (it was deleted)")
-            raise EventLost(f"the row {identity} of {self} is held by {holder}")
+                try:
+                    await self._acknowledge(client, oid, rows, "2s")
+                except _LOCKED:  # of which the others must not suffer
+                    return [row for row in rows if not await self._is_free(client, oid, row)]
+        return []
 
-    async def release(self, wait: str, identity: int | str | None, channel: str | None) -> None:
-        """Give back what ``wait`` has claimed and not committed, or only the row ``identity``."""
-        which = sql.SQL("true") if identity is None else self.statement("{id} = %(id)s")
-        async with client_of(self.conn_id) as client:
-            statement = self.statement(_RELEASE, which=which)
-            await run(client, statement, {"wait": wait, "id": identity, "channel": channel})
+    async def _is_free(self, client: AsyncConnection[Any], oid: int | None, row: int | str) -> bool:
+        """Acknowledge one row, and return whether nobody has locked it."""
+        try:
+            await self._acknowledge(client, oid, [row], "50ms")
+        except _LOCKED:
+            return False
+        return True
+
+    async def _acknowledge(
+        self, client: AsyncConnection[Any], oid: int | None, rows: Sequence[int | str], patience: str
+    ) -> None:
+        statement = self.statement(_MARK if self.on_commit == "mark" else _DELETE)
+        ids = [str(row) for row in rows]  # as text, to which the server gives the column's type
+        await run(client, statement, {"oid": oid, "ids": ids, "patience": patience})
+
+    async def bury(self, row: int | str, raw: bytes | None, reason: str, dead_letters: str) -> None:
+        """Add a row that cannot be read to the table for such."""
+        statement = self.statement(_BURY, dead_letters=identifier(*dead_letters.split(".")))
+        with refusals(f"{self}, and its dead letters in {dead_letters!r}"):
+            async with client_of(self.conn_id) as client:
+                told = {"id": str(row), "value": _text_of(raw), "reason": reason.replace("\0", "\\0")}
+                await run(client, statement, {**told, "patience": "2s"})
 
 
-def source_of(conn_id: str, table: str, columns: Mapping[str, str | None] | None) -> Source:
+def source_of(
+    conn_id: str, table: str, columns: Mapping[str, str | None] | None, on_commit: OnCommit = "mark"
+) -> Source:
     """
     Return the table that a user has named.
 
     :raises ValueError: it is no name of a table, or ``columns`` has something else than its columns.
     """
-    parts = table.split(".")
-    if len(parts) > 2 or not all(parts):
-        raise ValueError(f"table is 'table' or 'schema.table', not {table!r}")
+    check_table(table)
+    if on_commit not in ("mark", "delete"):
+        raise ValueError(f"on_commit is 'mark' or 'delete', not {on_commit!r}")
     known = [field.name for field in fields(Columns)]
     for name, column in (columns or {}).items():
         if name not in known:
             raise ValueError(f"columns maps {', '.join(map(repr, known))}, not {name!r}")
         if not column and name != "created_at":
             raise ValueError(f"the table needs a column for {name!r}, not {column!r}")
-    return Source(conn_id, table, Columns(**(columns or {})))  # type: ignore[arg-type]
+    _check_names(*filter(None, (columns or {}).values()))
+    return Source(conn_id, table, Columns(**(columns or {})), on_commit)  # type: ignore[arg-type]
+
+
+def check_table(table: str, name: str = "table") -> None:
+    """
+    Check what a user calls a table.
+
+    :param name: of the parameter.
+    :raises ValueError: it is no name of a table.
+    """
+    parts = table.split(".")
+    if len(parts) > 2 or not all(parts):
+        raise ValueError(f"{name} is 'table' or 'schema.table', not {table!r}")
+    _check_names(table)
 
 
 def ordering(source: Source, order: tuple[str, ...]) -> sql.Composed:
@@ -212,6 +244,22 @@ def identifier(*names: str) -> sql.Identifier:
 
     :raises ValueError: it has a percent sign.
     """
-    if any("%" in name for name in names):  # for which psycopg has no quotes beside parameters
-        raise ValueError(f"names with a percent sign are not supported: {'.'.join(names)!r}")
+    _check_names(*names)
     return sql.Identifier(*names)
+
+
+def _check_names(*names: str) -> None:
+    for name in names:
+        if "%" in name:  # for which psycopg has no quotes beside parameters
+            raise ValueError(f"names with a percent sign are not supported: {name!r}")
+
+
+def _text_of(raw: bytes | None) -> str | None:
+    """Return a value as text, or as PostgreSQL writes a bytea if it is none."""
+    if raw is None:
+        return None
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = "\0"
+    return f"\\x{raw.hex()}" if "\0" in text else text

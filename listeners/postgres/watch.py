@@ -11,9 +11,17 @@ from collections.abc import Mapping, Sequence
 from datetime import timezone
 from typing import Any, ClassVar
 
-from airflow_events.errors import SourceUnfit
+from airflow_events.errors import EventUndecodable, SourceUnfit
 from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.postgres.client import BLOCK, LOST, connect, listen
+from airflow_events.listeners.postgres.client import (
+    BLOCK,
+    LIMIT,
+    LONGEST_PAUSE,
+    LOST,
+    SERVE_WITHIN,
+    connect,
+    listen,
+)
 from psycopg import AsyncConnection, errors, pq
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import Loader
@@ -51,6 +59,7 @@ class QueryHub(Hub[Asker]):
     """Asks one server the questions of those who watch it, each once for all who ask it."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = LOST
+    serve_within: ClassVar[float | None] = SERVE_WITHIN
 
     def __init__(self, conn_id: str) -> None:
         self._conn_id = conn_id
@@ -94,7 +103,7 @@ class QueryHub(Hub[Asker]):
         if left <= 0:
             await self._look(connection, question)
         elif not self._channels:
-            await self.pause(left)
+            await self.pause(min(left, LONGEST_PAUSE))
         else:
             async for notification in connection.notifies(timeout=min(left, BLOCK), stop_after=1):
                 for asked, askers in self._askers.items():
@@ -121,6 +130,10 @@ class QueryHub(Hub[Asker]):
         except SourceUnfit as error:
             for asker in askers:
                 asker.fail(SourceUnfit(f"{self.name}: {error}"))
+        except (ValueError, ArithmeticError, RecursionError) as error:  # a value that Python cannot read
+            where = f"{self.name}: the row of the query {question.query[:200]!r}"
+            for asker in askers:
+                asker.fail(EventUndecodable(where, "readable", str(error), b""))
         else:
             if row is not None:
                 for asker in askers:
@@ -131,7 +144,7 @@ async def _first_row(connection: AsyncConnection[Any], question: Question) -> di
     # A server-side cursor fetches one row of however many, and takes one statement only: none that would end
     # the read-only transaction and begin to write.
     try:
-        await connection.execute("BEGIN READ ONLY; SET LOCAL datestyle = 'ISO'")
+        await connection.execute(f"BEGIN READ ONLY; SET LOCAL datestyle = 'ISO'; {LIMIT}")
         async with connection.cursor("airflow_events") as cursor:
             await cursor.execute(question.query, question.parameters)
             names = [column.name for column in cursor.description or ()]

@@ -1,46 +1,50 @@
 """
 RabbitMQ: a queue as a queue, and a stream as a log.
 
-An AMQP acknowledgement cannot leave the channel that got the message, and a commit is made by another process
-than the poll. So a claim moves the message: into a queue of the wait's own, from which the commit takes it.
-
-`claims` has these moves, and why none of them loses a message; `messages` is what is written on what is moved;
-`consume` claims for the waits on a queue; `watch` reads a stream; `client` makes connections of an Airflow
-connection.
+`consume` receives and acknowledges messages; `watch` reads a stream; `messages` says what a message becomes;
+`frames` lets the client survive metadata that it cannot read; `client` makes connections of an Airflow connection.
 """
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime, timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.clients import needs
 from airflow_events.listeners.log import first_match
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.values import Format, OnUndecodable, check_choices
 
 needs("a RabbitMQ listener", "rabbitmq", "aiormq")
 
-log = logging.getLogger(__name__)
-
 DEFAULT = "rabbitmq_default"
+WithoutId = Literal["refuse", "at_least_once"]
+WITHOUT_ID = ("refuse", "at_least_once")
+NO_ID = (
+    "it has none, so it could not be told from a new one when the broker delivers it again; let its sender set a "
+    "message_id of its own on each message, or give without_id='at_least_once'"
+)
 
 
-class RabbitMQListener(EventListener):
+class RabbitMQListener(QueueListener):
     """
-    Take a message of a queue, classic or quorum: each goes to one wait, exactly once.
+    Take a message of a queue, classic or quorum: each goes to one wait.
 
-    The claim is a queue of the wait's own, into which the message is moved. The event is
+    The event is
 
-    ``{"queue", "id", "claim", "timestamp", "value", "exchange", "routing_key", "message_id", "content_type",
-    "headers", "properties", "rabbitmq_conn_id"}``. ``timestamp`` is the message's own, a datetime in UTC or None;
-    ``headers`` are JSON shapes, bytes among them as text or Base64; ``properties`` has what else was set.
+    ``{"server", "virtual_host", "queue", "message_id", "timestamp", "value", "exchange", "routing_key",
+    "content_type", "headers", "properties", "rabbitmq_conn_id"}``. ``server`` is the connection's ``host:port``;
+    ``timestamp`` is the message's own, a datetime in UTC or None; ``headers`` are JSON shapes, bytes among them as
+    text or Base64; ``properties`` has what else was set. Server, virtual host, queue and ``message_id`` are what
+    tells the event from every other: of a message without ``message_id``, ``delivery`` in its place, which is
+    another one at each delivery.
+
+    A message is unacknowledged until the wait's event is recorded, and is acknowledged then, over the channel that
+    received it. If that is closed by then the broker delivers the message again, it is known by its id, and is
+    acknowledged by whoever gets it.
     """
-
-    repeatable_poll: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -48,83 +52,82 @@ class RabbitMQListener(EventListener):
         *,
         values: Format = "json",
         on_undecodable: OnUndecodable = "fail",
-        claim_timeout: float | timedelta = 3600.0,
-        unique_message_ids: bool = True,
+        without_id: WithoutId = "refuse",
         require_durable: bool = True,
         rabbitmq_conn_id: str = DEFAULT,
     ) -> dict[str, Any]:
         """
-        Return when there is a message that no other wait has, in the queue's order.
+        Return when there is a message for this wait: those that have waited longest are served first.
 
         :param queue: its name. It must be there: it is not made.
-        :param values: of what format the body is; see `airflow_events.listeners.values.decode`.
-        :param on_undecodable: what to do with a message that is not: ``fail`` fails the wait and puts the message
-            back, ``skip`` commits it, with a warning, and waits on.
-        :param claim_timeout: after how many seconds a message that a wait has claimed and not committed goes back
-            to the queue, to its end. A wait that still lives loses nothing by it: its commit is refused, and it
-            waits on.
-        :param unique_message_ids: whether two messages with the same ``message_id``, body and timestamp are one,
-            sent once. It is asked only about a message that the broker gives out again. False keeps both, always.
-        :param require_durable: refuse a queue that is not durable, deletes itself, or is exclusive.
+        :param values: of what format the body is; see `airflow_events.listeners.values.decode`. A body with the
+            ``content_encoding`` ``gzip`` or ``deflate`` is unpacked first.
+        :param on_undecodable: what to do with a message that is not, or that Airflow cannot store: ``fail`` fails
+            one wait for it, and it stays unacknowledged, for no other wait; ``skip`` acknowledges it, with a
+            warning, and waits on; ``dead_letter`` rejects it, so that it goes to the dead letter exchange of the
+            queue. A queue that has none drops it.
+        :param without_id: what to do with a message without ``message_id``, of which nobody can tell, when the
+            broker delivers it again, whether a wait has had it: ``refuse`` fails one wait for it, as above, also
+            where others are skipped; ``at_least_once`` takes it, and takes it again.
+        :param require_durable: refuse a queue that is not durable. One that deletes itself is always refused.
         :param rabbitmq_conn_id: an Airflow connection of type ``amqp``, ``rabbitmq`` or ``generic``. Its schema is
             the virtual host, ``/`` by default; extras are ``ssl``, ``cafile``, ``certfile``, ``keyfile``, and
             ``heartbeat`` in seconds.
         :raises SourceUnfit: the connection is of another type, or refused; there is no such queue; it is a stream,
-            or not durable; the user may not use it, or may not make the queues of the claims.
+            or not durable; the user may not use it.
         :raises SourceUnreachable: the server was away for too long.
-        :raises EventUndecodable: see ``on_undecodable``.
+        :raises EventUndecodable: see ``on_undecodable`` and ``without_id``.
         """
-        from airflow_events.listeners.rabbitmq.claims import commit, put_back
-        from airflow_events.listeners.rabbitmq.client import Source, server_of, within
-        from airflow_events.listeners.rabbitmq.consume import Consumer, QueueHub
-        from airflow_events.listeners.rabbitmq.messages import event_of
+        from airflow_events.listeners.rabbitmq.client import Source
+        from airflow_events.listeners.rabbitmq.consume import Consumer, bury, refuse
+        from airflow_events.listeners.rabbitmq.messages import Received, event_of
 
-        check_choices(values, on_undecodable)
+        buries = on_undecodable == "dead_letter"
+        check_choices(values, on_undecodable, dead_letter=buries)
+        if without_id not in WITHOUT_ID:
+            raise ValueError(f"without_id is {' or '.join(map(repr, WITHOUT_ID))}, not {without_id!r}")
+        takes_all = without_id == "at_least_once"
         source = Source(rabbitmq_conn_id, queue)
-        wait = current_wait().id
-        lapse = claim_timeout.total_seconds() if isinstance(claim_timeout, timedelta) else float(claim_timeout)
-        key = ("rabbitmq", source, require_durable)
-        while True:
-            async with shared(key, lambda: QueueHub(source, require_durable)) as hub:
-                claim = await hub.take(Consumer(wait, lapse, unique_message_ids))
-            try:
-                return {**event_of(source, claim, values), "rabbitmq_conn_id": rabbitmq_conn_id}
-            except EventUndecodable as error:
-                async with server_of(rabbitmq_conn_id) as server:
-                    if on_undecodable == "fail":
-                        await within(put_back(server, source, wait, claim.claim))
-                        raise
-                    await within(commit(server, source, wait, claim.id, claim.claim))
-                log.warning("Passed over, and committed: %s", error)
 
-    async def event_checkpointed(self, event: Any) -> None:
-        """Drop the message, and note for ``[events] commit_memory`` seconds who did."""
-        from airflow_events.listeners.rabbitmq.claims import commit
-        from airflow_events.listeners.rabbitmq.client import Source, server_of, within
+        def read(received: Received) -> dict[str, Any]:
+            if received.message_id is None and not takes_all:
+                raise EventUndecodable(f"a message of {source}", "known by a message_id", NO_ID, received.start)
+            return event_of(source, received, values)
 
-        source = Source(event["rabbitmq_conn_id"], event["queue"])
-        async with server_of(source.conn_id) as server:
-            await within(commit(server, source, current_wait().id, event["id"], event["claim"]))
+        async def unreadable(hub: Consumer, delivery: Delivery, error: EventUndecodable) -> None:
+            if buries:
+                await bury(hub, delivery, error)
+            elif on_undecodable == "skip" and (takes_all or delivery.message.message_id is not None):
+                await skip(hub, delivery, error)
+            else:
+                await refuse(hub, delivery, error)
 
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Put the message back, to the queue's end."""
-        from airflow_events.listeners.rabbitmq.claims import put_back
-        from airflow_events.listeners.rabbitmq.client import Source, server_of, within
+        key = ("rabbitmq", source, require_durable, values, takes_all)
+        return await receive(key, lambda: Consumer(source, require_durable), read, unreadable)
 
-        source = Source(kwargs.get("rabbitmq_conn_id", DEFAULT), args[0] if args else kwargs["queue"])
-        async with server_of(source.conn_id) as server:
-            await within(put_back(server, source, current_wait().id))
+    def event_id(self, event: Any) -> str:
+        """Return server, virtual host, queue and ``message_id``, as JSON."""
+        from airflow_events.listeners.rabbitmq.client import coordinates
+
+        # Events of the first edition have neither server nor virtual host, but an id of their own.
+        return coordinates(
+            event.get("server", ""),
+            event.get("virtual_host", ""),
+            event["queue"],
+            event["message_id"],
+            event.get("delivery") or event.get("id", ""),
+        )
 
 
 class RabbitMQWatchListener(EventListener):
     """
     Wait for the first message of a stream that matches, and take nothing away.
 
-    The event is as of `RabbitMQListener`, with the message's ``offset`` in the stream in the place of ``id`` and
-    ``claim``.
+    The event is as of `RabbitMQListener`, without ``server`` and ``virtual_host``, and with the message's
+    ``offset`` in the stream.
     """
 
-    repeatable_poll: ClassVar[bool] = True
+    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,

@@ -5,38 +5,59 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
-import hashlib
-import re
+import json
+import logging
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-# The lower half of aio-pika. The upper one hides transactions' order and messages' raw properties.
+# The lower half of aio-pika, whose upper one connects and consumes again by itself.
 import aiormq
 from aiormq import exceptions
 from aiormq.abc import AbstractChannel, AbstractConnection
 from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import connection, tls
-from airflow_events.listeners.shared import connected
+from airflow_events.listeners.connections import (
+    Endpoint,
+    connection,
+    context,
+    endpoints,
+    flag,
+    known_extras,
+    number,
+    secure,
+    unfit,
+)
+from airflow_events.listeners.rabbitmq.frames import LenientTransport
 from pamqp.exceptions import AMQPInternalError
 from yarl import URL
 
+if TYPE_CHECKING:
+    from airflow.sdk import Connection
+
+log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
-_TYPES = ("amqp", "rabbitmq", "generic")
+_SCHEMES = ("amqp", "amqps")
+_TYPES = (*_SCHEMES, "rabbitmq", "generic")
+_FOR_TLS = ("cafile", "certfile", "keyfile", "ssl_server_hostname")
+_EXTRAS = frozenset({"ssl", *_FOR_TLS, "ssl_verify", "heartbeat", "auth"})
+# What the hook of apache-airflow-provider-rabbitmq calls them. In the place of a file may be what is in it.
+_ALSO = {
+    "ssl_ca_certs": "cafile", "ssl_ca_cert_pem": "cafile", "ssl_certfile": "certfile", "ssl_cert_pem": "certfile",
+    "ssl_keyfile": "keyfile", "ssl_key_pem": "keyfile",
+}  # fmt: skip
+_REFUSED = {"connection_uri": "put what it says into the fields for host, port, login, password and schema"}
 _LOST = (OSError, asyncio.TimeoutError)
 
 # Seconds that one step may take; a broker that runs out of memory or disk stops answering those who publish.
 STEP = 60.0
-# Over how many queues the notes of commits are spread, since each commit reads one of them.
-_SLOTS = 64
-
 NO_STREAM = "{} is no stream; RabbitMQListener takes messages from other queues"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A queue of a connection, and the names of the queues of its claims."""
+    """A queue of a connection."""
 
     conn_id: str
     queue: str
@@ -44,33 +65,37 @@ class Source:
     def __str__(self) -> str:
         return f"the queue {self.queue!r} of the connection {self.conn_id!r}"
 
-    # Claims and commits are found by these names, so they are frozen. A name has at most 255 bytes.
 
-    @property
-    def claims(self) -> str:
-        return f"airflow-events.claims.{_readable(self.queue)}.{digest(self.queue)}"
+def coordinates(server: str, virtual_host: str, queue: str, message_id: str | None, delivery: str = "") -> str:
+    """
+    Return what tells a message of a queue from every other. Its form is frozen.
 
-    def claim(self, wait: str) -> str:
-        return f"airflow-events.claim.{_readable(self.queue)}.{_readable(wait)}.{digest(self.queue, wait)}"
-
-    def commits(self, identity: str) -> str:
-        slot = int(digest(identity), 16) % _SLOTS
-        return f"airflow-events.commits.{_readable(self.queue)}.{digest(self.queue)}.{slot}"
-
-
-def digest(*parts: str) -> str:
-    """Return a name for what has these names together, of 20 characters."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    :param server: see `place_of`.
+    :param message_id: what its sender gave it; None if it has none.
+    :param delivery: of a message without an id, what tells this delivery from all others.
+    """
+    place: list[str | None] = [server, virtual_host, queue, message_id]
+    return json.dumps(place if message_id else [*place, delivery], ensure_ascii=False)
 
 
-def _readable(name: str) -> str:
-    return re.sub(r"[^\w.:/+-]", "_", name, flags=re.ASCII)[:80]
+async def place_of(conn_id: str) -> tuple[str, str]:
+    """
+    Return which server an Airflow connection is of, as it says itself, ``host:port``; and the virtual host.
+
+    A cluster tells its clients no name that is the same on all its nodes. So two connections that call one server
+    by two names are two sources.
+    """
+    found = await connection(conn_id, *_TYPES)
+    server = found.host or "localhost"
+    return (f"{server}:{found.port}" if found.port else server), found.schema or "/"
 
 
 class OnServer(abc.ABC):
     """What both hubs do with their connection; it stands before `Hub` among their bases."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = _LOST
+    connect_within: ClassVar[float | None] = None  # each step is bounded by `within`
+    serve_within: ClassVar[float | None] = None
     _server: AbstractConnection | None = None
 
     async def connect(self) -> None:
@@ -124,6 +149,8 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ConnectionNotImplemented as error:
         raise SourceUnfit(f"{source} is a stream; RabbitMQWatchListener is for these: {error}") from error
     except exceptions.ChannelAccessRefused as error:
+        if "in exclusive use" in str(error):
+            raise ConnectionError(str(error)) from error
         raise SourceUnfit(f"{source}: the connection's user may not use what is needed: {error}") from error
     except exceptions.ChannelLockedResource as error:
         raise SourceUnfit(f"{source} is exclusive to another connection: {error}") from error
@@ -134,7 +161,9 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ChannelPreconditionFailed as error:
         if "x-stream-offset" in str(error):
             raise SourceUnfit(NO_STREAM.format(source)) from error
-        raise SourceUnfit(f"{source}: the server refused a step of a claim (a policy?): {error}") from error
+        if "timed out" in str(error):  # a message was held for longer than `consumer_timeout`
+            raise ConnectionError(str(error)) from error
+        raise SourceUnfit(f"{source}: the server refused what was asked of it: {error}") from error
     except exceptions.AMQPError as error:
         if isinstance(error, OSError):
             raise
@@ -145,48 +174,81 @@ def refusals(source: Source) -> Iterator[None]:
         raise ConnectionError(str(error)) from error
 
 
-def server_of(conn_id: str) -> contextlib.AbstractAsyncContextManager[AbstractConnection]:
-    """Use the connection by which the waits of this process commit and release."""
-    return connected(
-        ("rabbitmq client", conn_id),
-        lambda: within(connect(conn_id)),
-        _close_server,
-        lambda server: server.is_closed,
-    )
-
-
 async def close(channel: AbstractChannel) -> None:
     """Close a channel, if it is not closed."""
     with contextlib.suppress(Exception):
         await channel.close()
 
 
-async def _close_server(server: AbstractConnection) -> None:
-    with contextlib.suppress(Exception):
-        await within(server.close())
-
-
 async def connect(conn_id: str) -> AbstractConnection:
-    """Open what an Airflow connection describes."""
+    """
+    Open what an Airflow connection describes; of several hosts, the first that lets us.
+
+    :raises SourceUnfit: it says what cannot be used, or what is not known here.
+    """
     found = await connection(conn_id, *_TYPES)
-    extra = found.extra_dejson
-    secure = str(extra.get("ssl", False)).lower() in ("true", "1")
-    url = URL.build(
-        scheme="amqps" if secure else "amqp",
-        host=found.host or "localhost",
-        port=found.port or (5671 if secure else 5672),
-        user=found.login or "guest",
-        password=found.password or "guest",
-        path="/" if found.schema in (None, "", "/") else f"/{found.schema}",
-        query={"heartbeat": str(int(extra.get("heartbeat") or 60)), "name": "airflow-events"},
-    )
-    files = (extra.get(name) for name in ("cafile", "certfile", "keyfile"))
-    context = await asyncio.to_thread(tls, *files) if secure else None
+    told = _told(found)
+    nodes = endpoints(found, *_SCHEMES)
+    options = await _tls(found, told, nodes)
+    for last, node in enumerate(nodes, 1 - len(nodes)):
+        try:
+            return await _open(found, _url(found, told, node, "context" in options), options)
+        except _LOST as error:
+            if not last:
+                raise
+            log.info("%s of the connection %r does not answer: %s", node.host, conn_id, error)
+    raise AssertionError("a connection has a host")
+
+
+async def _open(found: Connection, url: URL, options: dict[str, Any]) -> AbstractConnection:
     try:
-        server: AbstractConnection = await aiormq.connect(url, context=context)
+        server: AbstractConnection = await aiormq.connect(url, transport_factory=LenientTransport(), **options)
     except (exceptions.InvalidFrameError, AMQPInternalError) as error:  # aiormq hides what the server said; 7, 6
         raise ConnectionError(
             f"the server closes the connection when it is asked for the virtual host {found.schema or '/'!r}: "
             "is it there, and may the user have it?"
         ) from error
     return server
+
+
+def _url(found: Connection, told: dict[str, Any], node: Endpoint, safe: bool) -> URL:
+    login = (found.login, found.password or "") if found.login else ("guest", found.password or "guest")
+    query = {"heartbeat": str(number(found, told, "heartbeat", 60)), "name": "airflow-events"}
+    return URL.build(
+        scheme="amqps" if safe else "amqp",
+        host=node.host,
+        port=node.port or (5671 if safe else 5672),
+        user=login[0],
+        password=login[1],
+        path="/" if found.schema in (None, "", "/") else f"/{found.schema}",
+        query=query | {"auth": told["auth"]} if "auth" in told else query,
+    )
+
+
+def _told(found: Connection) -> dict[str, Any]:
+    """
+    Return the extras under the names that they have here, of whichever package's hook they are.
+
+    :raises SourceUnfit: one is not known, or is said twice.
+    """
+    told: dict[str, Any] = {}
+    for name, value in known_extras(found, {*_EXTRAS, *_ALSO}, _REFUSED).items():
+        ours = _ALSO.get(name, name)
+        if ours in told:
+            raise unfit(
+                found, f"has the extra {name!r} and another that means {ours!r}, of which there may be one"
+            )
+        told[ours] = value
+    if (auth := str(told.get("auth", "plain")).lower()) not in ("plain", "external"):
+        raise unfit(found, f"has the extra auth={auth!r}, where 'plain' or 'external' is needed")
+    return told
+
+
+async def _tls(found: Connection, told: dict[str, Any], nodes: list[Endpoint]) -> dict[str, Any]:
+    """Return the client's settings for TLS; none without."""
+    safe = found.conn_type == "amqps" or any(node.scheme == "amqps" for node in nodes)
+    if not secure(found, told, "ssl", safe, _FOR_TLS):
+        return {}
+    files = (told.get(name) for name in ("cafile", "certfile", "keyfile"))
+    options = {"context": await context(found, *files, verify=flag(found, told, "ssl_verify", True))}
+    return options | ({"server_hostname": told["ssl_server_hostname"]} if "ssl_server_hostname" in told else {})

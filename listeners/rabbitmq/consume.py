@@ -1,160 +1,282 @@
-"""Taking messages: each goes to one wait."""
+"""Receiving messages over one channel, and telling RabbitMQ over the same one what became of them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from aiormq import exceptions
-from aiormq.abc import AbstractChannel, AbstractConnection
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.rabbitmq.claims import Busy, claim_for, claims_of, hold, put_back
-from airflow_events.listeners.rabbitmq.client import STEP, OnServer, Source, close, connect, refusals, within
-from airflow_events.listeners.rabbitmq.messages import Claim, of_note
+from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
+from airflow_events.errors import EventUndecodable, SourceUnfit
+from airflow_events.listeners.hub import Seeker
+from airflow_events.listeners.queue import Delivery, QueueHub
+from airflow_events.listeners.rabbitmq.client import (
+    OnServer,
+    Source,
+    close,
+    connect,
+    place_of,
+    refusals,
+    within,
+)
+from airflow_events.listeners.rabbitmq.messages import Received
+from airflow_events.listeners.shared import background
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks at a queue that was empty, and at the list of claims.
-_EMPTY = 0.25
-_LOOK = 2.0
-# Seconds after which a claim that has not lapsed is looked at, to forget it if it is finished.
-_FINISHED = 5.0
+# Seconds between two looks at whether the channel is open.
+_LOOK = 0.5
+# The most that a consumer may be sent ahead.
+_MOST = 65_535
 
 
-class Consumer(Seeker):
-    """A wait for a message that no other has; ``lapse`` in seconds."""
+class Consumer(OnServer, QueueHub):
+    """
+    Receives messages for the waits on one queue.
 
-    def __init__(self, wait: str, lapse: float, unique: bool) -> None:
-        super().__init__()
-        self.wait = wait
-        self.lapse = lapse
-        self.unique = unique
-        self.looked = False
-
-
-class QueueHub(OnServer, Hub[Consumer]):
-    """Claims messages for the waits on one queue, and puts back what has lapsed."""
+    The server may send as many messages as the waits still want (`_room`). A consumer's limit counts what it has
+    sent and was not told about yet, so before it is told of such a message the consumer ends, and the next one
+    begins with what is wanted then. What a channel has received, that channel alone can settle; when it closes,
+    the server delivers it again.
+    """
 
     def __init__(self, source: Source, require_durable: bool) -> None:
         self._source = source
         self._require_durable = require_durable
+        self._server_name, self._virtual_host = "", ""
         self._channel: AbstractChannel | None = None
-        self._next_look = 0.0
-        self._check_at: dict[str, float] = {}
+        self._tag: str | None = None  # of what consumes now
+        self._room = 0
+        self._of_consumer: set[int] = set()  # what the server sent to it, by delivery tag
+        self._unsettled: set[int] = set()  # what it sent over the channel
+        self._behind: dict[str, deque[Received]] = {}
+        self._consuming = asyncio.Lock()
         super().__init__(str(source))
 
     async def _connect(self) -> None:
         with refusals(self._source):
+            self._server_name, self._virtual_host = await place_of(self._source.conn_id)
             self._server = await connect(self._source.conn_id)
-            self._channel = await self._server.channel()
-            await self._channel.queue_declare(self._source.queue, passive=True)
+            channel = await self._server.channel(publisher_confirms=False)
+            await channel.queue_declare(self._source.queue, passive=True)
             await _check(self._server, self._source, self._require_durable)
-            # What a claim needs: to make queues, to write through the default exchange, and to read.
-            async with hold(self._server, self._source.claim(""), transaction=True) as held:
-                pending = of_note("pending", {}, False)
-                await held.channel.basic_publish(b"", routing_key=held.name, properties=pending)
-                await held.channel.tx_commit()
-                await held.read()
-                await claims_of(held)
-        self._next_look = 0.0
+        self._channel = channel
+
+    async def disconnect(self) -> None:
+        self.connection_lost()
+        await super().disconnect()
+
+    def connection_lost(self) -> None:
+        super().connection_lost()
+        self._channel, self._tag, self._room = None, None, 0
+        self._of_consumer.clear()
+        self._unsettled.clear()
+        self._behind.clear()
 
     async def serve(self) -> None:
-        assert self._server is not None and self._channel is not None
+        channel = self._open_channel()
         with refusals(self._source):
-            await self._look()
-            count = (await within(self._channel.queue_declare(self._source.queue, passive=True))).message_count
-            for seeker in [seeker for seeker in self.seekers if not seeker.done]:
-                if not count:
-                    break
-                if seeker.done:  # by what another one of the same wait was given
-                    continue
-                with contextlib.suppress(Busy):
-                    claim = await within(
-                        claim_for(self._server, self._source, seeker.wait, seeker.lapse, seeker.unique)
-                    )
-                    if claim is None:
-                        count = 0
-                        break
-                    self._give(seeker.wait, claim)
-        if not count:
-            await self.pause(_EMPTY)
+            if self._tag is not None and self._tag not in channel.consumers:  # type: ignore[attr-defined]
+                self._tag, self._room = None, 0  # the server has ended it: the queue was deleted, or has moved
+            await within(self._consume())
+        if self._room == self.wanted:
+            await self.pause(_LOOK)
 
-    def _give(self, wait: str, claim: Claim) -> None:
-        for seeker in [seeker for seeker in self.seekers if seeker.wait == wait]:
-            seeker.give(claim)
+    @property
+    def wanted(self) -> int:
+        return min(super().wanted, _MOST)
 
-    async def _look(self) -> None:
-        """Find what the waits here have claimed before, what has lapsed, and what is finished."""
-        new = [seeker for seeker in self.seekers if not seeker.looked]
-        if not new and time.monotonic() < self._next_look:
+    async def _consume(self) -> None:
+        """Let the server send what the waits want."""
+        async with self._consuming:
+            if self._room == self.wanted:
+                return
+            channel = self._open_channel()
+            await self._stop(channel)
+            if not (wanted := self.wanted):
+                return
+            await channel.basic_qos(prefetch_count=wanted)
+            self._tag, self._room = uuid.uuid4().hex, wanted
+            receive = partial(self._receive, channel, self._tag)
+            await channel.basic_consume(self._source.queue, receive, consumer_tag=self._tag)
+
+    async def _stop(self, channel: AbstractChannel) -> None:
+        if self._tag is not None:
+            await channel.basic_cancel(self._tag)
+        self._tag, self._room = None, 0
+        self._of_consumer.clear()
+
+    def left(self, seeker: Seeker) -> None:
+        super().left(seeker)
+        if self._room > self.wanted:
+            background(self._shrink(), f"{self.name} sends less")
+
+    async def _shrink(self) -> None:
+        with contextlib.suppress(Exception):  # the next one who waits finds out
+            await within(self._consume())
+
+    async def _receive(self, channel: AbstractChannel, consumer: str, message: DeliveredMessage) -> None:
+        if channel is not self._channel:
             return
-        with contextlib.suppress(Busy):
-            await within(self._look_at_claims(), 10 * STEP)
-            for seeker in new:
-                seeker.looked = True
-        self._next_look = time.monotonic() + _LOOK
+        received = Received(self._server_name, self._virtual_host, self._source.queue, uuid.uuid4().hex, message)
+        self._unsettled.add(received.tag)
+        if consumer == self._tag:
+            self._room -= 1
+            self._of_consumer.add(received.tag)
+        self._offer(received)
+        if self._room != self.wanted:
+            self._changed.set()
 
-    async def _look_at_claims(self) -> None:
-        assert self._server is not None
-        waits = {seeker.wait: seeker for seeker in self.seekers if not seeker.done}
-        async with hold(self._server, self._source.claims, stays=True) as claims:
-            notes = claims.notes()
-            now = time.time()
-            first_seen = {note["claim"]: now + _FINISHED for _, note in notes}
-            self._check_at = {claim: self._check_at.get(claim, at) for claim, at in first_seen.items()}
-            for tag, note in notes:
-                wait, name = note["wait"], note["claim"]
-                if wait in waits:
-                    seeker = waits[wait]
-                    with contextlib.suppress(Busy):
-                        found = await claim_for(
-                            self._server, self._source, wait, seeker.lapse, seeker.unique, take=False
-                        )
-                        if found is not None:
-                            self._give(wait, found)
-                            continue
-                elif note["until"] <= now:
-                    try:
-                        await within(put_back(self._server, self._source, wait, name, lapsed=True))
-                    except Busy:
-                        continue
-                    except SourceUnfit as error:
-                        log.warning("A claim of %s has lapsed and is kept: %s", wait, error)
-                        continue
-                elif self._check_at[name] > now:
-                    continue
-                self._check_at[name] = now + 10 * _FINISHED
-                with contextlib.suppress(Busy):
-                    async with hold(self._server, self._source.claim(wait)) as held:
-                        if not any(claim.claim == name for claim in await claims_of(held)):
-                            await claims.drop(tag)
+    def _offer(self, received: Received) -> None:
+        held = self.in_hand.get(received.id)
+        if held is None or held.is_stale:
+            self.offer(received.id, received)
+        else:  # another one with the same id, which was sent twice, or is another message
+            self._behind.setdefault(received.id, deque()).append(received)
+
+    def forget(self, id: str) -> None:
+        super().forget(id)
+        if waiting := self._behind.get(id):
+            received = waiting.popleft()
+            if not waiting:
+                del self._behind[id]
+            self.offer(id, received)
+
+    async def close(self) -> None:
+        self._behind.clear()
+        await super().close()
+
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        await self._tell(deliveries, _done)
+
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        await self._tell(deliveries, _back)
+
+    async def _tell(
+        self,
+        deliveries: Mapping[str, Delivery],
+        tell: Callable[[AbstractChannel, Received], Awaitable[None]],
+    ) -> None:
+        """
+        Tell the server what became of messages; return once it has processed that.
+
+        If that fails, what it has processed cannot be known: the channel is closed, and the rest comes again.
+        """
+        if not deliveries:
+            return
+        if (channel := self._channel) is None:
+            self.connection_lost()
+            return
+        try:
+            await within(self._told(channel, deliveries, tell))
+        except Exception as error:
+            log.info("%s could not be told what became of %d messages: %s", self.name, len(deliveries), error)
+            await close(channel)
+            if channel is self._channel:
+                self.connection_lost()
+
+    async def _told(
+        self,
+        channel: AbstractChannel,
+        deliveries: Mapping[str, Delivery],
+        tell: Callable[[AbstractChannel, Received], Awaitable[None]],
+    ) -> None:
+        async with self._consuming:
+            here: list[Received] = [one.message for one in deliveries.values()]
+            here = [one for one in here if one.message.channel is channel and one.tag in self._unsettled]
+            if not self._of_consumer.isdisjoint(one.tag for one in here):
+                await self._stop(channel)
+            for received in here:
+                self._unsettled.discard(received.tag)
+                await tell(channel, received)
+            # The server answers in order, so it has processed all that.
+            await channel.queue_declare(self._source.queue, passive=True)
+        self._changed.set()
+
+    def _open_channel(self) -> AbstractChannel:
+        """
+        Return the channel.
+
+        :raises ConnectionResetError: the server has closed it, such as for a message that was held too long.
+        """
+        channel = self._channel
+        if channel is None or channel.is_closed:
+            why = "" if channel is None or channel.closing.cancelled() else channel.closing.exception()
+            raise ConnectionResetError(f"{self._source}: the server closed the channel: {why}")
+        return channel
+
+
+async def _done(channel: AbstractChannel, received: Received) -> None:
+    if received.is_rejected:
+        await channel.basic_reject(received.tag, requeue=False, wait=False)
+    else:
+        await channel.basic_ack(received.tag, wait=False)
+
+
+async def _back(channel: AbstractChannel, received: Received) -> None:
+    await channel.basic_nack(received.tag, requeue=True, wait=False)
+
+
+async def bury(hub: Consumer, delivery: Delivery, error: EventUndecodable) -> None:
+    """Let a message that cannot be read go to the queue's dead letters, when it is acknowledged."""
+    delivery.message.is_rejected = True
+    log.warning("Rejected, and left to the queue's dead letter exchange: %s", error)
+
+
+async def refuse(hub: Consumer, delivery: Delivery, error: EventUndecodable) -> None:
+    """
+    Fail a wait for a message that cannot be read, which stays unacknowledged.
+
+    Without a `message_id` it is another one at each delivery, and would fail a wait each time; so it is known by
+    what it holds. That another one is taken for it does no harm, since none of them is acknowledged.
+
+    :raises EventUndecodable: always.
+    """
+    hub.set_aside(delivery)
+    if delivery.message.message_id is None:
+        error.event_id = delivery.message.content_id
+    raise error
 
 
 async def _check(server: AbstractConnection, source: Source, require_durable: bool) -> None:
     """
     Refuse a queue that would lose messages.
 
-    AMQP tells nothing about a queue but where a declaration differs from it. This one always differs, by a value
-    that no queue can have, so it never makes one.
+    A queue that deletes itself would do so whenever a consumer ends, with what is in it.
+    """
+    lost = "so that messages are lost which no wait has had yet; declare it as"
+    differs = await _difference(server, source, durable=True)
+    if "inequivalent arg 'durable'" in differs:
+        if require_durable:
+            raise SourceUnfit(f"{source} is not durable, {lost} durable, or give require_durable=False")
+        differs = await _difference(server, source, durable=False)
+    if "'x-queue-type'" in differs and "'stream'" in differs:
+        raise SourceUnfit(f"{source} is a stream; RabbitMQWatchListener is for these")
+    if "inequivalent arg 'auto_delete'" in differs:
+        raise SourceUnfit(f"{source} deletes itself when nobody consumes, {lost} not auto-delete")
+
+
+async def _difference(server: AbstractConnection, source: Source, *, durable: bool) -> str:
+    """
+    Return in what a queue differs from a declaration; AMQP tells no more about it.
+
+    This one always differs, by a value that no queue can have, so it never makes one. Without the permission to
+    configure the queue nothing is told.
     """
     channel = await server.channel()
     probe: dict[str, Any] = {"x-overflow": "airflow-events-asks"}
     try:
-        await channel.queue_declare(source.queue, durable=True, arguments=probe)
-    except exceptions.ChannelAccessRefused:  # without the permission to configure it, it cannot be known
-        return
+        await channel.queue_declare(source.queue, durable=durable, arguments=probe)
     except exceptions.ChannelPreconditionFailed as error:
-        text = str(error)
-        if "'x-queue-type'" in text and "'stream'" in text:
-            raise SourceUnfit(f"{source} is a stream; RabbitMQWatchListener is for these") from error
-        for argument, what in (("durable", "is not durable"), ("auto_delete", "deletes itself when it is unused")):
-            if f"inequivalent arg '{argument}'" in text and require_durable:
-                raise SourceUnfit(
-                    f"{source} {what}, so that messages are lost which no wait has had yet; declare it as durable "
-                    "and not auto-delete, or give require_durable=False"
-                ) from error
+        return str(error)
+    except exceptions.ChannelAccessRefused:
+        return ""
     finally:
         await close(channel)
+    return ""

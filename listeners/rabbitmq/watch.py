@@ -3,109 +3,153 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.log import LogHub, Message
+from airflow_events.errors import SourceUnfit
+from airflow_events.listeners.log import LogHub, Message, Reader, message_of
+from airflow_events.listeners.moments import of_epoch
 from airflow_events.listeners.rabbitmq.client import NO_STREAM, OnServer, Source, close, connect, refusals, within
-from airflow_events.listeners.rabbitmq.messages import described, headers_of, tag_of, timestamp_of
-from airflow_events.listeners.values import Format, decode
+from airflow_events.listeners.rabbitmq.messages import described, headers_of, tag_of, timestamp_of, value_of
+from airflow_events.listeners.values import Format
 
 _T = TypeVar("_T")
 
-_WATCHED_AT_ONCE = 500
+# How many messages may be on their way, at most: the broker bounds them by nothing else.
+_AT_ONCE = 100
 
 
-class StreamHub(OnServer, LogHub[Any]):
-    """Reads one stream for those who watch it; a position is an offset, or a moment until it is known."""
+class StreamHub(OnServer, LogHub[int]):
+    """Reads one stream for those who watch it; a position is the next offset."""
 
     def __init__(self, source: Source, values: Format) -> None:
-        self._source = source
+        self.source = source
         self._values = values
-        self._channel: AbstractChannel | None = None
-        self._at: int | datetime | None = None
-        self._arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
+        self._was_cancelled = False
         super().__init__(str(source))
 
     async def _connect(self) -> None:
-        with refusals(self._source):
-            self._server = await connect(self._source.conn_id)
+        with refusals(self.source):
+            self._server = await connect(self.source.conn_id)
             channel = await self._server.channel()
-            await channel.queue_declare(self._source.queue, passive=True)
+            await channel.queue_declare(self.source.queue, passive=True)
             await close(channel)
-        self._at = None
+        if self._was_cancelled:
+            self.start_over("was taken from its readers, perhaps deleted and made anew")
+            self._was_cancelled = False
 
-    async def position(self, since: datetime) -> int | datetime:
-        return since.replace(microsecond=0)
+    async def reader(self, since: datetime, position: int | None) -> Reader[int]:
+        assert self._server is not None
+        channel = await within(self._server.channel())
+        start = since.replace(microsecond=0) if position is None else position
+        arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
+        with refusals(self.source):
+            tag = await within(_consume(channel, self.source, arrived, start, _AT_ONCE))
+        return _ChannelReader(self, channel, tag, arrived, position)
 
-    async def read(self, position: int | datetime) -> tuple[int | datetime, list[Message]]:
-        with refusals(self._source):
-            if self._at != position:
-                await within(self._read_from(position))
-            assert self._channel is not None
-            raw = await _soon(self._arrived, 0.5)
-            messages: list[Message] = []
-            last = raw
-            while raw is not None:
-                last, offset = raw, _offset(self._source, raw)
-                if isinstance(position, datetime) or offset >= position:  # the broker begins at a whole chunk
-                    position = offset + 1
-                    messages.append(self._message(offset, raw))
-                enough = len(messages) >= _WATCHED_AT_ONCE or self._arrived.empty()
-                raw = None if enough else self._arrived.get_nowait()
-            if last is not None:
-                await within(self._channel.basic_ack(tag_of(last), multiple=True))
-            if self._channel.is_closed:
-                raise ConnectionResetError(f"{self._source} stopped sending")
-        self._at = position
-        return position, messages
+    def cancelled(self) -> None:
+        """Note that the broker has ended a reader, as it does when the stream is deleted."""
+        # A position means nothing in another stream of the name. To read again what was read does no harm.
+        self._was_cancelled = True
 
     async def dropped_until(self) -> datetime | None:
         assert self._server is not None
-        with refusals(self._source):
+        with refusals(self.source):
             first = await within(self._first(self._server))
-        return _published(first)[0] if first is not None and _offset(self._source, first) > 0 else None
+        return _published(first)[0] if first is not None and _offset(self.source, first) > 0 else None
 
     async def _first(self, server: AbstractConnection) -> DeliveredMessage | None:
         arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
         channel = await server.channel()
         try:
-            if not (await channel.queue_declare(self._source.queue, passive=True)).message_count:
+            if not (await channel.queue_declare(self.source.queue, passive=True)).message_count:
                 return None
-            await self._consume(channel, arrived, "first", 1)
+            await _consume(channel, self.source, arrived, "first", 1)
             return await _soon(arrived, 1.0)
         finally:
             await close(channel)
 
-    async def _read_from(self, position: int | datetime) -> None:
-        assert self._server is not None
-        if self._channel is not None:
-            await close(self._channel)
-        self._arrived = asyncio.Queue()
-        self._channel = await self._server.channel()
-        await self._consume(self._channel, self._arrived, position, _WATCHED_AT_ONCE)
-        self._at = position
+    def message(self, offset: int, raw: DeliveredMessage) -> Message:
+        where = f"the message {offset} of {self.source}"
 
-    async def _consume(
-        self, channel: AbstractChannel, into: asyncio.Queue[DeliveredMessage], start: Any, at_once: int
+        def event() -> dict[str, Any]:
+            return {
+                "queue": self.source.queue,
+                "offset": offset,
+                "timestamp": _published(raw)[0],
+                "value": value_of(raw, self._values, where),
+                **described(raw, headers_of(raw)),
+                "rabbitmq_conn_id": self.source.conn_id,
+            }
+
+        return message_of(_published(raw)[1], len(raw.body), where, event)
+
+
+class _ChannelReader(Reader[int]):
+    """Reads what arrives over a channel."""
+
+    def __init__(
+        self,
+        hub: StreamHub,
+        channel: AbstractChannel,
+        tag: str,
+        arrived: asyncio.Queue[DeliveredMessage],
+        position: int | None,
     ) -> None:
-        async def receive(message: DeliveredMessage) -> None:
-            into.put_nowait(message)
+        self.position = position
+        self._hub = hub
+        self._channel = channel
+        self._tag = tag
+        self._arrived = arrived
+        self._first: DeliveredMessage | None = None  # by which the position is known
 
-        await channel.basic_qos(prefetch_count=at_once)
-        await channel.basic_consume(self._source.queue, receive, arguments={"x-stream-offset": start})
+    async def read(self, seconds: float) -> list[Message]:
+        source = self._hub.source
+        messages: list[Message] = []
+        with refusals(source):
+            raw = self._first
+            if raw is None:
+                raw = await _soon(self._arrived, seconds)
+            self._first = None
+            if raw is not None and self.position is None:
+                self.position, self._first = _offset(source, raw), raw
+                return []
+            last = raw
+            while raw is not None:
+                last, offset = raw, _offset(source, raw)
+                if offset >= (self.position or 0):  # the broker begins at a whole chunk
+                    self.position = offset + 1
+                    messages.append(self._hub.message(offset, raw))
+                enough = len(messages) >= _AT_ONCE or self._arrived.empty()
+                raw = None if enough else self._arrived.get_nowait()
+            if last is not None:
+                await within(self._channel.basic_ack(tag_of(last), multiple=True))
+            # By what of it the client tells a cancellation in all its versions.
+            is_cancelled = self._tag not in getattr(self._channel, "consumers", {})
+            if is_cancelled and not self._channel.is_closed:
+                self._hub.cancelled()
+            if is_cancelled or self._channel.is_closed:
+                raise ConnectionResetError(f"{source} stopped sending")
+        return messages
 
-    def _message(self, offset: int, raw: DeliveredMessage) -> Message:
-        timestamp, latest = _published(raw)
-        event: dict[str, Any] = {"queue": self._source.queue, "offset": offset, "timestamp": timestamp}
-        try:
-            event["value"] = decode(raw.body, self._values, f"the message {offset} of {self._source}")
-        except EventUndecodable as error:
-            return Message(latest, {}, error)
-        headers = {name: value for name, value in headers_of(raw).items() if name != "x-stream-offset"}
-        return Message(latest, {**event, **described(raw, headers), "rabbitmq_conn_id": self._source.conn_id})
+    async def close(self) -> None:
+        await close(self._channel)
+
+
+async def _consume(
+    channel: AbstractChannel,
+    source: Source,
+    into: asyncio.Queue[DeliveredMessage],
+    start: Any,
+    at_once: int,
+) -> str:
+    async def receive(message: DeliveredMessage) -> None:
+        into.put_nowait(message)
+
+    await channel.basic_qos(prefetch_count=at_once)
+    answer = await channel.basic_consume(source.queue, receive, arguments={"x-stream-offset": start})
+    return str(answer.consumer_tag)
 
 
 async def _soon(queue: asyncio.Queue[_T], seconds: float) -> _T | None:
@@ -125,13 +169,17 @@ def _offset(source: Source, message: DeliveredMessage) -> int:
     return offset
 
 
-def _published(message: DeliveredMessage) -> tuple[datetime | None, datetime]:
-    """Return when a message says that it was published, and the latest moment that this may mean."""
+def _published(message: DeliveredMessage) -> tuple[datetime | None, datetime | None]:
+    """
+    Return when a message says that it was published, and the latest moment that this may mean.
+
+    Both are None if it says nothing, or nothing that is a moment.
+    """
     milliseconds = headers_of(message).get("timestamp_in_ms")
-    if isinstance(milliseconds, int):
-        exactly = datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+    exactly = of_epoch(milliseconds) if isinstance(milliseconds, int) else None
+    if exactly is not None:
         return exactly, exactly + timedelta(microseconds=999)
     stamp = timestamp_of(message)
     if stamp is None:
-        return None, datetime.now(timezone.utc)
+        return None, None
     return stamp, stamp + timedelta(microseconds=0 if stamp.microsecond else 999_999)

@@ -1,44 +1,44 @@
 """
 Redis Streams, and Valkey's: a consumer group as a queue, and a stream as a log.
 
-`consume` claims entries by scripts, each of which is one step on the server; `watch` reads a stream without a
-group; `client` makes Redis's client of an Airflow connection.
+`consume` receives and acknowledges entries; `watch` reads a stream without a group; `client` makes Redis's client
+of an Airflow connection.
 """
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.clients import needs
 from airflow_events.listeners.log import first_match
-from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.queue import Delivery, QueueListener, receive, skip
+from airflow_events.listeners.values import Format, OnUndecodable, check_choices, seconds
 
 needs("a Redis listener", "redis", "redis")
-
-log = logging.getLogger(__name__)
 
 DEFAULT = "redis_default"
 
 
-class RedisListener(EventListener):
+class RedisListener(QueueListener):
     """
-    Take an entry of a stream as a member of a consumer group: each entry goes to one wait, exactly once.
+    Take an entry of a stream as a member of a consumer group: each entry goes to one wait.
 
-    The claim is Redis's own list of pending entries, with the wait's id as the consumer. The event is
+    The event is
 
-    ``{"stream", "group", "id", "timestamp", "value", "redis_conn_id"}``, ``timestamp`` a datetime in UTC, from the
-    entry's id.
+    ``{"stream", "group", "id", "timestamp", "value", "server", "redis_conn_id"}``, ``timestamp`` a datetime in
+    UTC, from the entry's id, and ``server`` the connection's ``host:port/db``. Server, stream, group and id are
+    what tells the event from every other.
 
-    Entries are acknowledged and not deleted: how long a stream is, ``XADD ... MAXLEN`` or ``XTRIM`` decides. An
-    entry that is trimmed away before a wait had it is gone.
+    An entry is pending in its group until the wait's event is recorded, and is acknowledged then. One that a
+    process had in hand as it died goes to another wait after ``lease``. Entries are not deleted: how long a stream
+    is, ``XADD ... MAXLEN`` or ``XTRIM`` decides. An entry that is trimmed away before a wait had it is gone.
+
+    A group belongs to one Airflow. Its user needs ``XREADGROUP``, ``XACK``, ``XCLAIM`` and ``XAUTOCLAIM`` on the
+    stream, and ``XGROUP`` where nobody else makes the group.
     """
-
-    repeatable_poll: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -48,23 +48,28 @@ class RedisListener(EventListener):
         field: str | None = None,
         values: Format = "json",
         on_undecodable: OnUndecodable = "fail",
+        dead_letter: str | None = None,
         start: str = "0",
-        claim_timeout: float | timedelta = 3600.0,
+        lease: float | timedelta = 60.0,
         require_persistence: bool = True,
         redis_conn_id: str = DEFAULT,
     ) -> dict[str, Any]:
         """
-        Return when there is an entry that no other wait of the group has, the oldest first.
+        Return when there is an entry for this wait: those that have waited longest are served first.
 
         :param stream: its key. It is made, with the group, if it is not there.
         :param group: the consumer group.
         :param field: which of the entry's fields is the value; None makes a dict of all of them, as text.
         :param values: of what format ``field`` is; see `airflow_events.listeners.values.decode`.
-        :param on_undecodable: what to do with an entry that is not: ``fail`` fails the wait and leaves the entry
-            to others, ``skip`` acknowledges it, with a warning, and waits on.
+        :param on_undecodable: what to do with an entry that is not, or that Airflow cannot store: ``fail`` fails
+            one wait for it, and it stays pending, for no other wait; ``skip`` acknowledges it, with a warning, and
+            waits on; ``dead_letter`` adds it to the stream ``dead_letter``, and then acknowledges it.
+        :param dead_letter: a stream, on the same connection, for entries that cannot be read. What is added has
+            the entry's fields, and ``airflow-events-reason`` and ``airflow-events-source``. After a crash between
+            the two steps it has an entry twice.
         :param start: where a group that is not there yet begins: ``0`` at the first entry, ``$`` at the next one.
-        :param claim_timeout: after how many seconds an entry that a wait has claimed and not committed goes to
-            another. A wait that still lives loses nothing by it: its commit is refused, and it waits on.
+        :param lease: after how many seconds an entry that a process had in hand as it died goes to another wait. A
+            process that lives keeps what it has, however long that takes.
         :param require_persistence: refuse a server that keeps nothing on disk.
         :param redis_conn_id: an Airflow connection of type ``redis``, as the Redis provider has it: ``db``,
             ``ssl`` and ``ssl_...`` among the extras.
@@ -73,47 +78,43 @@ class RedisListener(EventListener):
         :raises SourceUnreachable: the server was away for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
-        from airflow_events.listeners.redis.client import Source, client_of, event_of
-        from airflow_events.listeners.redis.consume import Consumer, QueueHub, commit, release
+        from airflow_events.listeners.redis.client import Source, event_of
+        from airflow_events.listeners.redis.consume import Entry, GroupHub, bury
 
-        check_choices(values, on_undecodable)
+        check_choices(values, on_undecodable, dead_letter=dead_letter)
         source = Source(redis_conn_id, stream, group)
-        wait = current_wait().id
-        lapse = claim_timeout.total_seconds() if isinstance(claim_timeout, timedelta) else claim_timeout
-        key = ("redis", source, start, require_persistence)
-        while True:
-            async with shared(key, lambda: QueueHub(source, start, require_persistence)) as hub:
-                entry, fields = await hub.take(Consumer(wait, round(lapse * 1000)))
-            try:
-                event = event_of(source, entry, fields, field, values)
-            except EventUndecodable as error:
-                async with client_of(redis_conn_id) as client:
-                    if on_undecodable == "fail":
-                        await release(client, source, wait)
-                        raise
-                    await commit(client, source, wait, entry)
-                log.warning("Passed over, and acknowledged: %s", error)
-            else:
-                return {**event, "redis_conn_id": redis_conn_id}
 
-    async def event_checkpointed(self, event: Any) -> None:
-        """Acknowledge the entry, and note for ``[events] commit_memory`` seconds who did."""
+        def read(entry: Entry) -> dict[str, Any]:
+            event = event_of(source, entry.id, entry.fields, field, values)
+            return {**event, "server": entry.server, "redis_conn_id": redis_conn_id}
+
+        async def to_dead_letters(hub: GroupHub, delivery: Delivery, error: EventUndecodable) -> None:
+            assert dead_letter is not None
+            await bury(hub.client, source, delivery.message, dead_letter, error)
+
+        after = seconds(lease, "lease")
+        return await receive(
+            ("redis", source, start, after, require_persistence, field, values),
+            lambda: GroupHub(source, start, require_persistence, after),
+            read,
+            {"skip": skip, "dead_letter": to_dead_letters}.get(on_undecodable),
+        )
+
+    def event_id(self, event: Any) -> str:
+        """Return server, stream, group and id of the entry, as JSON."""
+        from airflow_events.listeners.redis.client import coordinates
+
+        # Events of the first edition do not say the server: they were held by claims.
+        return coordinates(event.get("server", ""), event["stream"], event["group"], event["id"])
+
+    async def acknowledge(self, event: Any) -> None:
+        """Acknowledge the entry by its id."""
         from airflow_events.listeners.redis.client import Source, client_of
-        from airflow_events.listeners.redis.consume import commit
+        from airflow_events.listeners.redis.consume import acknowledge
 
         source = Source(event["redis_conn_id"], event["stream"], event["group"])
         async with client_of(source.conn_id) as client:
-            await commit(client, source, current_wait().id, event["id"])
-
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Let another wait have the entry at once."""
-        from airflow_events.listeners.redis.client import Source, client_of
-        from airflow_events.listeners.redis.consume import release
-
-        stream = args[0] if args else kwargs["stream"]
-        source = Source(kwargs.get("redis_conn_id", DEFAULT), stream, kwargs.get("group", "airflow"))
-        async with client_of(source.conn_id) as client:
-            await release(client, source, current_wait().id)
+            await acknowledge(client, source, [event["id"]])
 
 
 class RedisWatchListener(EventListener):
@@ -123,7 +124,7 @@ class RedisWatchListener(EventListener):
     The event is as of `RedisListener`, without ``group``.
     """
 
-    repeatable_poll: ClassVar[bool] = True
+    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,

@@ -1,170 +1,161 @@
-"""Taking entries: each goes to one wait of its group."""
+"""Receiving entries as a member of a consumer group, and telling Redis what became of them."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from airflow_events import settings
-from airflow_events.errors import EventLost, SourceUnfit
-from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.redis.client import BLOCK, LOST, Source, connect, refusals, text
+from airflow_events.errors import EventUndecodable, SourceUnfit
+from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
+from airflow_events.listeners.redis.client import (
+    BLOCK,
+    LOST,
+    Source,
+    coordinates,
+    named,
+    refusals,
+    text,
+)
 from redis import exceptions
 from redis.asyncio import Redis
 
-# What a released claim is held by: its idle time is such that it has lapsed for whoever asks.
-_RELEASED = "=released"
-_LAPSED = 2**40
+log = logging.getLogger(__name__)
 
-# Each script is one step on the server, so that two triggerers which poll for the same wait get one claim.
-# None of them makes a consumer for a wait that gets nothing.
-_CLAIM = """
-if redis.replicate_commands then pcall(redis.replicate_commands) end
-local stream, group, wait, lapse = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
-while true do
-    local entry = nil
-    local held = redis.call('XPENDING', stream, group, '-', '+', 1, wait)
-    if #held > 0 then
-        entry = held[1][1]
-    else
-        local lapsed = redis.call('XPENDING', stream, group, 'IDLE', lapse, '-', '+', 1)
-        if #lapsed > 0 then
-            redis.call('XCLAIM', stream, group, wait, lapse, lapsed[1][1], 'JUSTID')
-            entry = lapsed[1][1]
-        else
-            local groups = redis.call('XINFO', 'GROUPS', stream)
-            local last = nil
-            for _, fields in ipairs(groups) do
-                local about = {}
-                for i = 1, #fields, 2 do about[fields[i]] = fields[i + 1] end
-                if about['name'] == group then last = about['last-delivered-id'] end
-            end
-            if #redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1) == 0 then return false end
-            local read = redis.call('XREADGROUP', 'GROUP', group, wait, 'COUNT', 1, 'STREAMS', stream, '>')
-            if not read then return false end
-            return read[1][2][1]
-        end
-    end
-    local there = redis.call('XRANGE', stream, entry, entry)
-    if #there > 0 then return there[1] end
-    -- Trimmed away while it was claimed: there is nothing to deliver.
-    redis.call('XACK', stream, group, entry)
-end
-"""
+# The consumer in whose name all of a deployment read: which process has an entry, no other need know.
+_CONSUMER = "airflow"
+# Seconds between two looks for entries that nobody has acknowledged or kept for a while.
+_LOOK_EVERY = 5.0
 
 
-_COMMIT = """
-if redis.replicate_commands then pcall(redis.replicate_commands) end
-local stream, owner = KEYS[1], KEYS[2]
-local group, wait, entry, memory = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local who = redis.call('GET', owner)
-if who then return who end
-local held = redis.call('XPENDING', stream, group, entry, entry, 1)
-if #held == 0 then return '' end
-if held[1][2] ~= wait then return held[1][2] end
-redis.call('SET', owner, wait, 'PX', memory)
-redis.call('XACK', stream, group, entry)
-if #redis.call('XPENDING', stream, group, '-', '+', 1, wait) == 0 then
-    redis.call('XGROUP', 'DELCONSUMER', stream, group, wait)
-end
-return wait
-"""
+class Entry(NamedTuple):
+    """An entry, and where it came from: see `named`."""
+
+    server: str
+    id: str
+    fields: dict[bytes, bytes]
 
 
-_RELEASE = f"""
-if redis.replicate_commands then pcall(redis.replicate_commands) end
-local stream, group, wait = KEYS[1], ARGV[1], ARGV[2]
-for _, held in ipairs(redis.call('XPENDING', stream, group, '-', '+', 1000, wait)) do
-    redis.call('XCLAIM', stream, group, '{_RELEASED}', 0, held[1], 'IDLE', '{_LAPSED}', 'JUSTID')
-end
-if #redis.call('XPENDING', stream, group, '-', '+', 1, wait) == 0 then
-    redis.call('XGROUP', 'DELCONSUMER', stream, group, wait)
-end
-return 1
-"""
-
-
-class Consumer(Seeker):
-    """A wait for an entry that no other has; ``lapse`` in milliseconds."""
-
-    def __init__(self, wait: str, lapse: int) -> None:
-        super().__init__()
-        self.wait = wait
-        self.lapse = lapse
-        self.asked = False
-
-
-class QueueHub(Hub[Consumer]):
-    """Claims entries for the waits of one group."""
+class GroupHub(QueueHub):
+    """Receives entries for the waits on one group."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = LOST
 
-    def __init__(self, source: Source, start: str, require_persistence: bool) -> None:
+    def __init__(self, source: Source, start: str, require_persistence: bool, lease: float) -> None:
         self._source = source
         self._start = start
         self._require_persistence = require_persistence
+        self._lease = round(lease * 1000)  # milliseconds
+        self._look_every = min(lease, _LOOK_EVERY)
+        self.keep_every = lease / 4
+        self._looked = 0.0
         self._client: Redis | None = None
+        self._server = ""
         super().__init__(str(source))
 
+    @property
+    def client(self) -> Redis:
+        """Redis's client, of a hub that is connected."""
+        assert self._client is not None
+        return self._client
+
     async def connect(self) -> None:
-        self._client = await connect(self._source.conn_id, 1)
+        self._client, self._server = await named(self._source.conn_id, 4)
+        self._looked = 0.0
         with refusals(self._source):
             if self._require_persistence:
                 await _check_persistence(self._client, self._source)
-            try:
-                await self._client.xgroup_create(
-                    self._source.stream, self._source.group, self._start, mkstream=True
-                )
-            except exceptions.ResponseError as error:
-                if not str(error).startswith("BUSYGROUP"):
-                    raise
+            with contextlib.suppress(exceptions.NoPermissionError):  # if it is there, nothing need be made
+                await self._make_group(self._start)
 
     async def disconnect(self) -> None:
         if self._client is not None:
             await self._client.aclose()
 
     async def serve(self) -> None:
-        client, stream = self._client, self._source.stream
-        assert client is not None
+        stream, group = self._source.stream, self._source.group
         with refusals(self._source):
-            newest = await client.xrevrange(stream, count=1)
-            last = text(newest[0][0]) if newest else "0"
-            there_may_be_more = True
-            for seeker in [seeker for seeker in self.seekers if not seeker.done]:
-                if not there_may_be_more and seeker.asked:
-                    continue
-                seeker.asked = True
-                entry = await client.eval(_CLAIM, 1, stream, self._source.group, seeker.wait, seeker.lapse)
-                if entry:
-                    seeker.give((text(entry[0]), _pairs(entry[1])))
-                else:
-                    there_may_be_more = False
-            if not there_may_be_more:
-                await client.xread({stream: last}, count=1, block=BLOCK)
+            try:
+                if time.monotonic() - self._looked >= self._look_every:
+                    await self._claim_left_over()
+                if not self.wanted:
+                    return
+                found: Any = await self.client.xreadgroup(
+                    group, _CONSUMER, {stream: ">"}, count=self.wanted, block=BLOCK
+                )
+            except exceptions.ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                # Stream or group were deleted: what has been added since is all new.
+                await self._make_group("0")
+                return
+        for _, entries in found or ():
+            for entry, fields in entries:
+                self._offer(text(entry), fields)
+
+    async def _claim_left_over(self) -> None:
+        """Claim entries that were delivered, and that nobody has acknowledged or kept for a while."""
+        place = "0-0"
+        while self.wanted:
+            found: Any = await self.client.xautoclaim(
+                self._source.stream, self._source.group, _CONSUMER, self._lease, place, count=self.wanted
+            )
+            place, entries, *_ = found
+            for entry, fields in entries:
+                if entry is not None and fields:  # Redis 6.2 says nothing of what was trimmed away
+                    self._offer(text(entry), fields)
+            if text(place) == "0-0":
+                self._looked = time.monotonic()
+                return
+
+    def _offer(self, entry: str, fields: dict[bytes, bytes]) -> None:
+        id = coordinates(self._server, self._source.stream, self._source.group, entry)
+        self.offer(id, Entry(self._server, entry, fields))
+
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        if deliveries:
+            await acknowledge(self.client, self._source, _entries(deliveries))
+
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        await self._claim(deliveries, idle=self._lease)
+
+    async def keep(self, deliveries: Mapping[str, Delivery]) -> None:
+        await self._claim(deliveries, idle=0)
+
+    async def _claim(self, deliveries: Mapping[str, Delivery], *, idle: int) -> None:
+        """Let entries have been delivered so many milliseconds ago; that does not count as a delivery."""
+        if entries := _entries(deliveries):
+            await self.client.xclaim(
+                self._source.stream, self._source.group, _CONSUMER, 0, entries, idle=idle, justid=True
+            )
+
+    async def _make_group(self, start: str) -> None:
+        try:
+            await self.client.xgroup_create(self._source.stream, self._source.group, start, mkstream=True)
+        except exceptions.ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
 
 
-def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+def _entries(deliveries: Mapping[str, Delivery]) -> list[Any]:
+    return [delivery.message.id for delivery in deliveries.values()]
 
 
-async def commit(client: Redis, source: Source, wait: str, entry: str) -> None:
-    """
-    Acknowledge an entry that ``wait`` has claimed.
-
-    :raises EventLost: another wait has it, or had it acknowledged, or somebody else did.
-    """
-    # The braces keep both keys on one node of a cluster.
-    tag = source.stream if "{" in source.stream else f"{{{source.stream}}}"
-    owner = f"airflow-events:{tag}:{source.group}:{entry}"
-    memory = round(settings.commit_memory() * 1000)
-    who = text(await client.eval(_COMMIT, 2, source.stream, owner, source.group, wait, entry, memory))
-    if who != wait:
-        holder = who or "nobody (it was acknowledged by others, or trimmed)"
-        raise EventLost(f"the entry {entry} of {source} is held by {holder}")
+async def acknowledge(client: Redis, source: Source, entries: Iterable[str]) -> None:
+    """Acknowledge entries; of those that are acknowledged already it changes nothing."""
+    with refusals(source):
+        await client.xack(source.stream, source.group, *entries)
 
 
-async def release(client: Redis, source: Source, wait: str) -> None:
-    """Let others have at once what ``wait`` has claimed and not acknowledged."""
-    await client.eval(_RELEASE, 1, source.stream, source.group, wait)
+async def bury(client: Redis, source: Source, entry: Entry, stream: str, error: EventUndecodable) -> None:
+    """Add an entry that cannot be read to a stream for such, with the reason."""
+    fields: dict[Any, Any] = {**entry.fields, REASON: error.reason}
+    fields[SOURCE] = f"the entry {entry.id} of {source}"
+    with refusals(source):
+        await client.xadd(stream, fields)
+    log.warning("Added to the dead letters in %r: %s", stream, error)
 
 
 async def _check_persistence(client: Redis, source: Source) -> None:

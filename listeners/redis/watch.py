@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, ClassVar
 
-from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.log import LogHub, Message
-from airflow_events.listeners.redis.client import BLOCK, LOST, Source, connect, event_of, moment, refusals, text
+from airflow_events.listeners.log import READ_BYTES, LogHub, Message, Reader, message_of
+from airflow_events.listeners.redis.client import LOST, Source, connect, event_of, moment, refusals, text
 from airflow_events.listeners.values import Format
 from redis import exceptions
 from redis.asyncio import Redis
 
+# How many entries are read at once, at most: the server bounds a read by nothing else.
+_AT_ONCE = 100
 
-class StreamHub(LogHub[str]):
+# An entry's id, as the server compares it.
+_Id = tuple[int, int]
+_LAST_OF_MILLISECOND = 2**64 - 1
+
+
+class StreamHub(LogHub[_Id]):
     """Reads one stream for those who watch it."""
 
     lost: ClassVar[tuple[type[BaseException], ...]] = LOST
@@ -35,15 +42,10 @@ class StreamHub(LogHub[str]):
         if self._client is not None:
             await self._client.aclose()
 
-    async def position(self, since: datetime) -> str:
-        return f"{max(round(since.timestamp() * 1000) - 1, 0)}-{2**64 - 1}"
-
-    async def read(self, position: str) -> tuple[str, list[Message]]:
+    async def reader(self, since: datetime, position: _Id | None) -> Reader[_Id]:
         assert self._client is not None
-        with refusals(self._source):
-            found = await self._client.xread({self._source.stream: position}, count=500, block=BLOCK)
-        entries = [(text(entry), fields) for _, entries in _streams(found) for entry, fields in entries]
-        return (entries[-1][0] if entries else position), [self._message(*entry) for entry in entries]
+        before = max(round(since.timestamp() * 1000) - 1, 0), _LAST_OF_MILLISECOND
+        return _EntryReader(self._client, self._source, self._message, before if position is None else position)
 
     async def dropped_until(self) -> datetime | None:
         assert self._client is not None
@@ -56,11 +58,40 @@ class StreamHub(LogHub[str]):
         return None
 
     def _message(self, entry: str, fields: dict[bytes, bytes]) -> Message:
-        try:
-            event = event_of(self._source, entry, fields, self._field, self._values)
-        except EventUndecodable as error:
-            return Message(moment(entry), {}, error)
-        return Message(event["timestamp"], event)
+        return message_of(
+            moment(entry),
+            sum(len(name) + len(content) for name, content in fields.items()),
+            f"the entry {entry} of {self._source}",
+            lambda: event_of(self._source, entry, fields, self._field, self._values),
+        )
+
+
+class _EntryReader(Reader[_Id]):
+    """Reads on behind an entry's id."""
+
+    def __init__(
+        self, client: Redis, source: Source, message: Callable[[str, dict[bytes, bytes]], Message], position: _Id
+    ) -> None:
+        self.position: _Id = position
+        self._client = client
+        self._source = source
+        self._message = message
+        self._at_once = _AT_ONCE
+
+    async def read(self, seconds: float) -> list[Message]:
+        after = "-".join(map(str, self.position))
+        # To block for 0 is to block for ever.
+        block = max(round(seconds * 1000), 1) if seconds else None
+        with refusals(self._source):
+            found = await self._client.xread({self._source.stream: after}, count=self._at_once, block=block)
+        entries = [(text(entry), fields) for _, entries in _streams(found) for entry, fields in entries]
+        messages = [self._message(*entry) for entry in entries]
+        if entries:
+            milliseconds, _, number = entries[-1][0].partition("-")
+            self.position = int(milliseconds), int(number)
+            largest = max(message.size for message in messages)
+            self._at_once = min(max(READ_BYTES // max(largest, 1), 1), _AT_ONCE)
+        return messages
 
 
 def _streams(found: Any) -> Any:

@@ -1,42 +1,20 @@
 """
-Amazon SQS: a message's visibility timeout as a claim, and its deletion as the commit.
+Amazon SQS: a queue, standard or FIFO.
 
-SQS keeps neither whose claim a message is nor who deleted it, and on a standard queue it obeys a receipt
-handle also after somebody else has received the message. What it has is time: while a message is hidden,
-nobody else receives it. So a claim here is a lease, counted by SQS's own clock (the ``Date`` of its answers,
-so that no other clock matters), and the message stays hidden for a while beyond it:
-
-=========================== ==================== ==================================================
-a commit comes              the message is there the message is gone
-=========================== ==================== ==================================================
-until ``claimed_until``     it is deleted        this wait has deleted it: nothing changes
-from then on, while hidden  `EventLost`          this wait has deleted it: nothing changes
-after ``hidden_until``      `EventLost`: nobody can tell, and nothing is touched
-=========================== ==================== ==================================================
-
-No message is deleted in the second row, so that whoever dies between a deletion and its note in Airflow has
-all of that time left to come again and be recognised.
-
-`consume` receives for the waits on a queue; `client` makes SQS's client of an Airflow connection.
+`consume` receives and deletes messages; `messages` says what a message becomes; `client` makes SQS's client of an
+Airflow connection.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from airflow_events.errors import EventLost, EventUndecodable
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.clients import needs
-from airflow_events.listeners.hub import Seeker
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.queue import Delivery, FinalIdListener, receive, skip
 from airflow_events.listeners.values import Format, OnUndecodable, check_choices
-
-if TYPE_CHECKING:
-    from airflow_events.listeners.sqs.consume import Claim
 
 needs("an SQS listener", "sqs", "aiobotocore", "airflow.providers.amazon")
 
@@ -45,25 +23,26 @@ log = logging.getLogger(__name__)
 DEFAULT = "aws_default"
 
 
-class SqsListener(EventListener):
+class SqsListener(FinalIdListener):
     """
     Take a message of a queue, standard or FIFO: each message goes to one wait.
 
-    The claim is the message's visibility timeout, and the commit deletes it. The event is
+    The event is
 
-    ``{"queue", "message_id", "timestamp", "value", "attributes", "message_group_id", "deduplication_id",
-    "sequence_number", "receive_count", "queue_url", "receipt_handle", "claimed_by", "claimed_until",
-    "hidden_until", "aws_conn_id", "region_name"}``,
+    ``{"queue", "queue_arn", "message_id", "timestamp", "value", "attributes", "message_group_id",
+    "deduplication_id", "sequence_number"}``,
 
-    ``timestamp`` the moment in which it was sent, a datetime in UTC, and ``attributes`` the message's own, as text
-    (Base64 for binary ones). The receipt handle, which the commit needs, is no credential: it is of use only to
-    who may use the queue.
+    ``queue`` the queue's name, ``timestamp`` the moment in which the message was sent, a datetime in UTC, and
+    ``attributes`` the message's own, as text (Base64 for binary ones). The queue's ARN and the message's id are
+    what tells the event from every other. With ``unwrap`` it has ``topic_arn`` and ``subject``, too.
 
-    The claim cannot be in the wait's name, since SQS keeps none, so these waits end on a worker.
-    ``docs/sources/sqs.md`` says what SQS does not promise.
+    A message stays in flight until the wait's event is recorded, and is deleted then. One that a process had in
+    hand as it died is visible again after ``lease``. Only the process that received a message can delete it. So
+    what one recorded before it died is deleted when it is received again.
+
+    The user needs ``sqs:ReceiveMessage``, ``sqs:DeleteMessage``, ``sqs:ChangeMessageVisibility``,
+    ``sqs:GetQueueAttributes``, and ``sqs:GetQueueUrl`` for a queue that is not given by its URL.
     """
-
-    repeatable_poll: ClassVar[bool] = False
 
     async def poll_for_event(
         self,
@@ -71,90 +50,72 @@ class SqsListener(EventListener):
         *,
         region_name: str | None = None,
         values: Format = "json",
+        unwrap: str | None = None,
         on_undecodable: OnUndecodable = "fail",
-        claim_timeout: float | timedelta = 900.0,
+        dead_letter: str | None = None,
+        lease: float | timedelta = 60.0,
         aws_conn_id: str | None = DEFAULT,
     ) -> dict[str, Any]:
         """
-        Return when a message was received.
+        Return when there is a message for this wait: those that have waited longest are served first.
 
-        :param queue: its name or its URL. It is never made.
-        :param region_name: None is the URL's, else the connection's, else what boto3 finds.
+        The test message that S3 sends as its notifications are set up (``s3:TestEvent``) is deleted, and goes to
+        no wait, where ``values`` is ``json``.
+
+        :param queue: its name, ARN or URL. It is never made.
+        :param region_name: None is that of its URL or ARN, else the connection's, else what boto3 finds.
         :param values: of what format the body is; see `airflow_events.listeners.values.decode`.
-        :param on_undecodable: what to do with a message that is not: ``fail`` fails the wait and makes the message
-            visible again, ``skip`` deletes it, with a warning, and waits on.
-        :param claim_timeout: within how many seconds, or what timedelta, a worker must have begun to commit; part
-            of a second counts as one. A wait that comes later loses nothing by it: its commit is refused, and it
-            waits on. The message is hidden for as long again, at most ten minutes, before others receive it.
+        :param unwrap: ``sns`` for a queue that an SNS topic sends to without raw message delivery: value and
+            attributes are then the notification's. None takes the body as it is.
+        :param on_undecodable: what to do with a message that is not, or that Airflow cannot store: ``fail`` fails
+            one wait for it, and it comes again after each ``lease``, for no other wait, until the queue's redrive
+            policy takes it; ``skip`` deletes it, with a warning, and waits on; ``dead_letter`` sends it to the
+            queue ``dead_letter``, and then deletes it.
+        :param dead_letter: the name, ARN or URL of a queue of the same region, for messages that cannot be read;
+            this needs ``sqs:SendMessage`` on it. What is sent has the message's body, its first eight attributes,
+            ``airflow-events-reason`` and ``airflow-events-source``. After a crash between the two steps a standard
+            queue has a message twice.
+        :param lease: the visibility timeout, in whole seconds, 12 hours at most: after how long a message that a
+            process had in hand as it died goes to another wait. A process that lives keeps what it has, for the 12
+            hours that SQS lets it.
         :param aws_conn_id: an Airflow connection of type ``aws``, as the Amazon provider has it; None is boto3's
             own way to find credentials.
         :raises SourceUnfit: the connection is of another type, or has no region or no credentials; there is no
-            such queue; its user may not receive, delete, hide or describe; ``claim_timeout`` is longer than SQS
-            hides a message.
+            such queue; its user may not receive, delete, hide or describe.
         :raises SourceUnreachable: SQS was away for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
         from airflow_events.listeners.sqs.client import Source, region_of
-        from airflow_events.listeners.sqs.consume import QueueHub, event_of, lease_of, let_go
+        from airflow_events.listeners.sqs.consume import SqsHub, bury, visibility
+        from airflow_events.listeners.sqs.messages import Message, S3Test, event_of
 
-        check_choices(values, on_undecodable)
+        check_choices(values, on_undecodable, dead_letter=dead_letter)
+        if unwrap not in (None, "sns"):
+            raise ValueError(f"unwrap is 'sns' or None, not {unwrap!r}")
         source = Source(aws_conn_id, region_name or region_of(queue), queue)
-        lease = lease_of(claim_timeout, source)
-        while True:
-            seeker = Seeker()
-            try:
-                async with shared(("sqs", source, lease), lambda: QueueHub(source, lease)) as hub:
-                    claim: Claim = await hub.take(seeker)
-            except asyncio.CancelledError:
-                # It may have been given a message in this very moment, which nobody else would get for long.
-                if seeker.done and not seeker.found.cancelled() and seeker.found.exception() is None:
-                    await asyncio.shield(let_go(source, seeker.found.result()))
-                raise
-            try:
-                return event_of(source, claim, lease, values)
-            except EventUndecodable as error:
-                if on_undecodable == "fail":
-                    await let_go(source, claim)
-                    raise
-                await let_go(source, claim, delete=True)
-                log.warning("Passed over, and deleted: %s", error)
 
-    async def event_checkpointed(self, event: Any) -> None:
-        """Delete the message, if the claim on it is known to be this wait's still; see this module's beginning."""
-        from airflow_events.listeners.sqs.client import Source, client_of, clock, is_there, refusals
-        from airflow_events.listeners.sqs.consume import SLACK
+        def read(message: Message) -> dict[str, Any]:
+            return event_of(source, message, values, unwrap)
 
-        source = Source(event["aws_conn_id"], event["region_name"], event["queue"])
-        where = source.message(event["message_id"])
-        if event["claimed_by"] != current_wait().id:
-            raise EventLost(f"{where} was received for {event['claimed_by']}")
-        handle = {"QueueUrl": event["queue_url"], "ReceiptHandle": event["receipt_handle"]}
-        async with client_of(source) as client:
-            with refusals(source):
-                now = await clock(client, event["queue_url"])
-                if now > event["hidden_until"]:
-                    raise EventLost(f"the claim on {where} has ended; others may have received it since")
-                if now <= event["claimed_until"]:
-                    # Nobody else can have received it. So if SQS does not know the receipt, this wait has deleted
-                    # the message before.
-                    await is_there(client.delete_message(**handle))
-                    return
-                # Asks whether the message is there, by hiding it for as long as it is hidden; less a second, since
-                # in all it may not be more than SQS's longest.
-                left = (event["hidden_until"] + SLACK - now).total_seconds() - 1
-                if await is_there(client.change_message_visibility(**handle, VisibilityTimeout=math.ceil(left))):
-                    raise EventLost(f"the commit of {where} came after {event['claimed_until'].isoformat()}")
+        async def unreadable(hub: SqsHub, delivery: Delivery, error: EventUndecodable) -> None:
+            if isinstance(error, S3Test):
+                log.info("Passed over, and deleted: %s", error.reason)
+            elif on_undecodable == "skip":
+                await skip(hub, delivery, error)
+            elif dead_letter is not None:
+                await bury(hub, delivery.message, dead_letter, error)
+            else:
+                hub.set_aside(delivery)
+                raise error
 
-    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
-        """Make the message visible at once. Without an event nothing is known to be claimed."""
-        from airflow_events.listeners.sqs.client import Source, client_of, clock, is_there, refusals
+        hidden = visibility(lease)
+        return await receive(
+            ("sqs", source, hidden, values, unwrap), lambda: SqsHub(source, hidden), read, unreadable
+        )
 
-        if event is None or event["claimed_by"] != current_wait().id:
-            return
-        source = Source(event["aws_conn_id"], event["region_name"], event["queue"])
-        handle = {"QueueUrl": event["queue_url"], "ReceiptHandle": event["receipt_handle"]}
-        async with client_of(source) as client:
-            with refusals(source):
-                # Later it would be another's claim that ends, since standard queues obey an old handle.
-                if await clock(client, event["queue_url"]) <= event["hidden_until"]:
-                    await is_there(client.change_message_visibility(**handle, VisibilityTimeout=0))
+    def event_id(self, event: Any) -> str:
+        """Return the queue's ARN and the message's id, as JSON."""
+        from airflow_events.listeners.sqs.client import coordinates
+
+        # Events of the first edition do not say the ARN: they were held by claims.
+        return coordinates(event.get("queue_arn", ""), event["message_id"])

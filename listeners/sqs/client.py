@@ -1,24 +1,25 @@
-"""SQS's client, made of an Airflow connection; its clock; and its refusals, as our errors."""
+"""SQS's client, made of an Airflow connection; and its refusals, as our errors."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 import aiobotocore.session
 import botocore.session
 from aiobotocore.credentials import AioCredentials
+from airflow.configuration import conf
 from airflow.providers.amazon.aws.hooks.base_aws import AwsBaseHook
 from airflow.providers.amazon.aws.utils.connection_wrapper import AwsConnectionWrapper
+from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import connection
-from airflow_events.listeners.shared import connected
+from airflow_events.listeners.connections import connection, known_extras
 from botocore import UNSIGNED, exceptions
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
@@ -27,8 +28,10 @@ from botocore.loaders import Loader
 if TYPE_CHECKING:
     from airflow.sdk import Connection
 
-# Seconds for which a receive waits on the server. One receive serves all waits, also those that come while it
-# waits, and it returns as soon as there is a message. The last wait to leave has to sit it out.
+log = logging.getLogger(__name__)
+
+# Seconds for which a receive waits on the server, if the one before brought nothing. It returns as soon as there
+# is a message. The last wait to leave has to sit it out.
 LONG_POLL = 5
 AWAY = (
     exceptions.ConnectionError,
@@ -38,6 +41,25 @@ AWAY = (
     OSError,
 )
 _BUSY = frozenset({"OverLimit", "RequestLimitExceeded", "ServiceUnavailable", "InternalError", "InternalFailure"})
+_ARN = re.compile(r"arn:[\w-]+:sqs:(?P<region>[\w-]+):(?P<account>\d+):(?P<name>[\w.-]+)")
+# The extras that the Amazon provider reads; and those that it did once.
+_EXTRAS = frozenset({
+    "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "session_kwargs", "profile_name",
+    "region_name", "endpoint_url", "service_config", "verify", "config_kwargs", "role_arn",
+    "assume_role_method", "assume_role_kwargs", "assume_role_with_saml",
+    "assume_role_with_web_identity_federation", "assume_role_with_web_identity_token_file",
+    "assume_role_with_web_identity_federation_audience",
+})  # fmt: skip
+_NO_MORE = {
+    "aws_account_id": "the Amazon provider does not read it; give 'role_arn'",
+    "aws_iam_role": "the Amazon provider does not read it; give 'role_arn'",
+    "external_id": "the Amazon provider does not read it; give 'assume_role_kwargs' with 'ExternalId'",
+    "host": "the Amazon provider does not read it; give 'endpoint_url'",
+    "profile": "the Amazon provider does not read it; give 'profile_name'",
+    "s3_config_file": "the Amazon provider does not read it; give 'profile_name', or keys",
+    "s3_config_format": "the Amazon provider does not read it; give 'profile_name', or keys",
+}
+_DEFAULT = "aws_default"
 _NO_QUEUE = frozenset({"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"})
 
 # The descriptions of AWS's services, which are read from disk in a thread, once for all clients.
@@ -64,47 +86,51 @@ class Source:
         return f"the message {message_id} of {self}"
 
 
+def coordinates(queue_arn: str, message_id: str) -> str:
+    """
+    Return what tells a message of a queue from every other. Its form is frozen.
+
+    SQS makes an id for each message that is sent. It is the same at each delivery, and another one where a redrive
+    moves the message from a dead-letter queue back to its queue.
+    """
+    return json.dumps([queue_arn, message_id], ensure_ascii=False)
+
+
 def region_of(queue: str) -> str | None:
-    """Return the region that a queue's URL names, if it is one of AWS's."""
+    """Return the region that a queue's ARN names, or its URL, if it is one of AWS's."""
+    if (by_name := _ARN.fullmatch(queue)) is not None:
+        return by_name["region"]
     found = re.match(r"https?://(?:[^/]*\.)?sqs(?:-fips)?\.([a-z]+-[a-z0-9-]+)\.", queue)
     return found[1] if found else None
 
 
-async def is_there(request: Any) -> bool:
-    """Make a request about a message by its receipt handle; False if SQS has none for that handle."""
+async def tried(request: Any) -> None:
+    """Make a request about a message that is not there, to see whether it is allowed."""
     try:
         await request
     except exceptions.ClientError as error:
-        about = error.response.get("Error", {}).get("Message", "")
-        if _code(error) == "MessageNotInflight":
-            return True
-        # Not each InvalidParameterValue: a visibility timeout that is refused says nothing about the message.
-        if _code(error) == "ReceiptHandleIsInvalid" or (
-            _code(error) == "InvalidParameterValue" and "parameter ReceiptHandle" in about
-        ):
-            return False
-        raise
-    return True
+        if not refuses_receipt(error.response.get("Error", {})):
+            raise
 
 
-async def clock(client: Any, url: str) -> datetime:
-    """Ask SQS what time it is."""
-    return date_of(await client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"]))
-
-
-def date_of(answer: dict[str, Any]) -> datetime:
-    """Return when SQS answered, to the second; by the own clock if something between took the header away."""
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        date = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return date.astimezone(timezone.utc)
-    return datetime.now(timezone.utc)
+def refuses_receipt(error: Mapping[str, Any]) -> bool:
+    """Whether SQS says that it has no message in flight by a receipt."""
+    code = error.get("Code")
+    # Not each InvalidParameterValue: a visibility timeout that is refused says nothing about the message.
+    return code in ("ReceiptHandleIsInvalid", "MessageNotInflight") or (
+        code == "InvalidParameterValue" and "parameter ReceiptHandle" in error.get("Message", "")
+    )
 
 
 async def url_of(client: Any, queue: str) -> str:
-    """Return a queue's URL; of a URL, itself."""
+    """Return the URL of a queue, which is given by its name, its ARN, or its URL."""
     if "://" in queue:
         return queue
-    return str((await client.get_queue_url(QueueName=queue))["QueueUrl"])
+    by_name = _ARN.fullmatch(queue)
+    of_whom = {"QueueOwnerAWSAccountId": by_name["account"]} if by_name else {}
+    return str(
+        (await client.get_queue_url(QueueName=by_name["name"] if by_name else queue, **of_whom))["QueueUrl"]
+    )
 
 
 class _Busy(OSError):
@@ -135,16 +161,6 @@ def refusals(source: Source) -> Iterator[None]:
         raise SourceUnfit(f"{source}: the connection cannot be used: {error}") from error
 
 
-def client_of(source: Source) -> contextlib.AbstractAsyncContextManager[Any]:
-    """Use the client by which the waits of this process commit and release."""
-
-    async def made() -> Any:
-        with refusals(source):
-            return await connect(source)
-
-    return connected(("sqs client", source.conn_id, source.region), made, lambda client: client.close())
-
-
 class _Credentials(AioCredentials):  # type: ignore[misc]
     """
     The credentials of the Amazon provider's own session, as an asynchronous client wants them.
@@ -169,9 +185,28 @@ class _Credentials(AioCredentials):  # type: ignore[misc]
 
 async def connect(source: Source) -> Any:
     """Make a client of an Airflow connection, which the Amazon provider's own hook reads."""
-    found = None if source.conn_id is None else await connection(source.conn_id, "aws")
+    found = await _connection(source)
+    by_name = _ARN.fullmatch(source.queue)
+    if by_name and source.region not in (None, by_name["region"]):
+        raise SourceUnfit(f"{source}: the queue is of another region than region_name says")
     session, options = await asyncio.to_thread(_prepare, source, found)
     return await session.create_client("sqs", **options).__aenter__()
+
+
+async def _connection(source: Source) -> Connection | None:
+    """Return the Airflow connection; None if there is to be none, or no default one, as `SqsHook` has it."""
+    if source.conn_id is None:
+        return None
+    try:
+        found = await connection(source.conn_id, "aws")
+    except AirflowNotFoundException:
+        if source.conn_id != _DEFAULT:
+            raise
+        log.info("There is no connection %r; the credentials are those that boto3 finds", _DEFAULT)
+        return None
+    if not conf.get("aws", "session_factory", fallback=""):  # which may read extras of its own
+        known_extras(found, _EXTRAS, _NO_MORE)
+    return found
 
 
 def _prepare(source: Source, found: Connection | None) -> tuple[Any, dict[str, Any]]:
@@ -198,6 +233,7 @@ def _prepare(source: Source, found: Connection | None) -> tuple[Any, dict[str, A
         connect_timeout=10,
         read_timeout=LONG_POLL + 10,
         retries={"total_max_attempts": 1},
+        max_pool_connections=20,
         user_agent_extra="airflow-events",
     )
     return session, {

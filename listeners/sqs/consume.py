@@ -1,196 +1,232 @@
-"""Receiving messages, and for how long each is one wait's."""
+"""Receiving messages, and telling SQS what became of them."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
+import contextlib
+import json
 import logging
 import math
-import uuid
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any, ClassVar
 
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.base import current_wait
-from airflow_events.listeners.hub import Hub, Seeker
+from airflow_events.errors import EventUndecodable
+from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
 from airflow_events.listeners.sqs.client import (
     AWAY,
     LONG_POLL,
     Source,
-    client_of,
-    clock,
     connect,
-    date_of,
-    is_there,
+    coordinates,
     refusals,
+    refuses_receipt,
+    tried,
     url_of,
 )
-from airflow_events.listeners.values import Format, decode
+from airflow_events.listeners.sqs.messages import Message
+from airflow_events.listeners.values import seconds
+from botocore import exceptions
 
 log = logging.getLogger(__name__)
 
 # SQS's longest visibility timeout, in seconds.
 _LONGEST = 12 * 3600
-# Seconds that a message stays hidden beyond its claim: as long as the claim, within these bounds.
-_SHORTEST_MEMORY, _LONGEST_MEMORY = 10, 600
-# Seconds by which moments of SQS's clock may be apart: a Date has whole seconds, and a request takes a while.
-SLACK = timedelta(seconds=3)
+# How many messages a request is about, at most.
+_BATCH = 10
+# How many requests receive at the same time, while there is much to receive.
+_RECEIVES = 8
+# Below how many receptions a redrive policy is warned of.
+_FEW = 5
+# How many attributes a message has at most, and how many characters those that we add.
+_ATTRIBUTES, _LENGTH = 10, 500
+# What SQS takes in no text.
+_REFUSED = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-@dataclass(frozen=True)
-class Lease:
-    """How long a message is one wait's, and how long it is hidden; in seconds."""
+def visibility(lease: float | timedelta) -> int:
+    """
+    Return a lease in whole seconds.
 
-    claimed: int
-    hidden: int
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A message as SQS gave it, from which queue, and when, by SQS's clock."""
-
-    url: str
-    message: dict[str, Any]
-    at: datetime
-
-    @property
-    def handle(self) -> dict[str, str]:
-        return {"QueueUrl": self.url, "ReceiptHandle": self.message["ReceiptHandle"]}
-
-    def show(self, client: Any) -> Any:
-        return client.change_message_visibility(**self.handle, VisibilityTimeout=0)
+    :raises ValueError: SQS hides no message for so long.
+    """
+    found = math.ceil(seconds(lease, "lease"))
+    if found > _LONGEST:
+        raise ValueError(f"lease is at most {_LONGEST} s, for which SQS hides a message, and not {lease!r}")
+    return found
 
 
-class QueueHub(Hub[Seeker]):
-    """Receives messages of one queue for the waits on it."""
+class SqsHub(QueueHub):
+    """
+    Receives messages for the waits on one queue.
+
+    What is set aside is not kept: it comes again after each lease, until the queue's redrive policy takes it.
+
+    :param lease: the visibility timeout, in seconds.
+    """
 
     lost: ClassVar[tuple[type[BaseException], ...]] = AWAY
 
-    def __init__(self, source: Source, lease: Lease) -> None:
-        self._source = source
+    def __init__(self, source: Source, lease: int) -> None:
+        self.source = source
         self._lease = lease
+        self.keep_every = lease / 4
         self._client: Any = None
-        self._url = ""
-        self._attempt = _attempt()
+        self._url = self._arn = ""
+        self._is_busy = False
         super().__init__(str(source))
 
+    @property
+    def client(self) -> Any:
+        """SQS's client, of a hub that is connected."""
+        assert self._client is not None
+        return self._client
+
     async def connect(self) -> None:
-        await self.disconnect()
-        with refusals(self._source):
-            self._client = await connect(self._source)
-            self._url = await url_of(self._client, self._source.queue)
-            await _check_permissions(self._client, self._url)
+        with refusals(self.source):
+            self._client = await connect(self.source)
+            self._url = await url_of(self._client, self.source.queue)
+            wanted = ["QueueArn", "RedrivePolicy"]
+            answer = await self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=wanted)
+            # Refused now rather than when there is a message in hand.
+            of_none = {"QueueUrl": self._url, "ReceiptHandle": "none"}
+            await tried(self._client.change_message_visibility(**of_none, VisibilityTimeout=0))
+            await tried(self._client.delete_message(**of_none))
+        self._arn = answer["Attributes"]["QueueArn"]
+        self._check_redrive(json.loads(answer["Attributes"].get("RedrivePolicy") or "{}"))
 
     async def disconnect(self) -> None:
         if self._client is not None:
             await self._client.close()
 
-    async def serve(self) -> None:
-        waiting = sum(not seeker.done for seeker in self.seekers)
-        receive = asyncio.ensure_future(self._receive(waiting))
-        try:
-            await asyncio.shield(receive)
-        except asyncio.CancelledError:
-            # A receive that is given up may take a message all the same, and hide it from everybody.
-            await asyncio.gather(receive, return_exceptions=True)
-            raise
+    def _check_redrive(self, policy: dict[str, Any]) -> None:
+        receptions = int(policy.get("maxReceiveCount", _FEW))
+        if receptions < _FEW:
+            message = (
+                "%s has a redrive policy with maxReceiveCount %d: a message goes to the dead-letter queue after "
+                "so many waits that ended, or processes that died, with it in hand; %d or more is better"
+            )
+            self._tell_all(logging.WARNING, message, self.source, receptions, _FEW)
 
-    async def _receive(self, most: int) -> None:
-        options: dict[str, Any] = {"MaxNumberOfMessages": min(most, 10)}
-        if self._source.is_fifo:
-            # One at a time, so that no message is given out while one of its group before it is not committed.
-            # If an answer is lost, asking under the same id gets the same message again.
-            options = {"MaxNumberOfMessages": 1, "ReceiveRequestAttemptId": self._attempt}
-        with refusals(self._source):
-            answer = await self._client.receive_message(
+    async def serve(self) -> None:
+        if not self.wanted:
+            return
+        # One of a FIFO queue at a time: SQS would give several of one group, whose order would be lost if one of
+        # them were given back. While a message is in flight, it gives no other one of its group.
+        most = 1 if self.source.is_fifo else _BATCH
+        count = min(math.ceil(self.wanted / most), _RECEIVES) if self._is_busy else 1
+        wanted = [min(most, self.wanted - most * number) for number in range(count)]
+        receives = [asyncio.ensure_future(self._receive(number, wait=count == 1)) for number in wanted]
+        try:
+            await asyncio.wait(receives)
+        except asyncio.CancelledError:
+            # A receive that is given up may take messages all the same, and hide them from everybody.
+            await asyncio.wait(receives)
+            with contextlib.suppress(Exception):
+                await self.give_back({one.id: Delivery(one.id, one) for one in _received(receives)})
+            raise
+        found = _received(receives)
+        self._is_busy = bool(found)
+        for message in found:
+            self.offer(coordinates(message.queue_arn, message.id), message)
+        for receive in receives:
+            receive.result()
+
+    async def _receive(self, most: int, *, wait: bool) -> list[Message]:
+        with refusals(self.source):
+            answer = await self.client.receive_message(
                 QueueUrl=self._url,
-                VisibilityTimeout=self._lease.hidden,
-                WaitTimeSeconds=LONG_POLL,
+                MaxNumberOfMessages=most,
+                VisibilityTimeout=self._lease,
+                WaitTimeSeconds=LONG_POLL if wait else 0,
                 AttributeNames=["All"],
                 MessageAttributeNames=["All"],
-                **options,
             )
-        self._attempt = _attempt()
-        claims = [Claim(self._url, message, date_of(answer)) for message in answer.get("Messages", ())]
-        waiting = [seeker for seeker in self.seekers if not seeker.done]
-        for seeker, claim in zip(waiting, claims, strict=False):
-            seeker.give(claim)
-        for claim in claims[len(waiting) :]:  # whose waits have gone meanwhile
-            with refusals(self._source):
-                await is_there(claim.show(self._client))
+        until = time.monotonic() + self._lease
+        return [Message(self._arn, message, until) for message in answer.get("Messages") or ()]
+
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        told = list(deliveries.values())
+        failures = await self._tell(self.client.delete_message_batch, told)
+        for delivery in told:
+            failure = failures.get(delivery, {})
+            if failure and not refuses_receipt(failure):
+                raise OSError(f"{self.name} could not delete a message: {failure}")
+            # Of a message that was visible meanwhile, SQS may confirm the deletion and have it still.
+            delivery.is_stale = bool(failure) or not _is_hidden(delivery)
+
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        # What is not hidden any more may be hidden for another, whom a standard queue would let us disturb.
+        hidden = filter(_is_hidden, deliveries.values())
+        await self._tell(self.client.change_message_visibility_batch, hidden, VisibilityTimeout=0)
+
+    async def keep(self, deliveries: Mapping[str, Delivery]) -> None:
+        for id, delivery in list(self.aside.items()):
+            if not _is_hidden(delivery):
+                del self.aside[id]
+        kept = [one for id, one in deliveries.items() if id in self.in_hand and _is_hidden(one)]
+        until = time.monotonic() + self._lease
+        change = self.client.change_message_visibility_batch
+        failures = await self._tell(change, kept, VisibilityTimeout=self._lease)
+        for delivery in kept:
+            if delivery in failures:  # it is deleted meanwhile, or comes again
+                log.debug("%s is not kept: %s", self.source.message(delivery.message.id), failures[delivery])
+            elif _is_hidden(delivery):  # if not, another may have received it meanwhile
+                delivery.message.hidden_until = until
+
+    async def _tell(self, request: Any, deliveries: Iterable[Delivery], **each: Any) -> dict[Delivery, Any]:
+        """Make a request about messages, in batches; return what SQS says of those of which it failed."""
+        told = list(deliveries)
+
+        async def tell(batch: list[Delivery]) -> dict[Delivery, Any]:
+            entries = [
+                {"Id": str(number), "ReceiptHandle": delivery.message.received["ReceiptHandle"], **each}
+                for number, delivery in enumerate(batch)
+            ]
+            with refusals(self.source):
+                answer = await request(QueueUrl=self._url, Entries=entries)
+            return {batch[int(failure["Id"])]: failure for failure in answer.get("Failed") or ()}
+
+        batches = [told[start : start + _BATCH] for start in range(0, len(told), _BATCH)]
+        answers = await asyncio.gather(*map(tell, batches))
+        return {delivery: failure for answer in answers for delivery, failure in answer.items()}
 
 
-def _attempt() -> str:
-    return str(uuid.uuid4())
+def _received(receives: Sequence[asyncio.Future[list[Message]]]) -> list[Message]:
+    """Return what those brought that did not fail."""
+    return [message for one in receives if one.exception() is None for message in one.result()]
 
 
-def lease_of(claim_timeout: float | timedelta, source: Source) -> Lease:
-    """
-    Return for how long messages are claimed and hidden.
-
-    :raises SourceUnfit: SQS hides none for so long.
-    """
-    seconds = claim_timeout.total_seconds() if isinstance(claim_timeout, timedelta) else claim_timeout
-    if not seconds > 0:
-        raise ValueError(f"claim_timeout is more than 0 seconds, not {claim_timeout!r}")
-    if seconds > _LONGEST - _LONGEST_MEMORY:
-        raise SourceUnfit(
-            f"{source}: claim_timeout is {seconds:.0f} s, and at most {_LONGEST - _LONGEST_MEMORY} s can be had: "
-            f"SQS hides a message for {_LONGEST} s at most, of which {_LONGEST_MEMORY} s are for commits that "
-            "come again"
-        )
-    claimed = math.ceil(seconds)
-    return Lease(claimed, claimed + max(_SHORTEST_MEMORY, min(claimed, _LONGEST_MEMORY)))
+def _is_hidden(delivery: Delivery) -> bool:
+    """Whether nobody else can have received it."""
+    hidden: bool = time.monotonic() < delivery.message.hidden_until
+    return hidden
 
 
-def event_of(source: Source, claim: Claim, lease: Lease, values: Format) -> dict[str, Any]:
-    """
-    Return the event that a message becomes, for the current wait.
+async def bury(hub: SqsHub, message: Message, queue: str, error: EventUndecodable) -> None:
+    """Send a message that cannot be read to a queue for such, with the reason."""
+    source = replace(hub.source, queue=queue)
+    group = message.received["Attributes"].get("MessageGroupId", "airflow-events")
+    of_fifo = {"MessageGroupId": group, "MessageDeduplicationId": message.id} if source.is_fifo else {}
+    why = _texts((REASON, error.reason), (SOURCE, error.where))
+    own = dict(list(message.attributes.items())[: _ATTRIBUTES - len(why)])
+    with refusals(source):
+        send = {"QueueUrl": await url_of(hub.client, queue), "MessageBody": message.received["Body"], **of_fifo}
+        try:
+            await hub.client.send_message(**send, MessageAttributes={**own, **why})
+        except exceptions.ClientError as refused:
+            if refused.response["Error"]["Code"] != "InvalidParameterValue":
+                raise
+            # With what was added it is too long.
+            await hub.client.send_message(**send, MessageAttributes=message.attributes)
+    log.warning("Sent to the dead letters in %r: %s", queue, error)
 
-    :raises EventUndecodable: its body is not of that format.
-    """
-    message = claim.message
-    about = message["Attributes"]
+
+def _texts(*attributes: tuple[str, str]) -> dict[str, dict[str, str]]:
+    """Return attributes as SQS takes them."""
     return {
-        "queue": source.queue,
-        "message_id": message["MessageId"],
-        "timestamp": datetime.fromtimestamp(int(about["SentTimestamp"]) / 1000, timezone.utc),
-        "value": decode(message["Body"].encode(), values, source.message(message["MessageId"])),
-        "attributes": {name: _text(value) for name, value in message.get("MessageAttributes", {}).items()},
-        "message_group_id": about.get("MessageGroupId"),
-        "deduplication_id": about.get("MessageDeduplicationId"),
-        "sequence_number": about.get("SequenceNumber"),
-        "receive_count": int(about["ApproximateReceiveCount"]),
-        "queue_url": claim.url,
-        "receipt_handle": message["ReceiptHandle"],
-        "claimed_by": current_wait().id,
-        "claimed_until": claim.at + timedelta(seconds=lease.claimed) + SLACK,
-        "hidden_until": claim.at + timedelta(seconds=lease.hidden) - SLACK,
-        "aws_conn_id": source.conn_id,
-        "region_name": source.region,
+        name: {"DataType": "String", "StringValue": _REFUSED.sub("?", text)[:_LENGTH]} for name, text in attributes
     }
-
-
-def _text(attribute: dict[str, Any]) -> str:
-    if "BinaryValue" in attribute:
-        return base64.b64encode(attribute["BinaryValue"]).decode()
-    return str(attribute["StringValue"])
-
-
-async def let_go(source: Source, claim: Claim, *, delete: bool = False) -> None:
-    """Make a message visible that was received just now, or delete it; if that fails, it lapses by itself."""
-    try:
-        async with client_of(source) as client:
-            await is_there(client.delete_message(**claim.handle) if delete else claim.show(client))
-    except Exception:
-        where = source.message(claim.message["MessageId"])
-        log.warning("%s could not be given back; its claim will have to lapse", where, exc_info=True)
-
-
-async def _check_permissions(client: Any, url: str) -> None:
-    """Let SQS refuse now what the commit will need, on a message that does not exist."""
-    await clock(client, url)
-    none = {"QueueUrl": url, "ReceiptHandle": "none"}
-    await is_there(client.change_message_visibility(**none, VisibilityTimeout=0))
-    await is_there(client.delete_message(**none))

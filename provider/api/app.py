@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from airflow.api_fastapi.core_api.security import get_user
-from airflow_events.api import callback_events, events, key_events, webhook_events
+from airflow_events.api import callback_events, events, inbox_routes, key_events, task_events, webhook_events
 from airflow_events.api.refusals import Refusal
 from airflow_events.page import routes as page
 from airflow_events.provider_info import VERSION
@@ -21,7 +21,15 @@ from sqlalchemy.exc import DBAPIError
 
 log = logging.getLogger(__name__)
 
-ROUTERS = (events.router, key_events.router, callback_events.router, webhook_events.router, page.router)
+ROUTERS = (
+    events.router,
+    key_events.router,
+    callback_events.router,
+    webhook_events.router,
+    task_events.router,
+    inbox_routes.router,
+    page.router,
+)
 
 
 def create_app() -> FastAPI:

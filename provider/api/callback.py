@@ -1,5 +1,5 @@
 """
-Addresses for those who have no Airflow account: each is for one wait, signed, and lapses.
+Addresses for those who have no Airflow account: each is for one wait, signed, and expires.
 
 Workers and triggerers sign, in templates and tasks; the API server checks. So nothing of Airflow's database is
 imported here. The signature is that of a JSON Web Token (PyJWT, which compares in constant time), with a key that
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -43,10 +44,13 @@ class Token:
     What a valid token says.
 
     :param issued: a clear of the wait after this makes the token invalid.
+    :param made_by: the task instance, by the UUID of its try, in whose run it was made. A run that is made again
+        under the same id has others. None if it is not said, as in tokens of earlier versions.
     """
 
     wait: Wait
     issued: datetime
+    made_by: uuid.UUID | None = None
 
 
 def callback_url(
@@ -56,7 +60,8 @@ def callback_url(
     Return an address by which somebody without an account can send one event to a wait of this run.
 
     In a template: ``{{ macros.airflow_events.callback_url(ti, "approval") }}``. Whoever has the address can send
-    the event; it is good for this wait only, and not after the wait was cleared or ``expires_in`` is over.
+    the event; it is good for this wait of this run only, and not after the wait was cleared or ``expires_in`` is
+    over.
 
     :param ti: any task instance of the run.
     :param task_id: of the wait.
@@ -67,7 +72,7 @@ def callback_url(
     base_url = conf.get("api", "base_url", fallback="") or ""
     if not base_url.startswith("http"):
         raise ValueError(f"callback_url needs the address of the API server, and [api] base_url is {base_url!r}")
-    token = sign(Wait(ti.dag_id, ti.run_id, task_id, map_index), seconds)
+    token = sign(Wait(ti.dag_id, ti.run_id, task_id, map_index), seconds, made_by=getattr(ti, "id", None))
     _mask(token)
     return f"{base_url.rstrip('/')}/events/callback?{urlencode({'token': token})}"
 
@@ -81,15 +86,17 @@ def _mask(token: str) -> None:
     # In a triggerer's loop the call would wait for that loop.
 
 
-def sign(wait: Wait, seconds: float) -> str:
-    """Return a token for a wait that lapses after so many seconds."""
+def sign(wait: Wait, seconds: float, *, made_by: uuid.UUID | None = None) -> str:
+    """Return a token for a wait that expires after so many seconds."""
     now = time.time()
-    claims = {
+    claims: dict[str, Any] = {
         "aud": _AUDIENCE,
         "iat": now,
         "exp": now + seconds,
         "wait": [wait.dag_id, wait.run_id, wait.task_id, wait.map_index],
     }
+    if made_by is not None:
+        claims["by"] = str(made_by)
     return jwt.encode(claims, _secret(), algorithm=_ALGORITHM)
 
 
@@ -114,7 +121,11 @@ def check(token: str) -> Token:
     except jwt.PyJWTError:
         raise TokenInvalid("the address is not valid") from None
     dag_id, run_id, task_id, map_index = claims["wait"]
-    return Token(Wait(dag_id, run_id, task_id, map_index), datetime.fromtimestamp(claims["iat"], timezone.utc))
+    return Token(
+        Wait(dag_id, run_id, task_id, map_index),
+        datetime.fromtimestamp(claims["iat"], timezone.utc),
+        uuid.UUID(claims["by"]) if "by" in claims else None,
+    )
 
 
 def _secret() -> bytes:

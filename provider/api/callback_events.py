@@ -7,13 +7,16 @@ import uuid
 from datetime import datetime, timezone
 from typing import Annotated
 
+from airflow.models.taskinstance import TaskInstance
 from airflow.models.taskinstancehistory import TaskInstanceHistory
-from airflow_events.api import inbox
+from airflow_events.api import sending
 from airflow_events.api.callback import Token, TokenExpired, TokenInvalid, check
 from airflow_events.api.events import KEPT, Answer, answer
 from airflow_events.api.refusals import Over
-from airflow_events.api.requests import ANY_JSON, IdempotencyKey, Payload, answers, in_transaction
+from airflow_events.api.requests import ANY_JSON, IdempotencyKey, Payload, answers
 from airflow_events.api.wait_rows import WaitRow
+from airflow_events.doors import in_turn
+from airflow_events.listeners.base import Wait
 from fastapi import APIRouter, Depends, HTTPException, Query, Response, status
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -46,22 +49,37 @@ router = APIRouter(dependencies=[Depends(token_of)])
     responses={**KEPT, **answers(400, 401, 403, 404, 409, 410, 413, 415, 422, 425, 503)},
     openapi_extra=ANY_JSON,
 )
-def send_by_callback(
+async def send_by_callback(
     token: TheToken, payload: Payload, response: Response, idempotency_key: IdempotencyKey = None
 ) -> Answer:
     """Do what the address by wait does, with the signature of the address in the place of a login."""
     event_id, arrived = uuid.uuid4().hex, time.time()
 
-    def work(session: Session) -> inbox.Receipt:
+    def work(session: Session) -> sending.Receipt:
+        sending.check_payload(payload)
         row = WaitRow.lock(session, token.wait)
+        if token.made_by is not None and not _is_of_run(session, token.made_by, row.wait):
+            raise Over("the run that the address was made in is gone")
         cleared = _last_clear(session, row)
         if cleared is not None and token.issued < cleared:
             raise Over(f"{token.wait.id} was cleared since the address was made")
-        return inbox.give(
+        return sending.give(
             row, payload, by="callback", event_id=event_id, idempotency_key=idempotency_key, arrived=arrived
         )
 
-    return answer(in_transaction(work), response)
+    return answer(await in_turn(work), response)
+
+
+def _is_of_run(session: Session, ti: uuid.UUID, wait: Wait) -> bool:
+    """Whether a try of a task instance belongs to the run of a wait, and not to an earlier one of the same id."""
+    tries = (
+        select(table.dag_id).where(id_ == ti, table.dag_id == wait.dag_id, table.run_id == wait.run_id)
+        for table, id_ in (
+            (TaskInstance, TaskInstance.id),
+            (TaskInstanceHistory, TaskInstanceHistory.task_instance_id),
+        )
+    )
+    return any(session.execute(each).first() is not None for each in tries)
 
 
 def _last_clear(session: Session, row: WaitRow) -> datetime | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.core_api.security import requires_access_dag
-from airflow_events.api import inbox
+from airflow_events.api import sending
 from airflow_events.api.requests import (
     ANY_JSON,
     IdempotencyKey,
@@ -16,16 +16,16 @@ from airflow_events.api.requests import (
     TimeToLive,
     UserName,
     answers,
-    in_transaction,
     json_of,
 )
+from airflow_events.doors import check_is_meant, in_turn
 from fastapi import APIRouter, Depends, Response, status
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 may_edit_tasks = Depends(requires_access_dag("PUT", DagAccessEntity.TASK_INSTANCE))
 
-router = APIRouter(dependencies=[may_edit_tasks])
+router = APIRouter(dependencies=[may_edit_tasks, Depends(check_is_meant)])
 
 _OF_WAIT = "/dags/{dag_id}/runs/{run_id}/tasks/{task_id}"
 
@@ -78,7 +78,7 @@ KEPT: dict[int | str, dict[str, object]] = {
     responses={**KEPT, **answers(400, 401, 403, 404, 409, 410, 413, 415, 422, 425, 503)},
     openapi_extra=ANY_JSON,
 )
-def send(
+async def send(
     wait: TheWait,
     by: UserName,
     payload: Payload,
@@ -88,8 +88,8 @@ def send(
 ) -> Answer:
     """Record the event for the wait and, if it has begun, end the task with it, in one transaction."""
     event_id = uuid.uuid4().hex
-    receipt = in_transaction(
-        lambda session: inbox.send(
+    receipt = await in_turn(
+        lambda session: sending.send(
             session, wait, payload, by=by, event_id=event_id, idempotency_key=idempotency_key, ttl=ttl
         )
     )
@@ -106,18 +106,18 @@ def send(
     },
     openapi_extra=json_of(Rejection.model_json_schema(), "Why."),
 )
-def reject(wait: TheWait, by: UserName, rejection: TheRejection, response: Response) -> Rejected:
+async def reject(wait: TheWait, by: UserName, rejection: TheRejection, response: Response) -> Rejected:
     """Fail the wait with a reason, without another try. A clear makes it wait anew."""
-    outcome = in_transaction(lambda session: inbox.reject(session, wait, rejection.reason, by=by))
+    outcome = await in_turn(lambda session: sending.reject(session, wait, rejection.reason, by=by))
     response.status_code = _code(outcome)
     return Rejected(status=outcome)
 
 
-def answer(receipt: inbox.Receipt, response: Response) -> Answer:
+def answer(receipt: sending.Receipt, response: Response) -> Answer:
     """Tell a sender what became of the event."""
     response.status_code = _code(receipt.status)
     return Answer(status=receipt.status, event_id=receipt.event_id, wait=receipt.wait)
 
 
-def _code(outcome: inbox.Status) -> int:
+def _code(outcome: sending.Status) -> int:
     return status.HTTP_200_OK if outcome == "delivered" else status.HTTP_202_ACCEPTED

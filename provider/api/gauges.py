@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from airflow_events import metrics, waits
-from airflow_events.api.requests import in_transaction
+from airflow_events.inbox.database import in_transaction
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import uuid
 from typing import Annotated, Literal
 
 from airflow.api_fastapi.app import get_auth_manager
+from airflow.api_fastapi.auth.managers.models.base_user import BaseUser
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity, DagDetails
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user
 from airflow.models.dag import DagModel
@@ -16,14 +17,15 @@ from airflow_events.api.requests import (
     Payload,
     TimeToLive,
     answers,
-    in_transaction,
 )
+from airflow_events.doors import check_is_meant, in_turn
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
-router = APIRouter(dependencies=[Depends(get_user)])
+router = APIRouter(dependencies=[Depends(get_user), Depends(check_is_meant)])
 
 Key = Annotated[
     str,
@@ -56,12 +58,25 @@ KEPT: dict[int | str, dict[str, object]] = {
 }
 
 
-def allowed_dags(user: GetUserDep) -> frozenset[str] | None:
+async def allowed_dags(user: GetUserDep) -> frozenset[str] | None:
     """Return the DAGs whose task instances the user may edit, or None if these are all."""
+    candidates, teams, all_dags = await in_turn(lambda session: _dags(session, user))
+    allowed = await run_in_threadpool(_allowed, user, candidates, teams)
+    if not allowed:
+        raise HTTPException(status.HTTP_403_FORBIDDEN, "you may edit the task instances of no DAG")
+    return None if allowed >= all_dags else allowed
+
+
+def _dags(session: Session, user: BaseUser) -> tuple[set[str], dict[str, str | None], set[str]]:
+    """Return which DAGs the user may edit, the teams of these, and all DAGs there are."""
+    candidates = get_auth_manager().get_authorized_dag_ids(user=user, method="PUT", session=session)
+    teams = DagModel.get_dag_id_to_team_name_mapping(list(candidates), session=session)
+    return candidates, teams, set(session.scalars(select(DagModel.dag_id)))
+
+
+def _allowed(user: BaseUser, candidates: set[str], teams: dict[str, str | None]) -> frozenset[str]:
     manager = get_auth_manager()
-    candidates = manager.get_authorized_dag_ids(user=user, method="PUT")
-    teams, all_dags = in_transaction(lambda session: _teams(session, candidates))
-    allowed = frozenset(
+    return frozenset(
         dag_id
         for dag_id in candidates
         if manager.is_authorized_dag(
@@ -71,14 +86,6 @@ def allowed_dags(user: GetUserDep) -> frozenset[str] | None:
             user=user,
         )
     )
-    if not allowed:
-        raise HTTPException(status.HTTP_403_FORBIDDEN, "you may edit the task instances of no DAG")
-    return None if allowed >= all_dags else allowed
-
-
-def _teams(session: Session, dag_ids: set[str]) -> tuple[dict[str, str | None], set[str]]:
-    teams = DagModel.get_dag_id_to_team_name_mapping(list(dag_ids), session=session)
-    return teams, set(session.scalars(select(DagModel.dag_id)))
 
 
 AllowedDags = Annotated[frozenset[str] | None, Depends(allowed_dags)]
@@ -89,10 +96,10 @@ AllowedDags = Annotated[frozenset[str] | None, Depends(allowed_dags)]
     summary="Send an event to a key",
     response_model=KeyAnswer,
     response_description="The event is durable, and the waits that are named have it.",
-    responses={**KEPT, **answers(400, 401, 403, 404, 413, 415, 422, 503)},
+    responses={**KEPT, **answers(400, 401, 403, 404, 413, 415, 422, 429, 503)},
     openapi_extra=ANY_JSON,
 )
-def send_to_key(
+async def send_to_key(
     key: Key,
     user: GetUserDep,
     dags: AllowedDags,
@@ -108,7 +115,7 @@ def send_to_key(
     It goes to waits of DAGs whose task instances the sender may edit, now.
     """
     event_id = uuid.uuid4().hex
-    receipt = in_transaction(
+    receipt = await in_turn(
         lambda session: keys.send(
             session,
             key,

@@ -1,48 +1,48 @@
 """
 Events that are sent to a key, and find the waits that have it, now or later.
 
-A wait tells its key, when it begins, by an XCom that is named after it, so those of a key are found by one
-look-up. An event for which nobody waits is kept as an Airflow Variable, which is encrypted, and is in the
-database that decides. Who sends keeps the event first and then matches, in one transaction; the API servers
-match again every now and then, for waits that begin later. So there is one way by which an event reaches a
-wait, whoever comes first.
+A wait tells the address of its key when it begins, and an event for which nobody waits is kept under the same
+address; both stand in the inbox. Who sends gives the event to a wait that is there, after those that were kept
+before it, or keeps it, in one transaction. The API servers match what is kept every now and then, for waits that
+begin later. Whoever gives an event has the lock of the wait that gets it, so nobody else gives it another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple
 
 from airflow.models.taskinstance import TaskInstance
-from airflow.models.variable import Variable
-from airflow.models.xcom import XComModel
 from airflow.utils.sqlalchemy import with_row_locks
 from airflow.utils.state import TaskInstanceState
 from airflow_events import metrics, settings
-from airflow_events.api import inbox
-from airflow_events.api.refusals import NoSuchWait, Refusal, Unfit
-from airflow_events.api.wait_rows import WaitRow, now
+from airflow_events.api import sending, variables
+from airflow_events.api.refusals import NoSuchWait, Refusal, TooMany, Unfit
+from airflow_events.api.wait_rows import WaitRow, name_of, now, until
+from airflow_events.inbox.database import begin_writing, once_committed
+from airflow_events.inbox.models import SINGLE, EventKept, EventSent, EventWait
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait
-from airflow_events.listeners.http import HttpListener, check_key, key_entry
-from sqlalchemy import delete, select
+from airflow_events.listeners.http import HttpListener, address_of, check_key
+from sqlalchemy import delete, exists, func, select
 from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
 
 log = logging.getLogger(__name__)
 
 To = Literal["one", "all"]
 
-# The names of the Variables. Those of kept events sort by the moment at which they came.
-_KEPT = "airflow_events.kept."
-_SENT = "airflow_events.sent."
+# How many kept events a sender gives to waits before its own, at most; the others are for the API servers.
+_FIRST = 10
+# How many kept events are read at once: each may be as long as a body.
+_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
@@ -54,29 +54,22 @@ class KeyReceipt:
     :param waits: `airflow_events.listeners.base.Wait.id` of each wait that has the event now.
     """
 
-    status: inbox.Status
+    status: sending.Status
     event_id: str
     key: str
     waits: list[str]
 
 
-@dataclass
-class _Kept:
+class SentBefore(Unfit):
     """
-    An event that is kept.
+    An idempotency key was used with another payload before, whose receipt this has.
 
-    :param dags: to which the sender may send; None for all.
-    :param got: which waits a broadcast has reached, by their ids.
+    :param idempotency_key: None if the sender chose none.
     """
 
-    key: str
-    event: str
-    event_id: str
-    to: To
-    until: str
-    by: str
-    dags: list[str] | None
-    got: list[str] = field(default_factory=list)
+    def __init__(self, idempotency_key: str | None, receipt: KeyReceipt) -> None:
+        super().__init__(f"the idempotency key {idempotency_key!r} was used with another payload before")
+        self.receipt = receipt
 
 
 def send(
@@ -89,62 +82,103 @@ def send(
     to: To = "one",
     event_id: str | None = None,
     idempotency_key: str | None = None,
+    identity: bytes | None = None,
     ttl: timedelta | None = None,
+    remembered: timedelta | None = None,
 ) -> KeyReceipt:
     """
     Give an event to the waits with a key.
 
+    It takes as long as there are waits that can take it, however many events are kept.
+
     :param dags: to whose waits it may go; None for all, also those that do not exist yet.
     :param to: ``one``: the wait that has waited longest, or the first that begins; ``all``: those that wait
         now, and those that begin within ``ttl``.
+    :param idempotency_key: of the sender, as far as it may reach; the same again gets the first receipt again.
+    :param identity: a digest in the place of ``idempotency_key``.
     :param ttl: for how long the event is kept; None is ``[events] http_keep`` for one wait, and not at all
         for all.
+    :param remembered: for how long at least the same idempotency key gets the first receipt; None: as long as the
+        event is kept.
+    :raises SentBefore: the idempotency key was used with another payload.
     :raises Refusal: nothing was changed.
     """
     try:
-        check_key(key)
+        address = bytes.fromhex(address_of(check_key(key)))
     except ValueError as error:
         raise Unfit(str(error)) from error
-    inbox.check_payload(payload)
-    _drop_expired(session, _KEPT + _digest(key))
-    sent = None if idempotency_key is None else _SENT + _digest(f"{key}\n{idempotency_key}")
-    if sent is not None and (before := _sent_before(session, sent)) is not None:
-        if before["digest"] != inbox.digest_of(payload):
-            raise Unfit(f"the idempotency key {idempotency_key!r} was used with another payload before")
-        return KeyReceipt(**before["receipt"])
+    sending.check_payload(payload)
+    begin_writing(session)
+    arrived, keep = time.time(), ttl or timedelta(seconds=settings.http_keep())
+    reach = None if dags is None else sorted(dags)
+    sent = None
+    identities = [] if identity is None else [identity]
+    if idempotency_key is not None:
+        # The first edition knew neither who had sent it nor to whom it might go.
+        earlier = variables.identity_of(key, idempotency_key)
+        identities = [_identity(by, reach, key, idempotency_key), earlier]
+    if identities:
+        content = bytes.fromhex(sending.digest_of(payload))
+        if (before := _sent_before(session, identities)) is not None:
+            receipt = KeyReceipt(**json.loads(before.receipt))
+            if before.content != content:
+                raise SentBefore(idempotency_key, receipt)
+            return receipt
+        # Another request with the same key waits here until this one is committed, and then finds it.
+        expires = until(max(keep, remembered or keep))
+        sent = EventSent(identity=identities[0], content=content, receipt="null", expires=expires)
+        session.add(sent)
+        session.flush()
 
-    arrived = time.time()
-    event_id = event_id or uuid.uuid4().hex
-    keep = ttl or timedelta(seconds=settings.http_keep())
-    kept = _Kept(
-        key,
-        serde.encode(payload),
-        event_id,
-        to,
-        _text(now() + (keep if to == "one" or ttl else timedelta())),
-        by,
-        None if dags is None else sorted(dags),
+    kept = EventKept(
+        address=address,
+        key=key,
+        event=serde.encode(payload),
+        event_id=event_id or uuid.uuid4().hex,
+        to=to,
+        sent_by=name_of(by),
+        dags=None if reach is None else json.dumps(reach),
+        reached="[]",
+        kept_at=now(),
+        expires=until(keep),
     )
-    _keep(session, kept)
-    only_now = None if to == "one" or ttl else event_id
-    reached, refused = _match(session, key, only_now=only_now, arrived={event_id: arrived})
-    waits = reached.get(event_id, [])
-    if not waits and (reason := refused.get(event_id)) is not None:
-        raise reason
-    if not waits and to == "all" and ttl is None:
-        raise NoSuchWait(f"no wait has the key {key!r} now, and without a ttl an event for all is not kept")
-    receipt = KeyReceipt("delivered" if waits else "kept", event_id, key, waits)
+    for_later = to == "all" and ttl is not None
+    if for_later:
+        _check_room(session, address)
+    free = _free(session, address)
+    if free and to == "one":  # whoever came first
+        _match(session, address, free, most=_FIRST)
+    given = _offer(session, kept, free, skip_locked=to == "one", arrived=arrived)
+    if not given.reached:
+        if given.refusal is not None:
+            raise given.refusal
+        if to == "all" and not for_later:
+            raise NoSuchWait(f"no wait has the key {key!r} now, and without a ttl an event for all is not kept")
+        if to == "one":
+            _check_room(session, address)
+            for_later = True
+    if for_later:
+        kept.reached = json.dumps(given.reached)
+        session.add(kept)
+    receipt = KeyReceipt("delivered" if given.reached else "kept", kept.event_id, key, given.reached)
     if sent is not None:
-        about = {"digest": inbox.digest_of(payload), "receipt": asdict(receipt)}
-        _put(session, sent, about, until=_text(now() + keep))
+        sent.receipt = json.dumps(asdict(receipt))
     if receipt.status == "kept":
-        metrics.once_committed(session, lambda: metrics.count(metrics.KEPT, listener=HttpListener.__qualname__))
+        once_committed(session, lambda: metrics.count(metrics.KEPT, listener=HttpListener.__qualname__))
+    session.flush()
     return receipt
 
 
 def wanted(session: Session) -> list[str]:
     """Return the keys of kept events for which waits have begun."""
-    return _waited_for(session, _kept_keys(session))
+    waited_for = exists().where(*can_take(EventWait.address == EventKept.address))
+    found = session.execute(
+        select(EventKept.address, func.max(EventKept.key))
+        .where(EventKept.expires > now(), waited_for)
+        .group_by(EventKept.address)
+    ).all()
+    _refused.forget_others({address for address, _ in found})
+    return [key for _, key in found]
 
 
 def match(session: Session, key: str) -> dict[str, list[str]]:
@@ -153,206 +187,252 @@ def match(session: Session, key: str) -> dict[str, list[str]]:
 
     Any number of API servers may do it at once.
     """
-    _drop_expired(session, _KEPT)
-    return _match(session, key)[0]
+    begin_writing(session)
+    address = bytes.fromhex(address_of(key))
+    return _match(session, address, _free(session, address))
 
 
-def tidy(session: Session) -> None:
-    """Drop the events that have lapsed, and what was noted for idempotency keys for long enough."""
-    _drop_expired(session, _KEPT)
-    _drop_expired(session, _SENT)
+class Begun(NamedTuple):
+    """A wait that can take an event, and which beginning of which try of it."""
+
+    wait: Wait
+    ti: uuid.UUID
+    generation: int
+
+
+@dataclass
+class _Given:
+    """
+    What became of an event that was offered to waits.
+
+    :param reached: the ids of those that took it.
+    :param refusal: why the last that did not want it did not.
+    :param is_sure: whether those that did not take it never will.
+    """
+
+    reached: list[str] = field(default_factory=list)
+    refusal: Refusal | None = None
+    is_sure: bool = True
+
+
+class _Refused:
+    """
+    Which kept events were refused by all the waits that could take one, as far as this process has seen.
+
+    Without it, each pass would read and check anew whatever is kept and fits no wait. It forgets all after some
+    minutes: a DAG may have another schema by then.
+    """
+
+    _LONGEST = 300.0  # seconds
+
+    def __init__(self) -> None:
+        self._by_address: dict[bytes, tuple[frozenset[Begun], frozenset[str]]] = {}
+        self._since = time.monotonic()
+
+    def by(self, address: bytes) -> tuple[frozenset[Begun], frozenset[str]]:
+        """Return which waits have refused which events, by their ``event_id``."""
+        if time.monotonic() - self._since > self._LONGEST:
+            self._by_address, self._since = {}, time.monotonic()
+        return self._by_address.get(address, (frozenset(), frozenset()))
+
+    def note(self, address: bytes, waits: Iterable[Begun], events: Iterable[str]) -> None:
+        """Note that all of these waits have refused all of these events."""
+        self._by_address[address] = frozenset(waits), frozenset(events)
+
+    def forget_others(self, addresses: Collection[bytes]) -> None:
+        """Forget what is of no use any more."""
+        self._by_address = {key: value for key, value in self._by_address.items() if key in addresses}
+
+
+_refused = _Refused()
 
 
 def _match(
-    session: Session,
-    key: str,
-    *,
-    only_now: str | None = None,
-    arrived: Mapping[str, float] | None = None,
-) -> tuple[dict[str, list[str]], dict[str, Refusal]]:
+    session: Session, address: bytes, free: list[Begun], *, most: int | None = None
+) -> dict[str, list[str]]:
     """
-    Give the kept events of a key to its waits, the oldest first.
+    Give kept events of an address to its waits, the oldest first; return which waits each event reached.
 
-    :param only_now: the event that is not kept any longer than this.
-    :param arrived: when the event came that is sent just now, in seconds since the epoch.
-    :return: by event: the waits that it reached, and why the last that did not want it did not.
+    :param free: the waits; those that have got one are taken out.
+    :param most: how many events to look at; None for all.
     """
-    reached: dict[str, list[str]] = {}
-    refused: dict[str, Refusal] = {}
-    rows = session.scalars(
-        with_row_locks(
-            select(Variable)
-            .where(Variable.key.startswith(_KEPT + _digest(key), autoescape=True))
-            .order_by(Variable.key),
-            session,
-            skip_locked=True,
-            key_share=False,
-        )
+    kept_now = session.execute(
+        select(EventKept.id, EventKept.event_id)
+        .where(EventKept.address == address, EventKept.expires > now())
+        .order_by(EventKept.id)
+        .limit(most)
     ).all()
-    for row in rows:
-        if (kept := _read(row)) is None:
+    had, refused = _refused.by(address)
+    others = [wait for wait in free if wait not in had]
+    # What all of them have refused is not for this pass.
+    todo = [id for id, event_id in kept_now if others or event_id not in refused]
+    refused_now = set() if others else {event_id for _, event_id in kept_now} & refused
+    reached: dict[str, list[str]] = {}
+    for start in range(0, len(todo), _AT_ONCE):
+        if not free:
+            break
+        query = select(EventKept).where(EventKept.id.in_(todo[start : start + _AT_ONCE])).order_by(EventKept.id)
+        for kept in session.scalars(with_row_locks(query, session, skip_locked=True, key_share=False)).all():
+            given = _offer(session, kept, others if kept.event_id in refused else free)
+            if given.reached:
+                reached[kept.event_id] = given.reached
+                free[:] = [begun for begun in free if begun.wait.id not in given.reached]
+                others = [begun for begun in others if begun.wait.id not in given.reached]
+                if kept.to == "one":
+                    session.delete(kept)
+                    continue
+                kept.reached = json.dumps([*json.loads(kept.reached), *given.reached])
+            if given.is_sure:
+                refused_now.add(kept.event_id)
+    session.flush()
+    if most is None:
+        _refused.note(address, free, refused_now)
+    return reached
+
+
+def _offer(
+    session: Session,
+    kept: EventKept,
+    waits: Iterable[Begun],
+    *,
+    skip_locked: bool = True,
+    arrived: float | None = None,
+) -> _Given:
+    """
+    Give an event to those of ``waits`` that it may go to, or to the first of them that takes it.
+
+    :param skip_locked: pass over those that somebody else has locked, who is giving them an event. An event for
+        all that wait now must wait for them instead, and takes them in the order in which the inbox locks them, so
+        that no two wait for each other.
+    :param arrived: when the event came, in seconds since the epoch; None if it was kept until now.
+    """
+    given = _Given()
+    dags, had = None if kept.dags is None else set(json.loads(kept.dags)), set(json.loads(kept.reached))
+    event = serde.decode(kept.event)
+    if not skip_locked:
+        waits = sorted(waits, key=lambda begun: begun.ti)
+    for wait, _, generation in waits:
+        if wait.id in had or (dags is not None and wait.dag_id not in dags):
             continue
-        event = serde.decode(kept.event)
-        for wait in _waits(session, kept, lock=kept.to == "one"):
-            waiting = _still_waiting(session, wait, key)
-            if waiting is None:
-                continue
-            try:
-                with session.begin_nested():  # so that a wait that refuses is left as it was
-                    came = (arrived or {}).get(kept.event_id)
-                    inbox.give(waiting, event, by=kept.by, event_id=kept.event_id, arrived=came)
-            except Refusal as refusal:
-                refused[kept.event_id] = refusal
-                continue
-            kept.got.append(wait.id)
-            reached.setdefault(kept.event_id, []).append(wait.id)
-            if kept.to == "one":
-                break
-        if kept.event_id == only_now or (kept.to == "one" and kept.got):
-            session.delete(row)
-        elif kept.event_id in reached:
-            row.set_val(json.dumps(asdict(kept)))
-        session.flush()
-    return reached, refused
+        try:
+            with session.begin_nested():  # so that a wait that refuses is left as it was
+                row = WaitRow.lock_if_free(session, wait) if skip_locked else WaitRow.lock(session, wait)
+                if row is None or not can_still_take(row, kept.address, generation):
+                    given.is_sure = False
+                    continue
+                sending.give(row, event, by=kept.sent_by, event_id=kept.event_id, arrived=arrived)
+        except NoSuchWait:
+            given.is_sure = False
+            continue
+        except Refusal as refusal:
+            given.refusal = refusal
+            given.is_sure = given.is_sure and isinstance(refusal, Unfit)
+            continue
+        given.reached.append(wait.id)
+        if kept.to == "one":
+            break
+    return given
 
 
-def _waits(session: Session, kept: _Kept, *, lock: bool) -> Iterator[Wait]:
-    """
-    Find the waits with a key that an event may go to, in the order in which they began.
-
-    :param lock: pass over those that somebody else has locked, who is giving them an event. An event for all
-        must wait for them instead, and takes them in an order in which no two senders wait for each other.
-    """
+def _free(session: Session, address: bytes) -> list[Begun]:
+    """Find the waits with an address that have begun and have no event, in the order in which they began."""
     ti = TaskInstance
-    query = (
-        select(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
-        .join(
-            XComModel,
-            (XComModel.dag_id == ti.dag_id)
-            & (XComModel.run_id == ti.run_id)
-            & (XComModel.task_id == ti.task_id)
-            & (XComModel.map_index == ti.map_index),
-        )
-        .where(XComModel.key == key_entry(kept.key), ti.state == TaskInstanceState.DEFERRED)
+    found = session.execute(
+        select(ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.id, EventWait.generation)
+        .where(*can_take(EventWait.address == address))
+        .order_by(EventWait.since, ti.id)
     )
-    if kept.dags is not None:
-        query = query.where(ti.dag_id.in_(kept.dags))
-    if not lock:
-        query = query.order_by(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
-        for found in session.execute(query).all():
-            if (wait := Wait(*found)).id not in kept.got:
-                yield wait
-        return
-    query = query.order_by(XComModel.timestamp, ti.id)
-    for passed in itertools.count():
-        one = with_row_locks(query.offset(passed).limit(1), session, of=ti, skip_locked=True, key_share=False)
-        if (next_one := session.execute(one).one_or_none()) is None:
-            return
-        yield Wait(*next_one)
+    return [Begun(Wait(*row[:4]), row.id, row.generation) for row in found]
 
 
-def _still_waiting(session: Session, wait: Wait, key: str) -> WaitRow | None:
-    """Lock a wait and return it if it waits for this key; an XCom of an earlier try may name another."""
-    try:
-        row = WaitRow.lock(session, wait)
-    except NoSuchWait:
-        return None
-    if not row.waiting or row.key != key:
-        return None
-    if (stored := row.record()) is not None:
-        inbox.end_lapsed(row, stored)
-        return None
-    return row
+def can_take(which: ColumnElement[bool]) -> list[ColumnElement[bool]]:
+    """Whether a wait with its task instance can take an event: with the address of this try, and with no other."""
+    ti = TaskInstance
+    return [
+        which,
+        EventWait.place == SINGLE,
+        EventWait.phase.is_(None),
+        EventWait.dag_id == ti.dag_id,
+        EventWait.task_id == ti.task_id,
+        EventWait.run_id == ti.run_id,
+        EventWait.map_index == ti.map_index,
+        EventWait.clears == ti.max_tries,
+        ti.state == TaskInstanceState.DEFERRED,
+    ]
 
 
-def _waited_for(session: Session, keys: Iterable[str]) -> list[str]:
-    """Return those of ``keys`` that waits may have."""
-    names = {key_entry(key): key for key in keys}
-    found: list[str] = []
-    ordered = sorted(names)
-    for start in range(0, len(ordered), 500):
-        part = ordered[start : start + 500]
-        entries = session.scalars(
-            select(XComModel.key)
-            .distinct()
-            .join(
-                TaskInstance,
-                (XComModel.dag_id == TaskInstance.dag_id)
-                & (XComModel.run_id == TaskInstance.run_id)
-                & (XComModel.task_id == TaskInstance.task_id)
-                & (XComModel.map_index == TaskInstance.map_index),
-            )
-            .where(XComModel.key.in_(part), TaskInstance.state == TaskInstanceState.DEFERRED)
-        )
-        found += [names[entry] for entry in entries]
+def can_still_take(row: WaitRow, address: bytes, generation: int) -> bool:
+    """Whether a wait that is locked can still take an event: with this address, and since this beginning."""
+    is_same = row.row is not None and row.address == address and row.row.generation == generation
+    return is_same and row.waiting and row.record() is None
+
+
+def _identity(by: str, dags: list[str] | None, key: str, idempotency_key: str) -> bytes:
+    """
+    Return by what a sender's repeated event is recognised.
+
+    The sender is part of it, and what it may reach, so that nobody reads another's receipt, nor swallows another's
+    event. Rows hold it: the form is frozen.
+    """
+    return hashlib.sha256(json.dumps([by, dags, key, idempotency_key]).encode()).digest()
+
+
+def _sent_before(session: Session, identities: Collection[bytes]) -> EventSent | None:
+    query = select(EventSent).where(EventSent.identity.in_(identities)).order_by(EventSent.identity)
+    found = None
+    for row in session.scalars(with_row_locks(query, session, key_share=False)).all():
+        if row.expires > now():
+            found = row
+        else:
+            session.delete(row)
+    session.flush()
     return found
 
 
-def _kept_keys(session: Session) -> set[str]:
-    names = session.scalars(select(Variable.key).where(Variable.key.startswith(_KEPT, autoescape=True)))
-    by_digest = {name.split(".")[2]: name for name in names}
-    for gone in _keys.keys() - by_digest.keys():
-        _keys.pop(gone, None)
-    for digest, name in by_digest.items():
-        if digest not in _keys:
-            row = session.scalar(select(Variable).where(Variable.key == name))
-            if row is not None:
-                kept = _read(row)
-                _keys[digest] = None if kept is None else kept.key
-    return {key for digest in by_digest if (key := _keys.get(digest)) is not None}
+class _Total:
+    """How many events are kept in all: counted every some seconds, since that takes as long as they are many."""
+
+    _LONGEST, _SHORTEST = 10.0, 1.0  # seconds
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._counted = float("-inf")
+
+    def reaches(self, session: Session, most: int) -> bool:
+        """Whether so many are kept, or will be with one more that is about to be."""
+        age = time.monotonic() - self._counted
+        if age > (self._SHORTEST if self._number >= most else self._LONGEST):
+            number = session.scalar(select(func.count()).select_from(EventKept).where(EventKept.expires > now()))
+            self._number, self._counted = number or 0, time.monotonic()
+        if self._number >= most:
+            return True
+        self._number += 1
+        return False
 
 
-# The key of each digest, so that not all kept events need to be decrypted again and again. None: nobody can tell.
-_keys: dict[str, str | None] = {}
+_total = _Total()
 
 
-def _read(row: Variable) -> _Kept | None:
-    """Return what a Variable holds; None if that is no event, which must not hold up the others."""
-    try:
-        return _Kept(**json.loads(row.get_val()))
-    except (TypeError, ValueError):
-        log.exception(
-            "The Variable %s cannot be read, and nobody gets the event that was kept in it: it was encrypted with "
-            "another Fernet key, changed by hand, or written by another version of this provider",
-            row.key,
+def _check_room(session: Session, address: bytes) -> None:
+    """
+    Check that one more event may be kept.
+
+    :raises TooMany: it may not.
+    """
+    for_key, of_key = settings.http_most_kept_for_key(), EventKept.address == address
+    if _are(session, for_key, of_key):
+        session.execute(
+            delete(EventKept)
+            .where(of_key, EventKept.expires <= now())
+            .execution_options(synchronize_session=False)
         )
-        return None
+        if _are(session, for_key, of_key):
+            raise TooMany(f"{for_key} events are kept for this key, and no more ([events] http_most_kept_for_key)")
+    if _total.reaches(session, in_all := settings.http_most_kept()):
+        raise TooMany(f"{in_all} events are kept for all keys, and no more ([events] http_most_kept)")
 
 
-def _keep(session: Session, kept: _Kept) -> None:
-    name = f"{_KEPT}{_digest(kept.key)}.{time.time_ns():020d}.{kept.event_id}"
-    _put(session, name, asdict(kept), until=kept.until)
-
-
-def _put(session: Session, name: str, value: Any, *, until: str) -> None:
-    session.add(Variable(key=name, val=json.dumps(value), description=until))
-    session.flush()
-
-
-def _sent_before(session: Session, name: str) -> dict[str, Any] | None:
-    row = session.scalar(select(Variable).where(Variable.key == name))
-    if row is None:
-        return None
-    if row.description < _text(now()):
-        session.delete(row)
-        session.flush()
-        return None
-    return dict(json.loads(row.get_val()))
-
-
-def _drop_expired(session: Session, prefix: str) -> None:
-    """Drop what has lapsed: a write, with which the transaction begins, as SQLite needs it."""
-    session.execute(
-        delete(Variable)
-        .where(Variable.key.startswith(prefix, autoescape=True), Variable.description < _text(now()))
-        .execution_options(synchronize_session=False)
-    )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def _text(moment: datetime) -> str:
-    """Write a moment such that the order of texts is that of moments; Airflow's page shows it."""
-    return f"until {moment.isoformat(timespec='microseconds')}"
+def _are(session: Session, many: int, which: ColumnElement[bool]) -> bool:
+    """Whether there are so many kept events, without a look at more."""
+    some = select(EventKept.id).where(which).limit(many).subquery()
+    return (session.scalar(select(func.count()).select_from(some)) or 0) >= many

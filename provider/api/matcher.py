@@ -1,21 +1,23 @@
-"""What goes on as long as the API server lives: kept events are given to waits that begin, and waits counted."""
+"""
+What goes on as long as the API server lives.
+
+Kept events are given to waits that begin, parked waits end when they are due, waits are counted, and the inbox is
+seen to.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 
 from airflow_events import settings
-from airflow_events.api import gauges, keys
-from airflow_events.api.requests import in_transaction
+from airflow_events.api import gauges, hosting, keys, seeking, upkeep, variables, waking
+from airflow_events.inbox.database import in_transaction
 from sqlalchemy.exc import OperationalError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
-
-_TIDY = 300  # passes
 
 
 class Matcher:
@@ -28,6 +30,7 @@ class Matcher:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._failing = False
+        self._took_over = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -38,7 +41,15 @@ class Matcher:
         async def watched() -> Message:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                tasks.extend(asyncio.create_task(work) for work in (self._run(), gauges.keep_telling()))
+                works = (
+                    self._run(),
+                    waking.keep_waking(),
+                    hosting.keep_hosts(),
+                    seeking.keep_looking(),
+                    gauges.keep_telling(),
+                    upkeep.keep_up(),
+                )
+                tasks.extend(asyncio.create_task(work) for work in works)
             else:
                 for task in tasks:
                     task.cancel()
@@ -53,11 +64,12 @@ class Matcher:
                     await task
 
     async def _run(self) -> None:
-        for passed in itertools.count():
+        while True:
             await asyncio.sleep(settings.http_match_interval())
             try:
-                if passed % _TIDY == 0:
-                    await asyncio.to_thread(in_transaction, keys.tidy)
+                if not self._took_over:
+                    await asyncio.to_thread(variables.take_over)
+                    self._took_over = True
                 await asyncio.to_thread(match_once)
             except Exception:
                 # Once for each time that the database is away; the events stay where they are.

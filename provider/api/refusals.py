@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from airflow_events.errors import EventsError
+from airflow_events.listeners import schemas
 
 
 class Refusal(EventsError):
@@ -39,11 +40,33 @@ class Unfit(Refusal):
     status = 422
 
 
+class Misfit(Unfit):
+    """
+    The payload does not fit the wait's schema.
+
+    Why is only worked out where it is said: that may take a while, and as this is raised the wait is locked.
+    """
+
+    def __init__(self, schema: Any, payload: Any) -> None:
+        super().__init__()
+        self._judged = schema, payload
+
+    def __str__(self) -> str:
+        return schemas.misfit(*self._judged)
+
+
 class TooEarly(Refusal):
     """What the wait wants is not known before it begins."""
 
     status = 425
     retry_after = 10
+
+
+class TooMany(Refusal):
+    """More events are kept than are allowed to be."""
+
+    status = 429
+    retry_after = 60
 
 
 class Moving(Refusal):

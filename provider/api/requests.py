@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from airflow.api_fastapi.core_api.security import GetUserDep
-from airflow.utils.retries import MAX_DB_RETRIES, run_with_db_retries
-from airflow.utils.session import create_session
-from airflow_events import metrics, settings
+from airflow_events import settings
+from airflow_events.doors import check_is_json
 from airflow_events.listeners.base import Wait
 from airflow_events.waits.tables import Name
 from fastapi import Depends, Header, HTTPException, Query, Request, status
-from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-_T = TypeVar("_T")
+_SHORT = 10_000  # bytes
 
 _MapIndex = Annotated[
     int, Query(ge=-1, lt=2**31, description="Which one of a mapped task; -1 for a task that is not mapped.")
@@ -35,20 +34,6 @@ IdempotencyKey = Annotated[
         ),
     ),
 ]
-
-
-def in_transaction(work: Callable[[Session], _T], *, again: bool = True) -> _T:
-    """
-    Return what ``work`` returns, once its transaction is committed.
-
-    :param again: whether to do it again where the database gave up the transaction (a deadlock, a lost
-        connection); it must find out for itself what an earlier attempt may have committed.
-    """
-    for attempt in run_with_db_retries(MAX_DB_RETRIES if again else 1):
-        with attempt, create_session(scoped=False) as session:
-            result = work(session)
-    metrics.were_committed(session)
-    return result
 
 
 def wait_of(dag_id: Name, run_id: Name, task_id: Name, map_index: _MapIndex = -1) -> Wait:
@@ -79,14 +64,18 @@ TimeToLive = Annotated[timedelta | None, Depends(time_to_live)]
 
 
 async def raw_body(request: Request) -> bytes:
-    """Read a body of JSON, and no more of it than is allowed."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise HTTPException(
-            status.HTTP_415_UNSUPPORTED_MEDIA_TYPE,
-            f"the body is {media_type or 'of no type'}, and must be application/json",
-        )
-    limit = settings.http_max_body()
+    """Read the body of an event."""
+    return await read(request, settings.http_max_body(), "http_max_body")
+
+
+async def read(request: Request, limit: int, option: str) -> bytes:
+    """
+    Read a body of JSON, and no more of it than is allowed.
+
+    :param limit: in bytes.
+    :param option: of ``[events]``, that sets it.
+    """
+    check_is_json(request.headers)
     parts: list[bytes] = []
     size = 0
     try:
@@ -95,7 +84,7 @@ async def raw_body(request: Request) -> bytes:
             if size > limit:
                 raise HTTPException(
                     status.HTTP_413_CONTENT_TOO_LARGE,
-                    f"the body is larger than {limit} bytes ([events] http_max_body)",
+                    f"the body is larger than {limit} bytes ([events] {option})",
                 )
             parts.append(part)
     except ClientDisconnect:
@@ -115,7 +104,12 @@ def parse(raw: bytes) -> Any:
 
 async def json_body(request: Request) -> Any:
     """Return the body."""
-    return parse(await raw_body(request))
+    return await parsed(await raw_body(request))
+
+
+async def parsed(raw: bytes) -> Any:
+    """Return what a body says; a long one is read outside the event loop."""
+    return parse(raw) if len(raw) < _SHORT else await run_in_threadpool(parse, raw)
 
 
 Payload = Annotated[Any, Depends(json_body)]
@@ -146,6 +140,8 @@ REFUSALS: Mapping[int, str] = {
     422: "The body is no JSON, does not fit the wait's schema, or cannot be stored; or the idempotency key was "
     "used with another body.",
     425: "What the wait takes is not known before it begins. `Retry-After` says when to try again.",
+    429: "As many events are kept as `[events] http_most_kept_for_key` or `http_most_kept` allows. `Retry-After` "
+    "says when to try again.",
     503: "The wait is between two states, or the database is busy. `Retry-After` says when to try again.",
 }
 

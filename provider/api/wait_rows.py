@@ -1,4 +1,4 @@
-"""A wait as Airflow's database has it: its task instance, what it wants, its record."""
+"""A wait as Airflow's database has it: its task instance, what it wants, and its row in the inbox."""
 
 from __future__ import annotations
 
@@ -9,33 +9,26 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from airflow.api_fastapi.common.dagbag import create_dag_bag
-from airflow.models.log import Log
 from airflow.models.taskinstance import TaskInstance
-from airflow.models.xcom import XComModel
-from airflow.sdk.execution_time.xcom import XCom
-from airflow.state import TaskScope, get_state_backend
+from airflow.utils.sqlalchemy import with_row_locks
 from airflow.utils.state import DagRunState, TaskInstanceState
 from airflow_events.api.refusals import NoSuchWait
-from airflow_events.listeners import serde
-from airflow_events.listeners.base import Wait
-from airflow_events.listeners.commit import Phase, Record
-from airflow_events.listeners.http import KEY, HttpListener
-from airflow_events.triggers.event import EventTrigger
-from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
+from airflow_events.inbox import legacy, tasks
+from airflow_events.inbox.entries import End, Phase
+from airflow_events.inbox.models import LATEST, SINGLE, EventWait
+from airflow_events.inbox.transactions import NOT_PARKED
+from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.http import HttpListener
 from airflow_events.waits import tables
-from airflow_events.waits.arguments import decoded
-from sqlalchemy import select
+from airflow_events.waits.arguments import decoded, kwargs_of
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
-from sqlalchemy.sql.elements import ColumnElement
 
 _LISTENER = f"{HttpListener.__module__}:{HttpListener.__qualname__}"
 # Airflow writes the source of the class into the serialized DAG for a mapped task, and nothing better.
 _MAPPED_LISTENER = f"class {HttpListener.__qualname__}("
-_TRIGGER = f"{EventTrigger.__module__}.{EventTrigger.__qualname__}"
-
-# By how much the clocks of scheduler, triggerers and API servers may differ. When a wait begins within this of
-# the moment at which an early event lapses, it has the event.
-_CLOCKS = timedelta(seconds=60)
+# Class paths of triggers are frozen, and an API server needs nothing of theirs.
+_TRIGGER = "airflow_events.triggers.event.EventTrigger"
 
 _ENDED = frozenset(
     {
@@ -47,53 +40,89 @@ _ENDED = frozenset(
     }
 )
 
+# Longest name of a sender that a row holds.
+_LONGEST_NAME = 250
 
-@dataclass(frozen=True)
+_NO_EVENT: dict[str, Any] = dict.fromkeys(
+    ("event", "recorded_after", "delivered_at", "reason", "expires", "receipt")
+)
+
+
+@dataclass
 class WaitRow:
     """
-    A wait whose task instance this transaction has locked.
+    A wait whose task instance this transaction has locked, and after it its row in the inbox.
 
+    :param task: the task instance as it was then.
+    :param operator: of the serialized DAG; None if that has no such task any more.
     :param wants: what ``WaitForEventOperator.event_wait`` says, without ``schema`` where that is unknown.
-    :param trigger: the arguments of its trigger; None while the wait is not deferred.
+    :param trigger: the arguments of its trigger, or of that which it had before it was parked; None while the wait
+        is not deferred.
+    :param row: None if it has never begun, and nothing was sent to it.
+    :param listener: what it is of, for the metrics.
+    :param ending: where `end` puts how the task ends, for who ends many at once by `tasks.end`;
+        None: it ends the task itself.
     """
 
     session: Session
     wait: Wait
+    task: tasks.Task
     ti: TaskInstance
-    task: Any
+    operator: Any
     wants: dict[str, Any]
     trigger: dict[str, Any] | None
+    row: EventWait | None
+    listener: type[EventListener] = HttpListener
+    ending: list[tuple[tasks.Task, End]] | None = None
 
     @classmethod
     def lock(cls, session: Session, wait: Wait) -> WaitRow:
         """
-        Lock a wait's task instance until the end of the transaction, and read it.
+        Lock a wait until the end of the transaction, and read it.
 
         :raises NoSuchWait: it is not there, or is not for HTTP events.
         """
-        key = (wait.dag_id, wait.run_id, wait.task_id, wait.map_index)
-        tables.lock(session, key)
-        where = tables.is_(TaskInstance, key)
-        ti = session.scalar(select(TaskInstance).where(*where).execution_options(populate_existing=True))
-        if ti is None:
+        if (found := cls._lock(session, wait, skip_locked=False)) is None:
             raise NoSuchWait(f"there is no task instance {wait.id}")
-        return cls._read(session, wait, ti)
+        return found
 
     @classmethod
-    def _read(cls, session: Session, wait: Wait, ti: TaskInstance) -> WaitRow:
-        trigger = _trigger(ti)
+    def lock_if_free(
+        cls, session: Session, wait: Wait, listener: type[EventListener] = HttpListener
+    ) -> WaitRow | None:
+        """
+        Do what `lock` does, or return None if it is not there, or another transaction has locked it.
+
+        :param listener: what it is known to be of, or of a subclass; of `HttpListener` it has to be itself.
+        :raises NoSuchWait: it is not for HTTP events, or its DAG is gone.
+        """
+        return cls._lock(session, wait, listener, skip_locked=True)
+
+    @classmethod
+    def _lock(
+        cls, session: Session, wait: Wait, listener: type[EventListener] = HttpListener, *, skip_locked: bool
+    ) -> WaitRow | None:
+        names = (wait.dag_id, wait.task_id, wait.run_id, wait.map_index)
+        task = tasks.lock_one(session, *names, skip_locked=skip_locked)
+        if task is None:
+            return None
+        ti = session.scalars(
+            select(TaskInstance).where(TaskInstance.id == task.id).execution_options(populate_existing=True)
+        ).one()
+        row = _row(session, task)
+        trigger = _trigger(ti, row)
         dag = _dag_bag().get_dag_for_run(ti.dag_run, session=session)
-        task = dag.get_task(wait.task_id) if dag is not None and dag.has_task(wait.task_id) else None
-        wants = _wants(task, trigger)
-        if wants is None or wants["listener"] != _LISTENER:
+        operator = dag.get_task(wait.task_id) if dag is not None and dag.has_task(wait.task_id) else None
+        wants = _wants(operator, trigger)
+        if wants is None or (listener is HttpListener and wants["listener"] != _LISTENER):
             raise NoSuchWait(f"{wait.id} does not wait for HTTP events: it is no wait of HttpListener")
-        return cls(session, wait, ti, task, wants, trigger)
+        return cls(session, wait, task, ti, operator, wants, trigger, row, listener)
 
     @property
     def ended(self) -> bool:
         """Whether the task has ended, or will not begin because its run has."""
         run_ended = self.ti.dag_run.state in (DagRunState.SUCCESS, DagRunState.FAILED)
-        return self.ti.state in _ENDED or (run_ended and not self.begun)
+        return self.task.state in _ENDED or (run_ended and not self.begun)
 
     @property
     def waiting(self) -> bool:
@@ -102,116 +131,95 @@ class WaitRow:
 
     @property
     def begun(self) -> bool:
-        """Whether somebody may have read the record already: a worker, or the trigger."""
-        return self.waiting or self.ti.state == TaskInstanceState.RUNNING or self.resuming
+        """Whether the task is at work: deferred, on a worker, or between the two."""
+        return self.waiting or self.task.state == TaskInstanceState.RUNNING or self.resuming
 
     @property
     def resuming(self) -> bool:
         """Whether it is on its way from its trigger to a worker."""
         under_way = (TaskInstanceState.SCHEDULED, TaskInstanceState.QUEUED, TaskInstanceState.RUNNING)
-        return self.ti.state in under_way and self.ti.next_method is not None
+        return self.task.state in under_way and self.ti.next_method is not None
 
     @property
     def mapped_over(self) -> bool:
         """Whether a task is mapped over what the wait returns."""
         if self.trigger and self.trigger.get("mapped_over"):
             return True
-        return self.wait.map_index < 0 and next(iter(self.task.iter_mapped_dependants()), None) is not None
+        return self.wait.map_index < 0 and next(iter(self.operator.iter_mapped_dependants()), None) is not None
 
     @property
-    def generation(self) -> int:
-        """Grows with each clear of the task instance, and never by a retry."""
-        return int(self.ti.max_tries)
+    def address(self) -> bytes | None:
+        """Of the key that it has; None if it has none, or has not begun since it was cleared last."""
+        return self.row.address if self.row is not None and self.row.clears == self.task.clears else None
 
-    @property
-    def key(self) -> str | None:
-        """The key that the wait has told, if it has one."""
-        return None if (told := self._pull(KEY)) is None else str(told)
-
-    def record(self) -> Record | None:
-        """Return the record that counts for this generation, or None."""
-        stored = self._in_store()
-        if not self.wants["replay"]:
-            if stored is None or stored["generation"] != self.generation:
-                return None
-        else:
-            stored = self._in_xcom() or stored
-        if stored is None:
+    def record(self) -> EventWait | None:
+        """Return the row if it has an event, or a rejection, that counts now; or None."""
+        row = self.row
+        if row is None or row.phase is None:
             return None
-        record = Record.from_dict(stored)
-        if record.phase is Phase.REJECTED and record.event["generation"] != self.generation:
-            return None  # a clear has undone it
-        return None if record.lapsed and not self._may_have_taken(record) else record
+        if row.expires is not None and row.expires < now():  # by then no beginning had taken it
+            return None
+        only_of_this_clear = row.phase == Phase.REJECTED or not self.wants["replay"]
+        return None if only_of_this_clear and row.record_clears != self.task.clears else row
 
-    @property
-    def has_earlier_record(self) -> bool:
-        """Whether there is a record that does not count any more, and that a worker may be forgetting."""
-        return self._in_store() is not None
-
-    def _may_have_taken(self, record: Record) -> bool:
-        if not self.begun or self.ti.start_date is None:
-            return False
-        assert record.until is not None
-        return record.until > self.ti.start_date - _CLOCKS
-
-    def write(self, record: Record) -> None:
+    def write(self, phase: Phase, record_id: str, *, by: str, **values: Any) -> None:
         """
-        Put a record in the place of any earlier one.
+        Put an event, or a rejection, in the place of any earlier one.
 
-        As an XCom for the trigger and in the task state store for a worker, since each reaches only its own.
+        :param by: who sends it.
+        :param values: further columns.
         """
-        self.set_xcom(RECORD_KEY, record.as_dict())
-        stored = {**record.as_dict(), "generation": self.generation}
-        get_state_backend().set(
-            self._scope, RECORD_KEY, serde.encode(stored), expires_at=None, session=self.session
-        )
-
-    def set_xcom(self, key: str, value: Any, *, dag_result: bool = False) -> None:
-        """Write an XCom as a worker would: through the XCom backend, if there is one."""
-        where: dict[str, Any] = {
-            "key": key,
-            "dag_id": self.wait.dag_id,
-            "run_id": self.wait.run_id,
-            "task_id": self.wait.task_id,
-            "map_index": self.wait.map_index,
+        if self.row is None:
+            self.row = _new_row(self.task, listener=HttpListener.__qualname__)
+            self.session.add(self.row)
+        moment = now()
+        told = {
+            **_NO_EVENT,
+            "phase": phase.value,
+            "record_id": record_id,
+            "record_clears": self.task.clears,
+            "recorded_at": moment,
+            "committed_at": moment if phase is Phase.COMMITTED else None,
+            "sent_by": name_of(by),
+            **values,
         }
-        XComModel.set(
-            value=XCom.serialize_value(value, **where),
-            serialize=False,
-            dag_result=dag_result,
-            session=self.session,
-            **where,
-        )
+        for name, value in told.items():
+            setattr(self.row, name, value)
+        self.session.flush()
+        if self.task.trigger_timeout is not None:  # the event wins over the deadline
+            self.session.execute(
+                update(TaskInstance)
+                .where(TaskInstance.id == self.task.id)
+                .values(trigger_timeout=None)
+                .execution_options(synchronize_session=False)
+            )
+
+    def end(self, how: End) -> None:
+        """
+        End the task of a deferred wait that has an event or a rejection.
+
+        :raises Exception: what Airflow says of an outlet that it cannot register.
+        """
+        assert self.row is not None
+        moment = now()
+        if self.ending is None or how.outlets:  # Airflow may refuse an outlet: that is for this task alone
+            tasks.end(self.session, [(self.task, how)], moment)
+        else:
+            self.ending.append((self.task, how))
+        self.row.finished_by = self.row.generation
+        self.row.delivered_at = moment if how.state == "success" else None
+        for name, value in NOT_PARKED.items():
+            setattr(self.row, name, value)
+        self.session.flush()
 
     def note(self, event: str, by: str, **about: Any) -> None:
         """Write a line into Airflow's audit log."""
-        self.session.add(Log(event=event, task_instance=self.ti, owner=by, extra=json.dumps(about)))
+        tasks.note(self.session, self.task, event, by, about)
 
-    @property
-    def _scope(self) -> TaskScope:
-        return TaskScope(self.wait.dag_id, self.wait.run_id, self.wait.task_id, self.wait.map_index)
 
-    def _in_store(self) -> dict[str, Any] | None:
-        text = get_state_backend().get(self._scope, RECORD_KEY, session=self.session)
-        return None if text is None else dict(serde.decode(text))
-
-    def _in_xcom(self) -> dict[str, Any] | None:
-        found = self._pull(RECORD_KEY)
-        if found is None or (found.get("id") and found["id"] == self._pull(LOST_KEY)):
-            return None
-        return dict(found)
-
-    def _pull(self, key: str) -> Any:
-        row = self.session.execute(select(XComModel.key, XComModel.value).where(*self._xcom(key))).one_or_none()
-        return None if row is None else XCom.deserialize_value(row)
-
-    def _xcom(self, key: str) -> list[ColumnElement[bool]]:
-        return [
-            XComModel.dag_run_id == self.ti.dag_run.id,
-            XComModel.task_id == self.wait.task_id,
-            XComModel.map_index == self.wait.map_index,
-            XComModel.key == key,
-        ]
+def until(ttl: timedelta) -> datetime:
+    """Return when something expires that is to be kept for so long, as a row can hold it."""
+    return min(now() + ttl, LATEST)
 
 
 def now() -> datetime:
@@ -219,27 +227,54 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+def name_of(sender: str) -> str:
+    """Return the name of a sender as rows have it."""
+    return sender[:_LONGEST_NAME]
+
+
 @functools.cache
 def _dag_bag() -> Any:
     return create_dag_bag()
 
 
-def _trigger(ti: TaskInstance) -> dict[str, Any] | None:
-    """Return the arguments of the trigger that a deferred wait has, or None."""
-    if ti.state != TaskInstanceState.DEFERRED or ti.trigger is None or ti.trigger.classpath != _TRIGGER:
-        return None
-    return dict(decoded(ti.trigger.kwargs))
+def _row(session: Session, task: tasks.Task) -> EventWait | None:
+    """Lock and return a wait's row; what an earlier edition recorded elsewhere becomes one."""
+    columns = (EventWait.dag_id, EventWait.task_id, EventWait.run_id, EventWait.map_index)
+    is_it = [column == value for column, value in zip(columns, task.key, strict=True)]
+    query = with_row_locks(
+        select(EventWait).where(*is_it, EventWait.place == SINGLE), session, of=EventWait, key_share=False
+    )
+    row = session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+    if row is None and (earlier := legacy.records(session, [task]).get(task.key, {}).get(SINGLE)):
+        row = _new_row(task, **earlier)
+        session.add(row)
+        session.flush()
+    return row
 
 
-def _wants(task: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
-    if task is None:
+def _new_row(task: tasks.Task, **values: Any) -> EventWait:
+    names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), task.key, strict=True))
+    return EventWait(**names, place=SINGLE, **{"generation": 0, "clears": 0, **values})
+
+
+def _trigger(ti: TaskInstance, row: EventWait | None) -> dict[str, Any] | None:
+    """Return the arguments of the trigger that a deferred wait has, or had before it was parked; or None."""
+    if ti.state != TaskInstanceState.DEFERRED:
         return None
-    if not getattr(task, "is_mapped", False):
-        wants = getattr(task, "event_wait", None)
+    if ti.trigger is not None:
+        return dict(decoded(ti.trigger.kwargs)) if ti.trigger.classpath == _TRIGGER else None
+    return dict(kwargs_of(row.parked)) if row is not None and row.parked else None
+
+
+def _wants(operator: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
+    if operator is None:
+        return None
+    if not getattr(operator, "is_mapped", False):
+        wants = getattr(operator, "event_wait", None)
         return None if wants is None else dict(json.loads(wants))
-    if task.task_type != tables.OPERATOR:
+    if operator.task_type != tables.OPERATOR:
         return None
-    partial = task.partial_kwargs
+    partial = operator.partial_kwargs
     replay = partial.get("replay", True)
     if trigger is not None:  # the arguments that its map index has, and its listener by its name
         kwargs = trigger["listener_kwargs"]
@@ -249,6 +284,6 @@ def _wants(task: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
     wants = {"listener": _LISTENER, "replay": replay}
     if isinstance(kwargs := partial.get("listener_kwargs"), dict):
         wants["schema"] = kwargs.get("schema")
-    elif "listener_kwargs" not in task.expand_input.value:
+    elif "listener_kwargs" not in operator.expand_input.value:
         wants["schema"] = None
     return wants

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import logging
 import uuid
 from dataclasses import dataclass
-from typing import Annotated, Any
+from datetime import timedelta
+from typing import Annotated, Any, Literal
 
 from airflow.models.connection import Connection
 from airflow.sdk.exceptions import AirflowNotFoundException
+from airflow_events import settings
 from airflow_events.api import keys
 from airflow_events.api.key_events import KEPT, Key, KeyAnswer, To, key_answer
-from airflow_events.api.requests import ANY_JSON, TimeToLive, answers, in_transaction, parse, raw_body
+from airflow_events.api.requests import ANY_JSON, TimeToLive, answers, parsed, raw_body
 from airflow_events.api.signatures import HEADERS, is_valid
+from airflow_events.doors import in_turn
 from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response, status
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
+
+log = logging.getLogger(__name__)
 
 _EXTRA = "airflow_events"
 
@@ -24,16 +32,33 @@ class Delivery:
     """
     A webhook whose signature is valid.
 
-    :param id: what its sender calls it, also when it sends it again; None if it does not say.
+    :param id: what tells it from others, also when it is sent again, and is signed.
     :param dags: to which it may go; None for all.
     :param wanted: whether the connection wants events of this type.
     """
 
     conn_id: str
     payload: Any
-    id: str | None
+    id: str
     dags: list[str] | None
     wanted: bool
+
+
+class Said(BaseModel):
+    """
+    What a connection says about webhooks.
+
+    :param keys: a shell pattern of the keys to which they may be sent.
+    :param events: the types that are wanted; None for all.
+    :param dags: to which they may go; None for all.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")  # a text is no list, and a word with a slip no field
+
+    webhook: Literal["github", "stripe"]
+    keys: str
+    events: list[str] | None = None
+    dags: list[str] | None = None
 
 
 async def signed(
@@ -50,28 +75,48 @@ async def signed(
         )
     body = await raw_body(request)
     secret, extra = await run_in_threadpool(_secret_of, conn_id)
-    scheme = str(extra.get("webhook", ""))
-    may = scheme in HEADERS and fnmatch.fnmatchcase(key, str(extra.get("keys", "")))
-    if not may or not is_valid(scheme, secret, request.headers, body):
-        raise HTTPException(status.HTTP_403_FORBIDDEN, "the signature is not valid here")
-    payload = parse(body)
-    kind, id_ = request.headers.get("x-github-event"), request.headers.get("x-github-delivery")
-    if scheme == "stripe":
+    scheme = extra.get("webhook") if isinstance(extra, dict) else None
+    if not isinstance(scheme, str) or scheme not in HEADERS or not is_valid(scheme, secret, request.headers, body):
+        raise _not_valid()
+    said = _read(conn_id, extra)
+    if not fnmatch.fnmatchcase(key, said.keys):
+        raise _not_valid()
+    payload = await parsed(body)
+    if said.webhook == "stripe":
         fields = payload if isinstance(payload, dict) else {}
         kind, id_ = fields.get("type"), fields.get("id")
-    events = extra.get("events")
-    wanted = kind != "ping" and (events is None or kind in events)
-    return Delivery(conn_id, payload, None if id_ is None else str(id_), extra.get("dags"), wanted)
+    else:  # what it calls a delivery is in a header, and that is not signed
+        kind, id_ = request.headers.get("x-github-event"), None
+    wanted = kind != "ping" and (said.events is None or kind in said.events)
+    id_ = id_ if isinstance(id_, str) else hashlib.sha256(body).hexdigest()
+    return Delivery(conn_id, payload, id_, said.dags, wanted)
 
 
-def _secret_of(conn_id: str) -> tuple[str, dict[str, Any]]:
-    """Return a connection's secret, and what it says about webhooks: nothing, and it is for none."""
+def _not_valid() -> HTTPException:
+    return HTTPException(status.HTTP_403_FORBIDDEN, "the signature is not valid here")
+
+
+def _read(conn_id: str, extra: Any) -> Said:
+    """Read what a connection says; who has signed with its secret, and the log, are told what of it is wrong."""
+    try:
+        return Said.model_validate(extra)
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        said = f"{_EXTRA}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        log.error("The extra of the connection %s cannot be read, and its webhooks are refused: %s", conn_id, said)
+        raise HTTPException(
+            status.HTTP_403_FORBIDDEN, f"the extra of the connection {conn_id} cannot be read: {said}"
+        ) from None
+
+
+def _secret_of(conn_id: str) -> tuple[str, Any]:
+    """Return a connection's secret, and what it says about webhooks; None if it says nothing, and is for none."""
     try:
         found = Connection.get_connection_from_secrets(conn_id)
     except AirflowNotFoundException:
-        return "", {}
-    extra = found.extra_dejson.get(_EXTRA)
-    return found.password or "", extra if isinstance(extra, dict) else {}
+        return "", None
+    extra = found.extra_dejson
+    return found.password or "", extra.get(_EXTRA) if isinstance(extra, dict) else None
 
 
 router = APIRouter(dependencies=[Depends(signed)])
@@ -85,11 +130,11 @@ router = APIRouter(dependencies=[Depends(signed)])
     responses={
         **KEPT,
         204: {"description": "A ping, or an event of a type that the connection does not want."},
-        **answers(400, 401, 403, 404, 413, 415, 422, 503),
+        **answers(400, 401, 403, 404, 413, 415, 422, 429, 503),
     },
     openapi_extra=ANY_JSON,
 )
-def send_webhook(
+async def send_webhook(
     key: Key,
     delivery: Annotated[Delivery, Depends(signed)],
     response: Response,
@@ -99,12 +144,12 @@ def send_webhook(
     """
     Do what the address by key does, for a body with the HMAC-SHA256 signature of GitHub or Stripe.
 
-    Of a delivery that its sender repeats, the first counts.
+    Of a delivery that is repeated within `[events] http_keep`, whoever repeats it, the first counts.
     """
     if not delivery.wanted:
         return Response(status_code=status.HTTP_204_NO_CONTENT)
     event_id = uuid.uuid4().hex
-    receipt = in_transaction(
+    receipt = await in_turn(
         lambda session: keys.send(
             session,
             key,
@@ -113,9 +158,9 @@ def send_webhook(
             dags=delivery.dags,
             to=to,
             event_id=event_id,
-            idempotency_key=None if delivery.id is None else f"{delivery.conn_id}\n{delivery.id}",
+            idempotency_key=f"{delivery.conn_id}\n{delivery.id}",
             ttl=ttl,
-        ),
-        again=delivery.id is not None,
+            remembered=timedelta(seconds=settings.http_keep()),
+        )
     )
     return key_answer(receipt, response)

@@ -18,6 +18,7 @@ from airflow.utils.platform import getuser
 from airflow.utils.providers_configuration_loader import providers_configuration_loaded
 from airflow.utils.session import create_session
 from airflow_events import waits
+from airflow_events.inbox.rotation import rotate
 from airflow_events.listeners.base import Wait
 from airflow_events.waits import Detail, Order, Stage, Summary
 from sqlalchemy.orm import Session
@@ -55,6 +56,38 @@ def list_waits(args: argparse.Namespace) -> None:
         print(f"{len(page.waits)} {left}; see --limit and --offset")
 
 
+@cli_utils.action_cli  # type: ignore[untyped-decorator]
+@providers_configuration_loaded
+def rotate_fernet_key(args: argparse.Namespace) -> None:
+    """Encrypt with the first Fernet key what waits without a trigger keep."""
+    done = rotate()
+    print(f"{done.rotated} waits are encrypted with the first key")
+    if done.unreadable:
+        sys.exit(f"{done.unreadable} waits cannot be read with any of the keys: clear them")
+
+
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def list_starts(args: argparse.Namespace) -> None:
+    """List what starts runs."""
+    with create_session() as session:
+        found = waits.starts(session, dag_id=args.dag_id)
+    rows = [
+        {
+            "dag_id": start.dag_id,
+            "starts_on": start.asset if args.output in ("json", "yaml") else _cut(start.asset),
+            "state": start.state,
+            "active": start.active,
+            "up_to": start.up_to,
+            "last_event": _moment(start.last_event),
+            "last_run": start.last_run,
+            "triggerer": start.triggerer and start.triggerer.hostname,
+        }
+        for start in found
+    ]
+    _print(rows, args.output)
+
+
 @suppress_logs_and_warning
 @providers_configuration_loaded
 def show_wait(args: argparse.Namespace) -> None:
@@ -78,7 +111,7 @@ def forget_event(args: argparse.Namespace) -> None:
     if not args.yes and not ask_yesno(question):
         raise SystemExit("Nothing was forgotten")
     with create_session() as session:
-        forgotten = waits.forget(session, _key(args))
+        forgotten = waits.forget(session, _key(args), by=getuser())
     if forgotten is None:
         raise SystemExit(f"{_name(args)} is no task instance")
     if forgotten.refused:
@@ -91,16 +124,16 @@ def forget_event(args: argparse.Namespace) -> None:
 @providers_configuration_loaded
 def send_event(args: argparse.Namespace) -> None:
     """Send an event to a wait."""
-    from airflow_events.api import inbox
+    from airflow_events.api import sending
 
-    text = sys.stdin.read() if args.payload == "-" else args.payload
     try:
-        payload = json.loads(text)
-    except ValueError as error:
-        raise SystemExit(f"The payload is no JSON: {error}") from None
+        payload = json.loads(sys.stdin.read() if args.payload == "-" else args.payload)
+    except (ValueError, RecursionError) as error:
+        print(f"The payload is no JSON: {error}".replace("\n", " "), file=sys.stderr)
+        raise SystemExit(2) from None
     event_id = uuid.uuid4().hex
     receipt = _in_inbox(
-        lambda session: inbox.send(
+        lambda session: sending.send(
             session,
             Wait(*_key(args)),
             payload,
@@ -118,15 +151,15 @@ def send_event(args: argparse.Namespace) -> None:
 @providers_configuration_loaded
 def reject_wait(args: argparse.Namespace) -> None:
     """Fail a wait."""
-    from airflow_events.api import inbox
+    from airflow_events.api import sending
 
-    outcome = _in_inbox(lambda session: inbox.reject(session, Wait(*_key(args)), args.reason, by=getuser()))
+    outcome = _in_inbox(lambda session: sending.reject(session, Wait(*_key(args)), args.reason, by=getuser()))
     print("The task fails now" if outcome == "delivered" else "The task fails when it begins")
 
 
 def _in_inbox(work: Callable[[Session], _T]) -> _T:
     from airflow_events.api.refusals import Refusal
-    from airflow_events.api.requests import in_transaction
+    from airflow_events.inbox.database import in_transaction
 
     try:
         return in_transaction(work)
@@ -164,20 +197,29 @@ def _row(wait: Summary) -> dict[str, Any]:
         "state": wait.state,
         "phase": wait.phase,
         "waits_for": wait.call or wait.listener,
-        "arrived": None if wait.wanted is None else f"{wait.arrived} of {wait.wanted}",
+        "arrived": _arrived(wait),
         "since": _moment(wait.since),
         "deadline": _moment(wait.deadline),
         "triggerer": wait.triggerer and wait.triggerer.hostname,
         "triggerer_alive": _has_triggerer(wait),
+        "parked": wait.parked,
+        "hosted": wait.hosted,
         "sign_of_life": _moment(wait.sign_of_life),
         "ended": _moment(wait.ended),
         "dag": wait.dag_state and wait.dag_state.value,
     }
 
 
+def _arrived(wait: Summary) -> str | None:
+    """How far a task has come that waits for many events; None of others."""
+    if wait.arrived is None:
+        return None
+    return str(wait.arrived) if wait.wanted is None else f"{wait.arrived} of {wait.wanted}"
+
+
 def _has_triggerer(wait: Summary) -> bool | None:
-    """Whether a living triggerer has a deferred wait; None of others."""
-    if wait.state != "deferred":
+    """Whether a living triggerer has a deferred wait; None of others, and of those that need none."""
+    if wait.state != "deferred" or wait.parked:
         return None
     return wait.triggerer is not None and wait.triggerer.alive
 
@@ -189,12 +231,16 @@ def _facts(detail: Detail) -> dict[str, Any]:
         if step.done
     }
     record = detail.record
+    event = None
+    if record is not None and record.reason is None:
+        event = record.preview or json.dumps(record.event, ensure_ascii=False)
     return {
         **_row(detail.summary),
+        "process": detail.summary.holder,
         "stage": detail.summary.stage.value,
         "try_number": detail.summary.try_number,
         **steps,
-        "event": None if record is None else (record.preview or json.dumps(record.event, ensure_ascii=False)),
+        "event": event,
         "event_cut_from": record.length if record and record.preview else None,
         "trigger_error": detail.error,
         "can_be_forgotten": detail.cannot_forget or "yes",

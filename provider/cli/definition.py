@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+
+# Not used here: `airflow db reset` is a command too.
+import airflow_events.inbox.dropping  # noqa: F401
 from airflow.cli.cli_config import (
     ARG_OUTPUT,
     ARG_VERBOSE,
@@ -14,11 +19,60 @@ from airflow.cli.cli_config import (
 
 _COMMANDS = "airflow_events.cli.commands"
 
+
+class _Text:
+    """A type of arguments: a text that every database takes, of so many characters at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def __call__(self, text: str) -> str:
+        """Return ``text`` if it is one."""
+        if "\0" in text or not _is_unicode(text):
+            raise argparse.ArgumentTypeError("it holds a NUL, or what is no text")
+        if not 0 < len(text) <= self._most:
+            raise argparse.ArgumentTypeError(f"it is to have 1 to {self._most} characters, and has {len(text)}")
+        return text
+
+
+class _Integer:
+    """A type of arguments: an integer in a range, both ends included."""
+
+    def __init__(self, least: int, most: int) -> None:
+        self._range = range(least, most + 1)
+
+    def __call__(self, text: str) -> int:
+        """Return the integer if ``text`` is one."""
+        with contextlib.suppress(ValueError):
+            if (number := int(text)) in self._range:
+                return number
+        raise argparse.ArgumentTypeError(f"it is to be an integer from {self._range[0]} to {self._range[-1]}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not of the terminal's encoding
+        return False
+    return True
+
+
+# As long as Airflow's columns.
+_ID = _Text(250)
+_LIMIT = _Integer(1, 100_000)
+_OFFSET = _Integer(0, 10_000_000)
+
 _WAIT = (
-    Arg(("dag_id",), help="The id of the dag"),
-    Arg(("run_id",), help="The id of the run"),
-    Arg(("task_id",), help="The id of the task that waits"),
-    Arg(("map_index",), nargs="?", type=int, default=-1, help="The map index, for a mapped task"),
+    Arg(("dag_id",), type=_ID, help="The id of the dag"),
+    Arg(("run_id",), type=_ID, help="The id of the run"),
+    Arg(("task_id",), type=_ID, help="The id of the task that waits"),
+    Arg(
+        ("map_index",),
+        nargs="?",
+        type=_Integer(-1, 2**31 - 1),
+        default=-1,
+        help="The map index, for a mapped task",
+    ),
 )
 _STAGE = Arg(
     ("--stage",),
@@ -50,7 +104,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
     return [
         GroupCommand(
             name="events",
-            help="Look at the waits for events, end them, and forget what they recorded",
+            help="Look at the waits for events and at what starts runs, end waits, forget what they recorded",
             subcommands=(
                 ActionCommand(
                     name="list",
@@ -58,18 +112,38 @@ def get_events_cli_commands() -> list[GroupCommand]:
                     func=lazy_load_command(f"{_COMMANDS}.list_waits"),
                     args=(
                         _STAGE,
-                        Arg(("--dag-id",), help="Only waits of this dag"),
-                        Arg(("--run-id",), help="Only waits of this run"),
-                        Arg(("--task-id",), help="Only waits of this task"),
-                        Arg(("--listener",), help="Only waits of this listener class"),
-                        Arg(("--text",), help="Part of the id of dag, run or task, or of the listener's name"),
+                        Arg(("--dag-id",), type=_ID, help="Only waits of this dag"),
+                        Arg(("--run-id",), type=_ID, help="Only waits of this run"),
+                        Arg(("--task-id",), type=_ID, help="Only waits of this task"),
+                        Arg(("--listener",), type=_ID, help="Only waits of this listener class"),
+                        Arg(
+                            ("--text",),
+                            type=_ID,
+                            help="Part of the id of dag, run or task, or of the listener's name",
+                        ),
                         _ORDER,
                         Arg(("--descending",), action="store_true", default=None, help="Sort the other way round"),
-                        Arg(("--limit",), type=int, default=100, help="How many at most (default: 100)"),
-                        Arg(("--offset",), type=int, default=0, help="How many to leave out before them"),
+                        Arg(
+                            ("--limit",),
+                            type=_Integer(1, 100_000),
+                            default=100,
+                            help="How many at most (default: 100)",
+                        ),
+                        Arg(
+                            ("--offset",),
+                            type=_Integer(0, 10_000_000),
+                            default=0,
+                            help="How many to leave out before them",
+                        ),
                         ARG_OUTPUT,
                         ARG_VERBOSE,
                     ),
+                ),
+                ActionCommand(
+                    name="starts",
+                    help="List what starts runs: which events, whether there is room for more, which came last",
+                    func=lazy_load_command(f"{_COMMANDS}.list_starts"),
+                    args=(Arg(("--dag-id",), help="Only runs of this dag"), ARG_OUTPUT, ARG_VERBOSE),
                 ),
                 ActionCommand(
                     name="show",
@@ -95,7 +169,9 @@ def get_events_cli_commands() -> list[GroupCommand]:
                             help="The event, as JSON; - reads it from standard input",
                         ),
                         Arg(
-                            ("--idempotency-key",), help="Of two events with the same key the wait takes the first"
+                            ("--idempotency-key",),
+                            type=_Text(200),
+                            help="Of two events with the same key the wait takes the first",
                         ),
                         ARG_VERBOSE,
                     ),
@@ -106,9 +182,27 @@ def get_events_cli_commands() -> list[GroupCommand]:
                     func=lazy_load_command(f"{_COMMANDS}.reject_wait"),
                     args=(
                         *_WAIT,
-                        Arg(("--reason",), required=True, help="Why; the task's log has it"),
+                        Arg(("--reason",), type=_Text(2000), required=True, help="Why; the task's log has it"),
                         ARG_VERBOSE,
                     ),
+                ),
+                ActionCommand(
+                    name="rotate-fernet-key",
+                    help="Encrypt what waits without a trigger keep with the first of the Fernet keys",
+                    description="To be run after `airflow rotate-fernet-key`, and before the old key is dropped. "
+                    "Exits with 1 if a wait cannot be read with any of the keys.",
+                    func=lazy_load_command(f"{_COMMANDS}.rotate_fernet_key"),
+                    args=(ARG_VERBOSE,),
+                ),
+                ActionCommand(
+                    name="doctor",
+                    help="Say whether triggerers get to the inbox in the API server, and if not what to do",
+                    description=(
+                        "Looks for the tables, the key, the address, and what answers there. Run it where a "
+                        "triggerer runs. Exits with 1 if something is wrong."
+                    ),
+                    func=lazy_load_command("airflow_events.cli.doctor.doctor"),
+                    args=(ARG_VERBOSE,),
                 ),
             ),
         )

@@ -7,7 +7,7 @@ files included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -15,13 +15,13 @@ from airflow.api_fastapi.app import get_auth_manager
 from airflow.api_fastapi.auth.managers.base_auth_manager import ResourceMethod
 from airflow.api_fastapi.auth.managers.models.base_user import BaseUser
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity, DagDetails
-from airflow.api_fastapi.common.db.common import SessionDep
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires_access_dag
-from airflow.api_fastapi.logging.decorators import action_logging
 from airflow.models.dag import DagModel
 from airflow_events import waits
+from airflow_events.doors import check_is_meant, in_turn
 from airflow_events.waits.tables import Name
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
+from sqlalchemy.orm import Session
 
 router = APIRouter(tags=["Waits"])
 
@@ -32,6 +32,25 @@ _NOT_LOGGED_IN: dict[int | str, dict[str, Any]] = {
 _WAIT = "/api/waits/{dag_id}/{run_id}/{task_id}/{map_index}"
 Filter = Annotated[str | None, Query(max_length=250, pattern=r"^[^\x00]*$")]
 MapIndex = Annotated[int, Path(ge=-1, lt=2**31, description="-1 for a task that is not mapped")]
+
+
+def may_see_event(dag_id: Name, user: GetUserDep) -> bool:
+    """Whether the user may read what the DAG's tasks return."""
+    return _may(user, "GET", dag_id, DagAccessEntity.XCOM)
+
+
+def may_edit(dag_id: Name, user: GetUserDep) -> bool:
+    """Whether the user may edit the DAG's task instances."""
+    return _may(user, "PUT", dag_id, DagAccessEntity.TASK_INSTANCE)
+
+
+def _may(user: BaseUser, method: ResourceMethod, dag_id: str, entity: DagAccessEntity) -> bool:
+    details = DagDetails(id=dag_id, team_name=DagModel.get_team_name(dag_id))
+    return get_auth_manager().is_authorized_dag(method=method, user=user, access_entity=entity, details=details)
+
+
+MaySeeEvent = Annotated[bool, Depends(may_see_event)]
+MayEdit = Annotated[bool, Depends(may_edit)]
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,7 @@ class Wait:
     responses=_NOT_LOGGED_IN,
     dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))],
 )
-def list_waits(
-    session: SessionDep,
+async def list_waits(
     user: GetUserDep,
     stage: waits.Stage = waits.Stage.OPEN,
     dag_id: Filter = None,
@@ -69,21 +87,25 @@ def list_waits(
     offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
 ) -> waits.Page:
     """Return a page of waits of the DAGs that the user may see."""
-    visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
-    return waits.find(
-        session,
-        stage,
-        dag_ids=visible,
-        dag_id=dag_id,
-        run_id=run_id,
-        task_id=task_id,
-        listener=listener,
-        text=text,
-        order=order,
-        descending=descending,
-        limit=limit,
-        offset=offset,
-    )
+
+    def work(session: Session) -> waits.Page:
+        visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
+        return waits.find(
+            session,
+            stage,
+            dag_ids=visible,
+            dag_id=dag_id,
+            run_id=run_id,
+            task_id=task_id,
+            listener=listener,
+            text=text,
+            order=order,
+            descending=descending,
+            limit=limit,
+            offset=offset,
+        )
+
+    return await in_turn(work)
 
 
 @router.get(
@@ -92,17 +114,14 @@ def list_waits(
     responses={**_NOT_LOGGED_IN, 404: {"description": "No such task instance, or it is no wait"}},
     dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))],
 )
-def show_wait(
-    dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, session: SessionDep, user: GetUserDep
+async def show_wait(
+    dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, may_see: MaySeeEvent, may_edit: MayEdit
 ) -> Wait:
     """Return one wait in full."""
-    detail = waits.show(session, (dag_id, run_id, task_id, map_index))
+    detail = await in_turn(lambda session: waits.show(session, (dag_id, run_id, task_id, map_index)))
     if detail is None:
         raise _no_wait(dag_id, run_id, task_id, map_index)
-    may_see = _may(user, "GET", dag_id, DagAccessEntity.XCOM)
-    if detail.record is not None and not may_see:
-        detail = replace(detail, record=replace(detail.record, event=None, preview=None))
-    return Wait(detail, may_see, _may(user, "PUT", dag_id, DagAccessEntity.TASK_INSTANCE))
+    return Wait(detail if may_see else detail.without_event(), may_see, may_edit)
 
 
 @router.post(
@@ -113,15 +132,18 @@ def show_wait(
         **_NOT_LOGGED_IN,
         404: {"description": "No such task instance"},
         409: {"description": "Nothing is recorded, or the task is at work"},
+        415: {"description": "Not `application/json`"},
     },
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": {}}}}},
     dependencies=[
         Depends(requires_access_dag("PUT", DagAccessEntity.TASK_INSTANCE)),
-        Depends(action_logging("forget_event")),
+        Depends(check_is_meant),
     ],
 )
-def forget_event(dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, session: SessionDep) -> None:
+async def forget_event(dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, user: GetUserDep) -> None:
     """Forget the event that a wait recorded: its next try or clear takes another."""
-    forgotten = waits.forget(session, (dag_id, run_id, task_id, map_index))
+    key, by = (dag_id, run_id, task_id, map_index), str(user.get_name())
+    forgotten = await in_turn(lambda session: waits.forget(session, key, by=by))
     if forgotten is None:
         raise _no_wait(dag_id, run_id, task_id, map_index)
     if forgotten.refused:
@@ -167,11 +189,6 @@ def page_file(name: Literal["page.css", "page.js", "icon.svg"]) -> Response:
 def _file(name: str, media_type: str) -> Response:
     content = files(__package__).joinpath("static").joinpath(name).read_bytes()
     return Response(content, media_type=media_type, headers=_HEADERS)
-
-
-def _may(user: BaseUser, method: ResourceMethod, dag_id: str, entity: DagAccessEntity) -> bool:
-    details = DagDetails(id=dag_id, team_name=DagModel.get_team_name(dag_id))
-    return get_auth_manager().is_authorized_dag(method=method, user=user, access_entity=entity, details=details)
 
 
 def _no_wait(dag_id: str, run_id: str, task_id: str, map_index: int) -> HTTPException:

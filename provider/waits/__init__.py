@@ -1,8 +1,8 @@
 """
 What Airflow's database knows of the waits: which are open, which are stuck, how one of them came along.
 
-Functions over an SQLAlchemy session, for the page and the command line. They read Airflow's own tables and
-nothing else; of what is at a source (a claim, a queue's length) they know nothing.
+Functions over an SQLAlchemy session, for the page, the command line and the metrics. They read the inbox's tables
+and Airflow's own; of what is at a source (an acknowledgement, a queue's length) they know nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from airflow_events.waits.detail import Detail, Step, Try, show
 from airflow_events.waits.forgetting import Forgotten, forget
 from airflow_events.waits.listing import Counted, Order, Page, Stage, Summary, count, find
+from airflow_events.waits.starting import Start, starts
 
 __all__ = [
     "Counted",
@@ -18,6 +19,7 @@ __all__ = [
     "Order",
     "Page",
     "Stage",
+    "Start",
     "Step",
     "Summary",
     "Try",
@@ -25,4 +27,5 @@ __all__ = [
     "find",
     "forget",
     "show",
+    "starts",
 ]

@@ -1,4 +1,4 @@
-"""What a wait was told, as far as its trigger tells it: listener, arguments, deadline. Secrets are masked."""
+"""What the trigger of a wait was given: listener, arguments, deadline. Secrets are masked."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from airflow._shared.secrets_masker import redact
 from airflow.models.trigger import Trigger
-from airflow.sdk.serde import deserialize
 from airflow.serialization.enums import Encoding
 from airflow.serialization.serialized_objects import BaseSerialization
 from airflow_events.listeners.base import describe
+from airflow_events.listeners.masking import masked, masked_call
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.reference import display_name
 
@@ -25,9 +25,10 @@ class Arguments:
     """
     What a trigger was given.
 
-    :param call: listener and arguments as the call that they are; templates stand there as they were written.
+    :param call: listener and arguments as the call that they are; templates stand there as they were written,
+        and once the wait has begun, its row has them rendered.
     :param wanted: how many events it waits for, if it is one that waits for many.
-    :param deadline: None if there is none, or if it counts from a moment that the trigger notes later.
+    :param deadline: None if there is none, or if it counts from the wait's beginning, which its row has.
     """
 
     listener: str
@@ -47,13 +48,14 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
     :param in_full: if False, of a task that waits for many events only how many they are.
     """
     try:
-        told = decoded(Trigger._decrypt_kwargs(encrypted_kwargs))
+        told = kwargs_of(encrypted_kwargs)
         listener = display_name(told["listener"])
     except Exception:  # one row that cannot be read must not hide the others
         return None
     if "calls" in told:
         return _of_many(listener, told, in_full)
-    args, kwargs = redact(told.get("listener_args") or []), redact(told.get("listener_kwargs") or {})
+    # Listeners of users are not loaded in an API server, and so their positional arguments have no names here.
+    args, kwargs = masked_call(None, told.get("listener_args") or [], told.get("listener_kwargs") or {}, redact)
     return Arguments(
         listener=listener,
         call=describe(listener, args, kwargs),
@@ -71,7 +73,7 @@ def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
     call = f"{listener}, {told['count']:,} times"
     if in_full:
         calls = Calls.decode(told["calls"])
-        arguments, common = redact(calls.arguments[:_MOST_SHOWN]), redact(dict(calls.common))
+        arguments, common = masked(calls.arguments[:_MOST_SHOWN], redact), masked(dict(calls.common), redact)
         call = f"{call}, the first of them {Calls(arguments, common).describe(listener, others=False)}"
     return Arguments(
         listener=listener,
@@ -85,6 +87,15 @@ def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
     )
 
 
+def kwargs_of(encrypted: str) -> Any:
+    """
+    Return the arguments of a trigger as its row, or that of a parked wait, has them.
+
+    :raises Exception: this process has another Fernet key, or cannot read them.
+    """
+    return decoded(Trigger._decrypt_kwargs(encrypted))
+
+
 def decoded(value: Any) -> Any:
     """Undo the encoding that arguments of a serialized DAG still have in the trigger's row."""
     if isinstance(value, dict):
@@ -92,15 +103,6 @@ def decoded(value: Any) -> Any:
             return BaseSerialization.deserialize(value)
         return {key: decoded(item) for key, item in value.items()}
     return [decoded(item) for item in value] if isinstance(value, list) else value
-
-
-def deadline(stored: Any) -> datetime | None:
-    """Return the deadline that a wait noted among its XComs, or None."""
-    try:
-        noted: Any = deserialize(stored)
-        return utc(noted["at"])
-    except Exception:
-        return None
 
 
 def utc(moment: Any) -> datetime | None:

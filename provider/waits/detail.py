@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any
 
 from airflow._shared.secrets_masker import redact
-from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.taskinstancehistory import TaskInstanceHistory
 from airflow.models.trigger import TRIGGER_FAIL_REPR, Trigger
-from airflow.models.xcom import XComModel
 from airflow.sdk.serde import deserialize
-from airflow_events.listeners.commit import Phase, is_to_come
-from airflow_events.triggers.record import LOST_KEY, RECORD_KEY
-from airflow_events.waits import arguments, listing, many, tables
+from airflow_events.inbox.entries import Phase
+from airflow_events.inbox.models import SINGLE, EventWait
+from airflow_events.inbox.transactions import has_event
+from airflow_events.waits import arguments, listing, tables
 from airflow_events.waits.listing import Summary
 from airflow_events.waits.tables import Key
 from sqlalchemy import select
@@ -56,13 +55,16 @@ class Try:
 @dataclass(frozen=True)
 class Record:
     """
-    The event of a wait, to be looked at.
+    The event of a wait, or of all places of a task that waits for many, to be looked at.
 
-    :param event: as JSON shapes; None if it is too long, see ``preview``.
+    :param event: as JSON shapes; None if it is too long, see ``preview``, or if the wait was rejected.
     :param preview: the beginning of its JSON if that has more than 50,000 characters.
     :param length: how many characters of JSON the event is.
+    :param recorded: when it was recorded; of many the last.
     :param committed: when the commit was noted; None if it was not.
-    :param kept_by: ``API server`` if it came by HTTP, ``worker`` if a worker has stored it, else ``triggerer``.
+    :param delivered: when the task succeeded with it in the triggerer or by the request that brought it.
+    :param sent_by: who sent it, or rejected the wait; None if it was polled.
+    :param reason: why the wait was rejected.
     """
 
     phase: str
@@ -71,8 +73,9 @@ class Record:
     length: int
     recorded: datetime | None
     committed: datetime | None
-    kept_by: str
-    id: str
+    delivered: datetime | None = None
+    sent_by: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Detail:
     """
     One wait in full.
 
-    :param arguments: None if the wait is not deferred, since only its trigger tells.
+    :param arguments: what its trigger was given, also of a parked wait; None if the wait is not deferred.
     :param error: the traceback that the trigger of this try ended with, or None.
     :param takes_http_events: whether it can be sent an event, or be rejected, by a request to this Airflow.
     :param cannot_forget: why its record cannot be forgotten now, or None if it can.
@@ -95,6 +98,16 @@ class Detail:
     takes_http_events: bool
     cannot_forget: str | None
 
+    def without_event(self) -> Detail:
+        """Return the same for those who may not see events, nor why there is none."""
+        if self.record is None:
+            return self
+        record = replace(self.record, event=None, preview=None, reason=None)
+        steps = [
+            replace(step, note=f"by {record.sent_by}") if step.name == "Rejected" else step for step in self.steps
+        ]
+        return replace(self, record=record, steps=steps)
+
 
 def show(session: Session, key: Key) -> Detail | None:
     """Return one wait; None if there is no such task instance, or if it is no wait."""
@@ -103,134 +116,148 @@ def show(session: Session, key: Key) -> Detail | None:
         return None
     ti = session.scalars(select(TaskInstance).where(*tables.is_(TaskInstance, key))).one()
     trigger = session.get(Trigger, ti.trigger_id) if ti.trigger_id else None
-    told = arguments.read(trigger.encrypted_kwargs) if trigger else None
-    record = read_record(session, key)
+    rows = session.scalars(select(EventWait).where(*tables.is_(EventWait, key)).order_by(EventWait.place)).all()
+    record = _record(session, key, rows, ti.max_tries)
+    single = next((row for row in rows if row.place == SINGLE), None)
+    begun = single.since if single else None
+    kwargs = trigger.encrypted_kwargs if trigger else None
+    if single is not None and (summary.parked or summary.hosted):
+        kwargs = single.parked
     return Detail(
         summary=summary,
         record=record,
-        arguments=told,
-        steps=_steps(summary, trigger, record if _is_whole(summary) else None),
+        arguments=arguments.read(kwargs) if kwargs else None,
+        steps=_steps(summary, begun or summary.since, trigger, record if _is_whole(summary) else None),
         tries=_tries(session, ti, key),
         error=_error(ti),
         takes_http_events=summary.listener == "HttpListener" and record is None and summary.ended is None,
-        cannot_forget=why_it_cannot_be_forgotten(summary.state, record),
+        cannot_forget=why_it_cannot_be_forgotten(summary.state, record is not None),
     )
 
 
-def why_it_cannot_be_forgotten(state: str | None, record: Record | None) -> str | None:
+def why_it_cannot_be_forgotten(state: str | None, is_recorded: bool) -> str | None:
     """Say why the record of a wait in this state cannot be forgotten, or return None."""
-    if record is None:
+    if not is_recorded:
         return "Nothing is recorded for this wait."
     if state in tables.AT_WORK:
         return f"The task is {state}: it would record the event again. Mark it as failed first."
     return None
 
 
-def read_record(session: Session, key: Key) -> Record | None:
-    """Return what the operator would take for the wait's record, or None."""
-    stored = session.scalars(
-        select(TaskStateStoreModel).where(
-            *tables.is_(TaskStateStoreModel, key), TaskStateStoreModel.key == RECORD_KEY
+def _record(session: Session, key: Key, rows: Sequence[EventWait], clears: int) -> Record | None:
+    of_places = [row for row in rows if row.place != SINGLE and row.phase is not None]
+    if of_places:
+        uncommitted = any(row.phase == Phase.RECORDED for row in of_places)
+        event, preview, length = _shown({str(row.place): _event(row) for row in of_places})
+        return Record(
+            (Phase.RECORDED if uncommitted else Phase.COMMITTED).value,
+            event,
+            preview,
+            length,
+            _last(row.recorded_at for row in of_places),
+            None if uncommitted else _last(row.committed_at for row in of_places),
         )
-    ).one_or_none()
-    if stored is not None:
-        return _record(json.loads(stored.value), stored.updated_at, "worker")
-    if (found := many.read(session, key)) is not None:
-        return _record(*found)
-    row = _xcom(session, key, RECORD_KEY)
-    record = _record(_value(row), row.timestamp, "triggerer") if row else None
-    if record and record.id and read_xcom(session, key, LOST_KEY) == record.id:
-        return None
-    return record
+    for row in rows:
+        if row.place == SINGLE and has_event(row, clears, datetime.now(timezone.utc)):
+            return _of_row(row)
+    return None
 
 
-def read_xcom(session: Session, key: Key, name: str) -> Any:
-    """Return one of the XComs of a wait as the deployment's XCom backend reads it, or None."""
-    row = _xcom(session, key, name)
-    return None if row is None else _value(row)
+def _of_row(row: EventWait) -> Record:
+    is_rejected = row.phase == Phase.REJECTED
+    event, preview, length = (None, None, 0) if is_rejected else _shown(_event(row))
+    return Record(
+        row.phase or "",
+        event,
+        preview,
+        length,
+        row.recorded_at,
+        row.committed_at,
+        row.delivered_at,
+        row.sent_by,
+        row.reason,
+    )
 
 
-def _xcom(session: Session, key: Key, name: str) -> XComModel | None:
-    statement = select(XComModel).where(*tables.is_(XComModel, key), XComModel.key == name)
-    return session.scalars(statement).one_or_none()
+def _event(row: EventWait) -> Any:
+    return _readable(json.loads(row.event or "null"))
 
 
-def _value(row: XComModel) -> Any:
-    from airflow.sdk.bases.xcom import BaseXCom
-    from airflow.sdk.execution_time.xcom import XCom
-
-    if XCom.deserialize_value is not BaseXCom.deserialize_value:
-        return XCom.deserialize_value(row)
-    # Airflow's own would make objects of it, and the page needs none.
-    return json.loads(row.value) if row.key == RECORD_KEY and isinstance(row.value, str) else row.value
-
-
-def _record(stored: Any, at: datetime | None, kept_by: str) -> Record | None:
-    if not isinstance(stored, dict) or "phase" not in stored:
-        return None
-    recorded_at = stored.get("recorded_at")
-    recorded = datetime.fromisoformat(recorded_at) if recorded_at else None
-    is_foreseen = bool(stored.get("foreseen"))
-    if is_foreseen and is_to_come(recorded):
-        return None
+def _readable(stored: Any) -> Any:
+    """Return an event to be looked at, as JSON shapes and masked."""
     try:
-        event = arguments.jsonable(redact(deserialize(stored["event"])))
+        return arguments.jsonable(redact(deserialize(stored)))
     except Exception:  # a class that this process may not or cannot make: as it is stored
-        event = arguments.jsonable(redact(stored["event"]))
+        return arguments.jsonable(redact(stored))
+
+
+def _shown(event: Any) -> tuple[Any, str | None, int]:
+    """Return the event, or the beginning of its JSON if that is too long; and how long it is."""
     text = json.dumps(event, ensure_ascii=False)
     is_long = len(text) > _LONGEST_EVENT
-    committed = stored["phase"] == Phase.COMMITTED.value
-    return Record(
-        phase=stored["phase"],
-        event=None if is_long else event,
-        preview=text[:_LONGEST_EVENT] if is_long else None,
-        length=len(text),
-        recorded=recorded or (None if committed else at),
-        committed=(recorded if is_foreseen else at) if committed else None,
-        kept_by="API server" if stored.get("receipt") else kept_by,
-        id=stored.get("id", ""),
-    )
+    return None if is_long else event, text[:_LONGEST_EVENT] if is_long else None, len(text)
+
+
+def _last(moments: Iterable[datetime | None]) -> datetime | None:
+    return max((moment for moment in moments if moment is not None), default=None)
 
 
 def _is_whole(summary: Summary) -> bool:
     """Whether all events are there, of a task that waits for many; others have theirs, or no record."""
-    return summary.wanted is None or (summary.arrived or 0) >= summary.wanted
+    if summary.arrived is None or summary.state == "success":
+        return True
+    return summary.wanted is not None and summary.arrived >= summary.wanted
 
 
-def _steps(summary: Summary, trigger: Trigger | None, record: Record | None) -> list[Step]:
-    state = summary.state
-    begun = state is not None and (summary.since is not None or record is not None)
-    ended = state in tables.ENDED
-    steps = [Step("Begun", begun, summary.since if begun else None, f"try {summary.try_number}" if begun else "")]
-    if begun and record is None and not ended:
+def _steps(summary: Summary, begun: datetime | None, trigger: Trigger | None, record: Record | None) -> list[Step]:
+    has_begun = begun is not None and summary.state is not None
+    ended = summary.state in tables.ENDED
+    if not has_begun:
+        steps = [Step("Begun", False, None, "")]
+    else:
+        tries = f"try {summary.try_number}" if summary.try_number <= 1 else f"now try {summary.try_number}"
+        steps = [Step("Begun", True, begun, tries)]
+    if has_begun and record is None and not ended:
         where = _where(summary)
-        if summary.wanted is not None:
-            where = f"{summary.arrived:,} of {summary.wanted:,} arrived; {where}".rstrip("; ")
+        if summary.arrived is not None:
+            where = f"{_arrived(summary)}; {where}".rstrip("; ")
         steps.append(Step("Waiting", True, trigger.created_date if trigger else None, where))
-    if record is not None and record.phase == Phase.REJECTED.value:
-        told = record.event if isinstance(record.event, dict) else {}
-        steps.append(Step("Rejected", True, record.recorded, f"by {told.get('by')}: {told.get('reason')}"))
-    elif record is None:
+    if record is None:
+        if ended:
+            return [*steps, Step(f"Ended: {summary.state}", True, summary.ended, "")]
         steps += [Step("Recorded", False, None, ""), Step("Committed", False, None, "")]
+    elif record.phase == Phase.REJECTED:
+        steps.append(Step("Rejected", True, record.recorded, f"by {record.sent_by}: {record.reason}"))
     else:
         steps += [
-            Step("Recorded", True, record.recorded, f"by the {record.kept_by}"),
-            Step("Committed", record.committed is not None, record.committed, ""),
+            Step("Recorded", True, record.recorded, f"sent by {record.sent_by}" if record.sent_by else ""),
+            Step("Committed", record.phase == Phase.COMMITTED, record.committed, ""),
         ]
-    if ended and state != "success":
-        return [*steps, Step(f"Ended: {state}", True, summary.ended, "")]
-    note = (
-        f"{summary.seconds_to_delivery:.1f} s after the record" if summary.seconds_to_delivery is not None else ""
-    )
-    return [*steps, Step("Delivered", state == "success", summary.ended if state == "success" else None, note)]
+    if ended and summary.state != "success":
+        return [*steps, Step(f"Ended: {summary.state}", True, summary.ended, "")]
+    if summary.state != "success" or record is None:
+        return [*steps, Step("Delivered", False, None, "")]
+    seconds = summary.seconds_to_delivery
+    note = "" if seconds is None else f"{seconds:.1f} s after the record"
+    return [*steps, Step("Delivered", True, record.delivered or summary.ended, note)]
+
+
+def _arrived(summary: Summary) -> str:
+    return f"{summary.arrived:,}{'' if summary.wanted is None else f' of {summary.wanted:,}'} arrived"
 
 
 def _where(summary: Summary) -> str:
     if summary.state != "deferred":
         return ""
+    if summary.parked:
+        return "parked: it needs no triggerer, and the API server ends it"
+    if summary.triggerer is None and summary.hosted:
+        return "no triggerer has taken on the trigger that it shares with others"
     if summary.triggerer is None:
         return "no triggerer has taken it on"
     where = f"in the triggerer on {summary.triggerer.hostname}"
+    if summary.hosted:
+        where = f"{where}, by a trigger that it shares with others"
     return where if summary.triggerer.alive else f"{where}, which gives no sign of life"
 
 

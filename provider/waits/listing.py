@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from airflow.jobs.job import Job
 from airflow.models.dag import DagModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
-from airflow.models.xcom import XComModel
-from airflow_events.listeners.commit import is_to_come
-from airflow_events.triggers.record import DEADLINE_KEY, PROGRESS_KEY, RECORD_KEY
+from airflow.utils.state import TaskInstanceState
+from airflow_events.inbox.entries import Phase
+from airflow_events.inbox.models import SINGLE, EventWait
+from airflow_events.inbox.transactions import has_event
 from airflow_events.waits import arguments, tables
 from airflow_events.waits.tables import Key
-from sqlalchemy import Text, case, cast, func, or_, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy import and_, case, func, or_, select, tuple_
+from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql import ColumnElement, Select
 
 
@@ -80,20 +80,23 @@ class Summary:
     One wait in a list. Moments are in UTC.
 
     :param state: of the task instance.
-    :param listener: the listener's class name; None for a mapped wait that is not deferred.
-    :param call: listener and arguments as the call that they are, templates not rendered; None if it is not
-        deferred, since only its trigger tells.
+    :param listener: the listener's class name; None for a mapped wait that has not begun.
+    :param call: listener and arguments as the call that they are: rendered once the wait has begun, before that
+        as its trigger has them; None if it has none yet.
     :param since: when this try began, or was queued.
     :param deadline: None if it waits for ever, or has not begun.
+    :param holder: the process that began it last: ``host:pid``.
     :param triggerer: None if it is not deferred, or no triggerer has it yet.
     :param sign_of_life: of the triggerer that has it, or of the worker that runs it.
-    :param phase: of its record; None if nothing is recorded that an XCom shows.
-    :param recorded: when the event was recorded; None for records of versions before 0.1.
+    :param phase: of its event; None if nothing is recorded.
+    :param recorded: when the event was recorded; of many the last.
     :param ended: when the task ended.
-    :param seconds_to_delivery: from the record to the end of the task.
+    :param seconds_to_delivery: from the record to the task's success.
     :param arrived: of a task that waits for many events: how many have come; None of others.
-    :param wanted: how many it waits for; likewise.
+    :param wanted: how many it waits for; likewise, and None where nobody tells any more.
     :param dag_state: None if its DAG is as it should be.
+    :param hosted: whether it shares the trigger that polls for it with others.
+    :param parked: whether it waits without a trigger, since nobody has to poll for its event.
     """
 
     dag_id: str
@@ -107,6 +110,7 @@ class Summary:
     call: str | None
     since: datetime | None
     deadline: datetime | None
+    holder: str | None
     triggerer: Triggerer | None
     sign_of_life: datetime | None
     phase: str | None
@@ -116,6 +120,8 @@ class Summary:
     arrived: int | None = None
     wanted: int | None = None
     dag_state: DagState | None = None
+    parked: bool = False
+    hosted: bool = False
 
     @property
     def key(self) -> Key:
@@ -141,7 +147,7 @@ class Counted:
     """
     How many waits there are.
 
-    :param open: by the name of their listener; of mapped waits that is ``WaitForEventOperator``.
+    :param open: by the name of their listener; of mapped waits that have not begun: ``WaitForEventOperator``.
     :param uncommitted: whose event is recorded and not committed.
     """
 
@@ -177,9 +183,12 @@ def find(
     where = [*_in_stage(stage), *_that_match(dag_ids, dag_id, run_id, task_id, listener, text)]
     column = _COLUMNS[order]
     # No dialect agrees with another on where NULL belongs; here it is always last.
-    sort = [column.is_(None), column.desc() if descending else column.asc(), *_UNIQUE]
+    sort = [column.is_(None), column.desc() if descending else column.asc(), *_KEY]
+    # First which ones, and then all about these: a database that sorts all of it at once takes six times as long.
+    ids = tables.joined(select(TaskInstance.id)).where(*where).order_by(*sort)
+    cut = ids.limit(limit + 1).offset(offset).subquery()
     rows = session.execute(
-        _joined(select(*_WANTED)).where(*where).order_by(*sort).limit(limit + 1).offset(offset)
+        tables.joined(select(*_WANTED)).join(cut, cut.c.id == TaskInstance.id).order_by(*sort)
     ).all()
     total = None if stage is Stage.ENDED else _count(session, where)
     return Page(_summaries(session, stage, rows[:limit]), total, len(rows) > limit)
@@ -188,9 +197,9 @@ def find(
 def count(session: Session) -> Counted:
     """Count the waits."""
     waiting = Counter[str]()
-    statement: Any = select(TaskInstance.custom_operator_name, func.count())
+    statement: Any = select(_LISTENER, func.count())
     rows: Any = session.execute(
-        _joined(statement).where(*_in_stage(Stage.OPEN)).group_by(TaskInstance.custom_operator_name)
+        tables.joined(statement).where(*_in_stage(Stage.OPEN)).group_by(EventWait.listener, _OPERATOR_NAME)
     )
     for name, number in rows:
         waiting[name or tables.OPERATOR] += number
@@ -199,22 +208,23 @@ def count(session: Session) -> Counted:
 
 def one(session: Session, key: Key) -> Summary | None:
     """Return one wait, or None if there is no such task instance, or it is no wait."""
-    where = or_(tables.of_a_wait(), tables.has_record())
+    is_uncommitted = TaskInstance.id.in_(_uncommitted()).label("is_uncommitted")
+    is_wait = or_(tables.of_our_operator(), tables.of_our_trigger(), EventWait.place.is_not(None))
     row = session.execute(
-        _joined(select(*_WANTED, _IS_UNCOMMITTED)).where(where, *tables.is_(TaskInstance, key))
+        tables.joined(select(*_WANTED, is_uncommitted)).where(is_wait, *tables.is_(TaskInstance, key))
     ).one_or_none()
     if row is None:
         return None
     rests = Stage.ENDED if row.state in tables.ENDED else Stage.OPEN
-    return _summaries(session, Stage.RECORDED if row.uncommitted else rests, [row])[0]
+    return _summaries(session, Stage.RECORDED if row.is_uncommitted else rests, [row])[0]
 
-
-_IS_UNCOMMITTED = TaskInstance.id.in_(tables.uncommitted()).label("uncommitted")
 
 # A task that ends in the triggerer at a later try keeps the end of the try before.
 _ENDED = case(
     (TaskInstance.end_date >= TaskInstance.start_date, TaskInstance.end_date), else_=TaskInstance.updated_at
 )
+_OPERATOR_NAME = TaskInstance.custom_operator_name
+_LISTENER = func.coalesce(EventWait.listener, _OPERATOR_NAME)
 
 _WANTED = (
     TaskInstance.dag_id,
@@ -223,51 +233,69 @@ _WANTED = (
     TaskInstance.map_index,
     TaskInstance.state,
     TaskInstance.try_number,
+    TaskInstance.max_tries,
     TaskInstance.operator,
-    TaskInstance.custom_operator_name,
+    _OPERATOR_NAME,
     TaskInstance.queued_dttm,
     TaskInstance.start_date,
     _ENDED.label("end_date"),
-    TaskInstance.trigger_timeout,
     TaskInstance.last_heartbeat_at,
-    Trigger.encrypted_kwargs,
+    EventWait.place,
+    EventWait.listener,
+    EventWait.call,
+    EventWait.wanted,
+    EventWait.holder,
+    EventWait.since,
+    EventWait.deadline,
+    EventWait.phase,
+    EventWait.record_clears,
+    EventWait.expires,
+    EventWait.recorded_at,
+    EventWait.delivered_at,
+    func.coalesce(EventWait.parked, Trigger.encrypted_kwargs).label("encrypted_kwargs"),
+    EventWait.host.is_not(None).label("is_hosted"),
+    and_(TaskInstance.trigger_id.is_(None), EventWait.parked.is_not(None), EventWait.host.is_(None)).label(
+        "is_parked"
+    ),
     Job.id.label("job_id"),
     Job.hostname.label("job_hostname"),
     Job.state.label("job_state"),
     Job.latest_heartbeat,
 )
-_UNIQUE = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id, TaskInstance.map_index)
+_KEY = (TaskInstance.dag_id, TaskInstance.run_id, TaskInstance.task_id, TaskInstance.map_index)
 _COLUMNS: dict[Order, Any] = {
     Order.DAG: TaskInstance.dag_id,
     Order.RUN: TaskInstance.run_id,
     Order.TASK: TaskInstance.task_id,
-    Order.LISTENER: TaskInstance.custom_operator_name,
+    Order.LISTENER: _LISTENER,
     Order.STATE: TaskInstance.state,
     Order.SINCE: func.coalesce(TaskInstance.start_date, TaskInstance.queued_dttm),
-    Order.DEADLINE: TaskInstance.trigger_timeout,
+    Order.DEADLINE: func.coalesce(EventWait.deadline, TaskInstance.trigger_timeout),
     Order.TRIGGERER: Job.hostname,
     Order.SIGN_OF_LIFE: func.coalesce(Job.latest_heartbeat, TaskInstance.last_heartbeat_at),
     Order.ENDED: _ENDED,
 }
 
 
-def _joined(statement: Select[Any]) -> Select[Any]:
-    return (
-        statement.select_from(TaskInstance)
-        .outerjoin(Trigger, Trigger.id == TaskInstance.trigger_id)
-        .outerjoin(Job, Job.id == Trigger.triggerer_id)
-    )
-
-
 def _count(session: Session, where: Iterable[ColumnElement[bool]]) -> int:
-    return int(session.scalar(_joined(select(func.count())).where(*where)) or 0)
+    return int(session.scalar(tables.joined(select(func.count())).where(*where)) or 0)
+
+
+def _uncommitted() -> Select[Any]:
+    """Select the ids of the task instances that have an event, at any place, recorded and not committed."""
+    recorded = aliased(EventWait)
+    is_recorded = recorded.phase == Phase.RECORDED.value
+    return select(TaskInstance.id).join(recorded, tables.of(recorded)).where(is_recorded)
 
 
 def _in_stage(stage: Stage) -> list[ColumnElement[bool]]:
     if stage is Stage.RECORDED:
-        return [TaskInstance.id.in_(tables.uncommitted())]
-    states = tables.OPEN if stage is Stage.OPEN else tables.ENDED
-    return [tables.of_a_wait(), TaskInstance.state.in_(states), TaskInstance.id.not_in(tables.uncommitted())]
+        return [TaskInstance.id.in_(_uncommitted())]
+    committed = TaskInstance.id.not_in(_uncommitted())
+    if stage is Stage.OPEN:
+        is_wait = or_(tables.of_our_operator(), tables.of_our_trigger(), EventWait.parked.is_not(None))
+        return [is_wait, TaskInstance.state.in_(tables.OPEN), committed]
+    return [tables.of_our_operator(), TaskInstance.state.in_(tables.ENDED), committed]  # its trigger is gone
 
 
 def _that_match(
@@ -285,32 +313,46 @@ def _that_match(
         (TaskInstance.dag_id, dag_id),
         (TaskInstance.run_id, run_id),
         (TaskInstance.task_id, task_id),
-        (TaskInstance.custom_operator_name, listener),
+        (_LISTENER, listener),
     ):
         if value:
             where.append(column == value)
     if text:
-        where.append(
-            or_(*(column.icontains(text, autoescape=True) for column in (*_UNIQUE[:3], _COLUMNS[Order.LISTENER])))
-        )
+        where.append(or_(*(column.icontains(text, autoescape=True) for column in (*_KEY[:3], _LISTENER))))
     return where
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What the XComs of a wait tell in a list."""
+class _Places:
+    """What the places of a task tell in a list that waits for many events: how many have come, and the last."""
 
-    phase: str | None = None
-    recorded: datetime | None = None
-    deadline: datetime | None = None
-    arrived: int | None = None
-    wanted: int | None = None
+    arrived: int
+    uncommitted: int
+    recorded: datetime | None
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.RECORDED if self.uncommitted else Phase.COMMITTED
 
 
 def _summaries(session: Session, stage: Stage, rows: Sequence[Any]) -> list[Summary]:
-    kept = _kept(session, [(row.dag_id, row.run_id, row.task_id, row.map_index) for row in rows])
+    keys: list[Key] = [(row.dag_id, row.run_id, row.task_id, row.map_index) for row in rows]
+    places = _places(session, keys)
     dags = _dag_states(session, {row.dag_id for row in rows})
-    return [_summary(stage, row, kept, dags[row.dag_id]) for row in rows]
+    return [_summary(stage, row, places.get(key), dags[row.dag_id]) for row, key in zip(rows, keys, strict=True)]
+
+
+def _places(session: Session, keys: Sequence[Key]) -> dict[Key, _Places]:
+    if not keys:
+        return {}
+    columns = (EventWait.dag_id, EventWait.run_id, EventWait.task_id, EventWait.map_index)
+    uncommitted = func.sum(case((EventWait.phase == Phase.RECORDED.value, 1), else_=0))
+    rows = session.execute(
+        select(*columns, func.count(), uncommitted, func.max(EventWait.recorded_at))
+        .where(tuple_(*columns).in_(keys), EventWait.place != SINGLE, EventWait.phase.is_not(None))
+        .group_by(*columns)
+    )
+    return {(row[0], row[1], row[2], row[3]): _Places(int(row[4]), int(row[5]), row[6]) for row in rows}
 
 
 def _dag_states(session: Session, dag_ids: Collection[str]) -> dict[str, DagState | None]:
@@ -321,15 +363,26 @@ def _dag_states(session: Session, dag_ids: Collection[str]) -> dict[str, DagStat
     return states
 
 
-def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept], dag_state: DagState | None) -> Summary:
-    kept = all_kept.get((row.dag_id, row.run_id, row.task_id, row.map_index), _Kept())
+def _summary(stage: Stage, row: Any, places: _Places | None, dag_state: DagState | None) -> Summary:
     deferred = arguments.read(row.encrypted_kwargs, in_full=False) if row.encrypted_kwargs else None
-    listener = row.custom_operator_name if row.custom_operator_name != row.operator else None
+    named = row.listener or (deferred.listener if deferred else None)
+    deadline = row.deadline
+    if row.since is None:
+        deadline = deferred.deadline if deferred else None
     ended = row.end_date if row.state in tables.ENDED else None
-    wanted = kept.wanted or (deferred.wanted if deferred else None)
+    wanted = row.wanted if row.wanted is not None else (deferred.wanted if deferred else None)
+    arrived = places.arrived if places else None
+    if arrived is None and (wanted is not None or row.operator == tables.OF_MANY):
+        arrived = 0
+    phase: str | None = None
+    recorded: datetime | None = None
+    if places:
+        phase, recorded = places.phase.value, places.recorded
+    elif has_event(row, row.max_tries, datetime.now(timezone.utc)):
+        phase, recorded = row.phase, row.recorded_at
     seconds = None
-    if row.state == "success" and ended is not None and kept.recorded is not None:
-        seconds = max((ended - kept.recorded).total_seconds(), 0.0)
+    if row.state == "success" and recorded is not None and (delivered := row.delivered_at or ended) is not None:
+        seconds = max((delivered - recorded).total_seconds(), 0.0)
     return Summary(
         dag_id=row.dag_id,
         run_id=row.run_id,
@@ -338,80 +391,30 @@ def _summary(stage: Stage, row: Any, all_kept: dict[Key, _Kept], dag_state: DagS
         state=row.state,
         stage=stage,
         try_number=row.try_number,
-        listener=deferred.listener if deferred else listener,
-        call=deferred.call if deferred else None,
+        listener=named or (row.custom_operator_name if row.custom_operator_name != row.operator else None),
+        call=row.call or (deferred.call if deferred else None),
         since=row.start_date or row.queued_dttm,
-        deadline=kept.deadline or (deferred.deadline if deferred else None),
-        triggerer=_triggerer(row),
+        deadline=deadline,
+        holder=row.holder,
+        triggerer=triggerer_of(row),
         sign_of_life=row.latest_heartbeat or (row.last_heartbeat_at if row.state == "running" else None),
-        phase=kept.phase,
-        recorded=kept.recorded,
+        phase=phase,
+        recorded=recorded,
         ended=ended,
         seconds_to_delivery=seconds,
-        arrived=None if wanted is None else kept.arrived or 0,
+        arrived=arrived,
         wanted=wanted,
         dag_state=dag_state,
+        parked=row.state == TaskInstanceState.DEFERRED and bool(row.is_parked),
+        hosted=row.state == TaskInstanceState.DEFERRED and bool(row.is_hosted),
     )
 
 
-def _triggerer(row: Any) -> Triggerer | None:
+def triggerer_of(row: Any) -> Triggerer | None:
+    """Return who has a trigger, of a row with its job's columns; None if nobody has."""
     if row.job_id is None:
         return None
     heartbeat = row.latest_heartbeat
     threshold = timedelta(seconds=conf.getfloat("triggerer", "triggerer_health_check_threshold"))
     recent = heartbeat is not None and datetime.now(timezone.utc) - heartbeat < threshold
     return Triggerer(row.job_id, row.job_hostname, heartbeat, recent and row.job_state == "running")
-
-
-def _unwrapped(text: str) -> dict[str, Any]:
-    """Read a record that came with a task's success, and is text within JSON; anything else is nothing."""
-    try:
-        told = json.loads(json.loads(text))
-    except (TypeError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _kept(session: Session, keys: Sequence[Key]) -> dict[Key, _Kept]:
-    """Read what the XComs of a page of waits tell, without their events, which may be large."""
-    if not keys:
-        return {}
-    which = tuple_(XComModel.dag_id, XComModel.run_id, XComModel.task_id, XComModel.map_index).in_(keys)
-    found: dict[Key, dict[str, Any]] = {}
-    phase = XComModel.value["phase"].as_string()
-    for row in session.execute(
-        select(
-            XComModel.dag_id,
-            XComModel.run_id,
-            XComModel.task_id,
-            XComModel.map_index,
-            phase.label("phase"),
-            XComModel.value["recorded_at"].as_string().label("recorded_at"),
-            XComModel.value["foreseen"].as_string().label("foreseen"),
-            case((phase.is_(None), cast(XComModel.value, Text))).label("text"),
-        ).where(which, XComModel.key == RECORD_KEY)
-    ):
-        told = {"phase": row.phase, "recorded_at": row.recorded_at} if row.text is None else _unwrapped(row.text)
-        recorded_at = told.get("recorded_at")
-        recorded = datetime.fromisoformat(recorded_at) if recorded_at else None
-        if row.foreseen is not None and is_to_come(recorded):
-            continue
-        found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {}).update(
-            phase=told.get("phase"), recorded=recorded
-        )
-    for row in session.execute(
-        select(
-            XComModel.dag_id,
-            XComModel.run_id,
-            XComModel.task_id,
-            XComModel.map_index,
-            XComModel.key,
-            XComModel.value,
-        ).where(which, XComModel.key.in_((DEADLINE_KEY, PROGRESS_KEY)))
-    ):
-        kept = found.setdefault((row.dag_id, row.run_id, row.task_id, row.map_index), {})
-        if row.key == DEADLINE_KEY:
-            kept.update(deadline=arguments.deadline(row.value))
-        elif isinstance(row.value, dict):
-            kept.update(arrived=row.value.get("arrived"), wanted=row.value.get("of"))
-    return {key: _Kept(**values) for key, values in found.items()}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from airflow.models.task_state_store import TaskStateStoreModel
+from airflow.jobs.job import Job
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
-from airflow.models.xcom import XComModel
 from airflow.utils.state import TaskInstanceState as State
-from airflow_events.listeners.commit import Phase
-from airflow_events.triggers.record import LOST_KEY, PROGRESS_KEY, RECORD_KEY
+from airflow_events.inbox.models import SINGLE, EventHost, EventWait
 from pydantic import StringConstraints
-from sqlalchemy import and_, exists, or_, select, union_all, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import and_, func, update
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement, Select
 
 Key = tuple[str, str, str, int]
@@ -37,18 +35,31 @@ OPEN = (
 )
 """The states of a task instance that waits, or is about to."""
 
-AT_WORK = (State.QUEUED, State.RUNNING, State.RESTARTING, State.DEFERRED)
-"""The states in which somebody may have the event in memory."""
+AT_WORK = (State.SCHEDULED, State.QUEUED, State.RUNNING, State.RESTARTING, State.DEFERRED)
+"""The states in which somebody may have the event in memory, or it is on its way to a worker."""
 
 ENDED = (State.SUCCESS, State.FAILED, State.SKIPPED, State.REMOVED)
 
 
-def of_a_wait() -> ColumnElement[bool]:
-    """Whether a task instance, joined with its trigger if it has one, is a wait."""
-    return or_(
-        TaskInstance.operator.in_((OPERATOR, OF_MANY)),
-        Trigger.classpath.startswith(_OUR_TRIGGERS, autoescape=True),
+def joined(statement: Select[Any]) -> Select[Any]:
+    """Select from task instances, each with its wait's row, the trigger that polls for it, and its triggerer."""
+    return (
+        statement.select_from(TaskInstance)
+        .outerjoin(EventWait, and_(of(EventWait), EventWait.place == SINGLE))
+        .outerjoin(EventHost, EventHost.host == EventWait.host)
+        .outerjoin(Trigger, Trigger.id == func.coalesce(TaskInstance.trigger_id, EventHost.trigger_id))
+        .outerjoin(Job, Job.id == Trigger.triggerer_id)
     )
+
+
+def of_our_operator() -> ColumnElement[bool]:
+    """Whether a task instance is one of our operators, which one of a subclass of theirs does not show."""
+    return TaskInstance.operator.in_((OPERATOR, OF_MANY))
+
+
+def of_our_trigger() -> ColumnElement[bool]:
+    """Whether a task instance, `joined`, is deferred to one of our triggers."""
+    return Trigger.classpath.startswith(_OUR_TRIGGERS, autoescape=True)
 
 
 def is_(table: Any, key: Key) -> list[ColumnElement[bool]]:
@@ -73,14 +84,6 @@ def lock(session: Session, key: Key) -> None:
     )
 
 
-def has_record() -> ColumnElement[bool]:
-    """Whether something is, or was, recorded for a task instance, as for waits of a subclass of the operator."""
-    xcom, stored = aliased(XComModel), aliased(TaskStateStoreModel)
-    return or_(
-        exists().where(of(xcom), xcom.key == RECORD_KEY), exists().where(of(stored), stored.key == RECORD_KEY)
-    )
-
-
 def of(row: Any) -> ColumnElement[bool]:
     """Whether a row of another table belongs to the task instance."""
     return and_(
@@ -89,34 +92,3 @@ def of(row: Any) -> ColumnElement[bool]:
         row.run_id == TaskInstance.run_id,
         row.map_index == TaskInstance.map_index,
     )
-
-
-def uncommitted() -> Select[Any]:
-    """
-    Select the ids of the task instances whose event is recorded and not committed.
-
-    As the operator reads it: what a worker stored counts before the triggerer's XCom, and a record whose id is
-    noted as lost is none. An XCom backend that stores values elsewhere hides the second kind from this.
-    """
-    record, lost = aliased(XComModel), aliased(XComModel)
-    stored, any_stored = aliased(TaskStateStoreModel), aliased(TaskStateStoreModel)
-    by_trigger = (
-        select(TaskInstance.id)
-        .join(record, of(record))
-        .where(
-            record.key.in_((RECORD_KEY, PROGRESS_KEY)),  # the second of a task that waits for many
-            record.value["phase"].as_string() == Phase.RECORDED.value,
-            ~exists().where(of(lost), lost.key == LOST_KEY, lost.value == record.value["id"]),
-            ~exists().where(of(any_stored), any_stored.key == RECORD_KEY),
-        )
-    )
-    # The column is text, so no dialect looks into it alike; `Record.as_dict` keeps the phase in front.
-    by_worker = (
-        select(TaskInstance.id)
-        .join(stored, of(stored))
-        .where(
-            stored.key == RECORD_KEY,
-            stored.value.startswith(f'{{"phase": "{Phase.RECORDED.value}"', autoescape=True),
-        )
-    )
-    return select(union_all(by_trigger, by_worker).subquery().c.id)

@@ -8,8 +8,6 @@ from airflow_events import EventListener
 class LedgerListener(EventListener):
     """Takes payments from a ledger that cannot be reached when it matters."""
 
-    repeatable_poll = True
-
     async def poll_for_event(self, account, *, above=0):
         return {"account": account, "payment": "P-88213", "amount": 129.90, "currency": "EUR"}
 

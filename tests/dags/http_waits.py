@@ -7,10 +7,15 @@ from datetime import timedelta
 from airflow.sdk import DAG, Asset, task
 from airflow_events import callback_url, wait_for_event
 from airflow_events.listeners.http import HttpListener
+from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 
 SOON = timedelta(seconds=1)
 ORDER = {"type": "object", "required": ["order"], "properties": {"order": {"type": "integer"}}}
+
+
+def afterwards(context, result=None):
+    """What only workers run."""
 
 
 def wait(task_id, *args, **kwargs):
@@ -48,15 +53,16 @@ with DAG("http", schedule=None, catchup=False, params={"key": "nobody"}):
         plain,
         later,
         wait("starts_on_worker", key=key()),
-        wait("finishes_on_worker", of_task={"outlets": [Asset("http_events_test")]}),
+        wait("finishes_on_worker", of_task={"post_execute": afterwards}),
+        wait("with_outlet", of_task={"outlets": [Asset("http_events_test")]}),
         mapped.output,
     )
 
 with DAG("http_one", schedule=None, catchup=False, params={"key": "nobody"}):
     gather(wait("wait", "{{ params.key }}"))
 
-with DAG("http_with_outlet", schedule=None, catchup=False):
-    gather(wait("wait", of_task={"outlets": [Asset("http_events_test")]}))
+with DAG("http_ends_on_worker", schedule=None, catchup=False):
+    gather(wait("wait", of_task={"post_execute": afterwards}))
 
 with DAG("http_anew", schedule=None, catchup=False):
     gather(wait("wait", of_task={"replay": False}))
@@ -80,3 +86,11 @@ with DAG("http_strict", schedule=None, catchup=False, params={"key": "nobody"}):
 
 with DAG("http_time_out", schedule=None, catchup=False):
     gather(wait("wait", of_task={"timeout": 2, "default": "late"}))
+
+
+with DAG("parked", schedule=None, catchup=False, params={"due": "", "key": "parked"}):
+    wait_for_event.override(task_id="timer")(TimerListener, "{{ params.due }}")
+    wait("event", key="{{ params.key }}")
+    wait("skips", of_task={"timeout": 60, "soft_fail": True})
+    wait("default", of_task={"timeout": 60, "default": {"of": "default"}})
+    wait("late", of_task={"timeout": 60})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from pathlib import Path
 
 from airflow.sdk import DAG, task
 from airflow_events import wait_for_events
 from airflow_events.listeners.timer import TimerListener
-from probes import GatedDirectory
+from probes import GatedDirectory, lay_down
 
 BASE = "{{ params.base }}"
 SOON = timedelta(seconds=1)
@@ -22,7 +21,7 @@ def dag(dag_id):
 @task(retries=3, retry_delay=SOON)
 def deliver(events, params=None, run_id=None, ti=None):
     """Note what downstream got, once for each run and try."""
-    Path(params["base"], "delivered", f"{run_id}.{ti.try_number}").write_text(json.dumps(events, default=str))
+    lay_down(Path(params["base"], "delivered", f"{run_id}.{ti.try_number}"), events)
 
 
 @task

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import timedelta
 from pathlib import Path
 
 from airflow.sdk import DAG, Asset, get_parsing_context, task
+from airflow.sdk.exceptions import AirflowFailException
 from airflow_events import wait_for_event
 from paths import DEADLINE, PATHS, dag_id
+from probes import lay_down
 
 from sources import SOURCES
 
@@ -18,18 +19,16 @@ SOON = timedelta(seconds=1)
 
 def matrix_dag(source, path, timeout):
     @task
-    def argument(params=None):
-        return source.argument(params["base"], params["queue"])
-
-    @task
     def deliver(event, params=None, run_id=None):
         if event is None:
-            raise ValueError("no event: a user marked the wait as successful")
-        Path(params["base"], "delivered", f"{run_id} {source.identity(event)}").write_text(
-            json.dumps(event, default=str)
-        )
+            raise AirflowFailException("no event: a user marked the wait as successful")
+        lay_down(Path(params["base"], "delivered", f"{run_id} {source.identity(event)}"), event)
 
-    outlets = [Asset("matrix")] if path.ends_on_worker and source.listener.repeatable_poll else []
+    arguments = {"timeout": timeout, "outlets": [Asset("matrix")] if path.has_outlet else []}
+    if path.starts_on_worker:
+        arguments["pre_execute"] = lambda context: None
+    if path.ends_on_worker:
+        arguments["post_execute"] = lambda context, result: None
     with DAG(
         dag_id(source, path, timeout),
         schedule=None,
@@ -37,11 +36,11 @@ def matrix_dag(source, path, timeout):
         params={"base": "/nonexistent", "queue": ""},
         max_active_runs=2000,
         max_active_tasks=2000,
-        default_args={"retries": int(os.environ.get("MATRIX_RETRIES", "5")), "retry_delay": SOON},
+        default_args={"retries": int(os.environ.get("MATRIX_RETRIES", "20")), "retry_delay": SOON},
     ) as dag:
-        wait = wait_for_event.override(task_id="wait", timeout=timeout, outlets=outlets)
-        first = argument() if path.starts_on_worker else source.argument("{{ params.base }}", "{{ params.queue }}")
-        deliver(wait(source.listener, first, **source.keywords))
+        wait = wait_for_event.override(task_id="wait", **arguments)
+        argument = source.argument("{{ params.base }}", "{{ params.queue }}")
+        deliver(wait(source.listener, argument, **source.keywords))
     return dag
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from airflow_events import EventListener, current_wait, wait_for_event
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 from beside import BesideListener
-from probes import FailingCommit, GatedDirectory, LeasedQueue, Scripted
+from probes import FailingCommit, GatedDirectory, LeasedQueue, Scripted, lay_down
 
 BASE = "{{ params.base }}"
 SOON = timedelta(seconds=1)
@@ -31,7 +30,7 @@ def deliver(event, params=None, run_id=None, ti=None):
     """Note what downstream got, once for each run and try of the wait's delivery."""
     folder = Path(params["base"], "delivered")
     folder.mkdir(exist_ok=True)
-    Path(folder, f"{run_id}.{ti.try_number}").write_text(json.dumps(event, default=str))
+    lay_down(folder / f"{run_id}.{ti.try_number}", event)
     return event
 
 
@@ -47,10 +46,10 @@ def wait(listener, *args, **operator_arguments):
 with dag("finish_in_triggerer"):
     deliver(wait(GatedDirectory, BASE))
 
-with dag("one_worker"):
+with dag("leased"):
     deliver(wait(LeasedQueue, BASE))
 
-with dag("two_workers"):
+with dag("begins_on_worker"):
     deliver(wait(GatedDirectory, base()))
 
 with dag("anew_after_clear"):
@@ -58,6 +57,9 @@ with dag("anew_after_clear"):
 
 with dag("with_outlet"):
     deliver(wait(GatedDirectory, BASE, outlets=[Asset("events_test_asset")]))
+
+with dag("outputs"):
+    deliver(wait(Scripted, BASE, {"a": 1, "b": [2]}, multiple_outputs=True))
 
 with dag("failing_commit"):
     deliver(wait(FailingCommit, BASE))
@@ -135,8 +137,6 @@ with dag("shapes"):
 
 class InTheDagFile(EventListener):
     """Not importable anywhere else; it commits, to tell what it was given."""
-
-    repeatable_poll = True
 
     def __init__(self):
         self.polled = False

@@ -18,7 +18,7 @@ answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 from airflow.__main__ import main  # noqa: E402
-from airflow_events.api import inbox, refusals, requests  # noqa: E402, F401
+from airflow_events.api import refusals, requests, sending  # noqa: E402, F401
 from airflow_events.cli import commands  # noqa: E402, F401
 
 

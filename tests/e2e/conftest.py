@@ -14,8 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from airflow_events.inbox.models import EventWait
 from cells import Stage
 from proof import SETTINGS, furnish, served
+from sqlalchemy import create_engine, select
 from statsd_receiver import Receiver
 
 from deployment import Deployment, free_port, until
@@ -25,6 +27,7 @@ TESTS = Path(__file__).parents[1]
 # What only makes the tests wait.
 SOONER = {
     "events.commit_timeout": "4",
+    "events.hosts": "1",  # so that waits of one kind have one
     "scheduler.scheduler_idle_sleep_time": "0.3",
     # Here no API server is away for longer, as it is in the whole matrix.
     "scheduler.task_instance_heartbeat_timeout": "30",
@@ -68,11 +71,24 @@ def airflow(request, postgres, receiver):
         )
         deployment.prepare()
         deployment.add_dags(
-            *(TESTS / "dags" / file for file in ("waits.py", "beside.py", "http_waits.py", "many.py"))
+            *(
+                TESTS / "dags" / file
+                for file in (
+                    "waits.py",
+                    "beside.py",
+                    "http_waits.py",
+                    "many.py",
+                    "sends.py",
+                    "airflow_waits.py",
+                    "hosted.py",
+                )
+            )
         )
         furnish(deployment)
         deployment.start()
-        deployment.wait_for_dags("finish_in_triggerer", "siblings", "directory_no_worker", "http", "many_files")
+        deployment.wait_for_dags(
+            "finish_in_triggerer", "siblings", "directory_no_worker", "http", "many_files", "hosted", "sends"
+        )
         yield deployment
         if keep:
             print(f"\nkept: {home}")
@@ -184,12 +200,8 @@ class Base:
 
     @property
     def archived(self):
-        """The source's own word on which files were committed, and by which waits' folders."""
-        return sorted(p.name for p in (self.path / "drops/.airflow-events/archive").glob("*/*/*"))
-
-    @property
-    def claimed(self):
-        return sorted(p.name for p in (self.path / "drops/.airflow-events/claims").glob("*/*/*"))
+        """The source's own word on which files were committed."""
+        return sorted(p.name for p in (self.path / "drops/.airflow-events/archive").glob("*/*"))
 
     @property
     def waiting(self):
@@ -198,6 +210,27 @@ class Base:
     @property
     def owners(self):
         return {p.name: p.read_text() for p in sorted((self.path / "owners").glob("*")) if not p.suffix}
+
+
+@pytest.fixture(scope="session")
+def inbox(airflow):
+    """Read the row of a run's wait, or None, from Airflow's database."""
+    engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
+    table = EventWait.__table__
+
+    def row(run, task_id="wait", map_index=-1, place=-1):
+        where = {"dag_id": run.dag_id, "run_id": run.run_id, "task_id": task_id, "map_index": map_index}
+        with engine.connect() as connection:
+            return connection.execute(select(table).filter_by(**where, place=place)).one_or_none()
+
+    yield row
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def base_at():
+    """Make a `Base` of a folder."""
+    return Base
 
 
 @pytest.fixture

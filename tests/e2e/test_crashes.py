@@ -1,24 +1,29 @@
 """
 What the crash matrix (``test_matrix.py``) does not show: faults that take two steps, and a source that is away.
 
-A gate in the test's listener stops the process at the point in question.
+A gate in the test's listener, or a gap of the matrix, stops the process at the point in question.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 
 from cells import Cell
-from faults import see, see_gone
+from faults import FAULTS, see, see_gone
+from gaps import GAPS
 from paths import ways
-from source import EVENTS
+from source import EVENTS, conf
 
 from deployment import until
 
+GAP = {gap.id: gap for gap in GAPS}
+NAMED = {fault.name: fault for fault in FAULTS}
+
 
 def assert_files(base, archived, waiting):
-    assert (base.archived, base.claimed, base.waiting) == (archived, [], waiting)
+    assert (base.archived, base.waiting) == (archived, waiting)
 
 
 def test_a_triggerer_that_stood_still_learns_of_what_was_recorded_meanwhile(airflow, base):
@@ -42,31 +47,51 @@ def test_a_triggerer_that_stood_still_learns_of_what_was_recorded_meanwhile(airf
     assert list(base.delivered) == [f"{run.run_id}.1"]
 
 
-def test_two_triggerers_on_one_trigger_with_another_poll(airflow, base):
-    """Two claims, one resume: that event is committed, and the other's claim lapses."""
-    base.send("a", "b")
-    base.arm("polled")
-    run = airflow.run("one_worker", base.conf)
-    process = base.reached("polled")
-    old = airflow.components["triggerer"]
-    assert process.pid in {member.pid for member in old.family()}
-    airflow.freeze(old)
-    try:
-        airflow.start_one("triggerer", as_name="triggerer@second")
-        assert run.finished() == "success"
-        [committed] = base.owners
-        base.open("polled")
-    finally:
-        old.signal(signal.SIGCONT)
-    until(lambda: run.logs("wait").count("trigger completed") >= 2, "the first triggerer has gone on", 30)
+def test_a_triggerer_that_stood_still_as_it_began_learns_of_what_was_recorded_meanwhile(stage):
+    """The same, in the moment between the inbox's answer, by which the wait has nothing, and the poll."""
+    cell = stand(stage, "directory", "no worker", "triggerer-polling")
+    with frozen(stage):
+        committed = cell.also(GAP["triggerer-committed"])
+        second = stage.airflow.start_one("triggerer", as_name="triggerer@second")
+        see_it_reached(stage, committed, second)
+        second.kill()
+        time.sleep(7)  # until its trigger may be had again
+    time.sleep(3)  # until the first has noticed
+    cell.open("")
+    assert_ends_well(stage, cell)
+
+
+def test_two_triggerers_on_one_trigger_with_another_poll(stage):
+    """The first record wins; the other is refused, and the lease of what it polled expires."""
+    cell = stand(stage, "queue with leases", "no worker", "triggerer-recording")
+    with frozen(stage):
+        recorded = cell.also(GAP["triggerer-recorded"])
+        second = stage.airflow.start_one("triggerer", as_name="triggerer@second")
+        see_it_reached(stage, recorded, second)
+        row = stage.row(cell.run)
+        cell.open("")
+    until(lambda: cell.passed, "the first asks for its record too")
     time.sleep(2)
-    wait = f"one_worker/{run.run_id}/wait/-1"
-    assert base.owners == {committed: wait}
-    assert list(base.delivered) == [f"{run.run_id}.1"]
+    assert stage.row(cell.run).record_id == row.record_id and row.phase == "recorded"
+    recorded.open("")
+    assert_ends_well(stage, cell)
     # The other message is nobody's, and the next run gets it.
-    other = airflow.run("one_worker", base.conf)
+    other = stage.airflow.run(cell.run.dag_id, conf(cell.base), run_id=f"{cell.run.run_id}-other")
     assert other.finished() == "success"
-    assert base.owners == {committed: wait, ({"a", "b"} - {committed}).pop(): f"one_worker/{other.run_id}/wait/-1"}
+    assert cell.source.committed(cell.base) == set(EVENTS)
+
+
+def test_a_beginning_that_comes_late(stage):
+    """It is carried out after the same, asked again: the trigger is outlived by itself, and begins again."""
+    cell = begin(stage, "directory", "no worker", "api-server-beginning", "asked again")
+    polling = cell.also(GAP["triggerer-polling"])
+    until(lambda: polling.stands_firm(stage), "it is asked again, and the trigger is about to poll", 90)
+    assert stage.row(cell.run).generation == 1
+    cell.open("")
+    until(lambda: stage.row(cell.run).generation == 2, "it begins for the second time")
+    polling.open("")
+    assert_ends_well(stage, cell)
+    assert stage.row(cell.run).generation == 3
 
 
 def test_the_source_is_away_for_long(airflow, base):
@@ -80,19 +105,51 @@ def test_the_source_is_away_for_long(airflow, base):
 
 
 def test_what_a_watch_recorded_outlives_its_source(stage):
-    """Its triggerer is killed before the task ends, and the file is deleted before another one polls."""
-    source, path, gap = next(way for way in ways() if (way[0].name, way[2].name) == ("directory (watch)", "noted"))
-    cell = Cell(source, path, gap, "killed", stage.folder / "forgotten")
-    cell.begin(stage, "forgotten")
-    until(lambda: cell.stands_firm(stage), "it is about to end the task", 60)
-    see(stage, [cell])
-    stage.airflow.components["triggerer"].kill()
-    see_gone([cell])
+    """The worker that ends it is killed, and the file is deleted before the next one begins."""
+    cell = stand(stage, "directory (watch)", "ends on a worker", "worker-resumed")
     for event in EVENTS:
         (cell.base / "drops" / event).unlink()
-    stage.airflow.restart("triggerer")
-    cell.open("")
+    cell.process.kill()
+    see_gone([cell])
     assert cell.run.finished() == "success"
     [delivered] = (cell.base / "delivered").iterdir()
     assert delivered.name == f"{cell.run.run_id} a"
-    assert "The event of" in cell.run.logs("wait") and "is committed already" in cell.run.logs("wait")
+    assert "is committed already" in cell.run.logs("wait")
+
+
+def begin(stage, source, path, gap, fault="killed"):
+    """Let a wait come to a gap."""
+    way = next(way for way in ways() if (way[0].name, way[1].name, way[2].id) == (source, path, gap))
+    cell = Cell(*way, NAMED[fault], stage.folder / "cell")
+    cell.begin(stage, f"crash-{gap}-{int(time.time())}")
+    return cell
+
+
+def stand(stage, source, path, gap):
+    """Let a wait stand in a gap."""
+    cell = begin(stage, source, path, gap)
+    until(lambda: cell.stands_firm(stage), f"a process stands in {gap}", 60)
+    see(stage, [cell])
+    return cell
+
+
+@contextlib.contextmanager
+def frozen(stage):
+    """Let the triggerer stand still."""
+    triggerer = stage.airflow.components["triggerer"]
+    stage.airflow.freeze(triggerer)
+    try:
+        yield
+    finally:
+        triggerer.signal(signal.SIGCONT)
+
+
+def see_it_reached(stage, cell, component):
+    until(lambda: cell.stands_firm(stage), f"a process stands in {cell.gap.id}", 60)
+    assert cell.process.pid in {member.pid for member in component.family()}
+
+
+def assert_ends_well(stage, cell):
+    stage.finish([cell], 90)
+    cell.judge(stage)
+    assert cell.problems == []

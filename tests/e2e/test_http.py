@@ -75,7 +75,8 @@ def said(answer, status):
 
 def test_events_reach_waits_of_every_kind_and_the_answers_say_so(airflow, sender):
     run = airflow.run("http")
-    for task in ("plain", "over", "finishes_on_worker", "starts_on_worker", "mapped[0]", "mapped[1]"):
+    begin = ("plain", "over", "finishes_on_worker", "with_outlet", "starts_on_worker", "mapped[0]", "mapped[1]")
+    for task in begin:
         run.until_task(task, "deferred")
     assert run.task_state("later") is None
 
@@ -90,6 +91,7 @@ def test_events_reach_waits_of_every_kind_and_the_answers_say_so(airflow, sender
     said(sender.send(run, "plain", content=b"NaN", headers=json_type), 422)
     said(sender.send(run, "plain", content=b"\xff", headers=json_type), 422)
     said(sender.send(run, "plain", content=b"[" * 50_000, headers=json_type), 422)
+    said(sender.send(run, "plain", content=b"[" * 200 + b"]" * 200, headers=json_type), 422)
     said(sender.send(run, "plain", content=b'"' + b"a" * 300_000 + b'"', headers=json_type), 413)
     said(sender.send(run, "plain", content=iter([b" " * 100_000] * 4), headers=json_type), 413)
     said(sender.send(run, "plain", {"a": "\0"}), 422)
@@ -113,20 +115,23 @@ def test_events_reach_waits_of_every_kind_and_the_answers_say_so(airflow, sender
     said(sender.send(run, "plain", {"n": 2}, key="other"), 409)
     said(sender.send(run, "plain", {"n": [1, None, 2.5]}), 409)
     said(sender.send(run, "over", ["a", "b"]), 200)
-    said(sender.send(run, "finishes_on_worker", "outlet"), 200)
+    said(sender.send(run, "finishes_on_worker", "post_execute"), 200)
+    said(sender.send(run, "with_outlet", "outlet"), 200)
     said(sender.send(run, "starts_on_worker", "worker"), 200)
     said(sender.send(run, "mapped", 0, params={"map_index": 0}), 200)
     said(sender.send(run, "mapped", {"order": 3}, params={"map_index": 1}), 200)
 
     assert run.finished() == "success"
-    expected = [{"n": [1, None, 2.5]}, {"order": 1}, "worker", "outlet", [0, {"order": 3}]]
+    expected = [{"n": [1, None, 2.5]}, {"order": 1}, "worker", "post_execute", "outlet", [0, {"order": 3}]]
     assert run.xcom("gather") == expected
     assert [run.xcom("one", map_index=n) for n in range(2)] == ["a", "b"]
-    assert run.worker_starts("plain") == run.worker_starts("later") == 0
+    assert [run.worker_starts(task) for task in ("plain", "later", "over", "with_outlet")] == [0] * 4
     assert run.worker_starts("starts_on_worker") == 1
     assert run.worker_starts("finishes_on_worker") == 1
     audit = airflow.api("GET", f"/eventLogs?dag_id=http&run_id={quote(run.run_id)}&event=event%20sent")
-    assert audit["total_entries"] == 7
+    assert audit["total_entries"] == 8
+    of_run = f"source_dag_id=http&source_run_id={quote(run.run_id)}"
+    assert airflow.api("GET", f"/assets/events?{of_run}")["total_entries"] == 1
 
     # A clear delivers the same again, of a wait that starts in the triggerer as of one that starts on a worker.
     run.clear("plain", "later", "starts_on_worker", "mapped", "gather")
@@ -153,8 +158,7 @@ def test_reject(airflow, sender):
     until(
         lambda: run.task_state("wait") == "deferred" and run.tasks()["wait"]["try_number"] == 2, "it waits again"
     )
-    answer = until(lambda: (a := sender.send(run, "wait", 1)).status_code != 503 and a, "it is taken")
-    said(answer, 200)
+    said(sender.send(run, "wait", 1), 200)
     assert run.finished() == "success"
 
 
@@ -193,7 +197,7 @@ def test_ends(airflow, sender):
     until(lambda: run.xcom("gather") == [2], "it waits for another after a clear")
 
 
-def test_keys(airflow, sender):
+def test_keys(airflow, sender, inbox):
     """An event for a key goes to a wait that has it, or will; to one or to all, as the sender says."""
 
     test = uuid.uuid4().hex
@@ -225,7 +229,7 @@ def test_keys(airflow, sender):
     second, third, brief, strict = run("order/1"), run("order/1"), run("brief"), run("strict", "http_strict")
     for waiting in (second, third, brief):
         waiting.until_task("wait", "deferred")
-        until(lambda run=waiting: run.xcom("wait", "event_key"), "the wait has told its key")
+        until_it_has_told_its_key(inbox, waiting)
     answer = to_key("order/1", {"n": 2}, 200, idempotency_key="b")
     assert to_key("order/1", {"n": 2}, 200, idempotency_key="b") == answer
     waits = [*answer["waits"], *to_key("order/1", {"n": 3}, 200)["waits"]]
@@ -241,7 +245,7 @@ def test_keys(airflow, sender):
     to_key("all", 1, 404, to="all")
     runs = [run("all"), run("all"), run("all", "http_strict")]
     for waiting in runs:
-        until(lambda run=waiting: run.xcom("wait", "event_key"), "the wait has told its key")
+        until_it_has_told_its_key(inbox, waiting)
     to_key("all", {"order": 7}, 422, to="some")
     reached = to_key("all", {"order": 7}, 200, to="all", ttl=60)["waits"]
     assert sorted(reached) == sorted(f"{run.dag_id}/{run.run_id}/wait/-1" for run in runs)
@@ -250,7 +254,7 @@ def test_keys(airflow, sender):
 
     # A payload that no wait wants is refused while they wait.
     strict = run("strict2", "http_strict")
-    until(lambda: strict.xcom("wait", "event_key"), "the wait has told its key")
+    until_it_has_told_its_key(inbox, strict)
     to_key("strict2", "unfit", 422)
     to_key("strict2", {"order": 2}, 200)
     said(sender.send(brief, "wait", 1), 200)
@@ -260,7 +264,14 @@ def test_keys(airflow, sender):
 def test_without_a_login_or_the_permission_every_route_refuses(airflow, strict, sender):
     run = airflow.run("http_one", {"key": f"who-may-{uuid.uuid4().hex}"})
     run.until_task("wait", "deferred")
-    names = {"dag_id": run.dag_id, "run_id": quote(run.run_id), "task_id": "wait", "key": "k", "conn_id": "c"}
+    names = {
+        "dag_id": run.dag_id,
+        "run_id": quote(run.run_id),
+        "task_id": "wait",
+        "key": "k",
+        "conn_id": "c",
+        "ti": uuid.uuid4(),
+    }
     nobody = {}
     forged = {
         "Authorization": "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl",
@@ -293,7 +304,7 @@ def test_without_a_login_or_the_permission_every_route_refuses(airflow, strict, 
     assert [entry["owner"] for entry in audit] == ["ursula"]
 
 
-def test_a_sender_without_an_answer_sends_again(airflow, strict, sender):
+def test_a_sender_without_an_answer_sends_again(airflow, strict, sender, inbox):
     """Whether it hung up itself, or the API server was killed before the commit, or between that and the reply."""
     runs = [airflow.run("http_one") for _ in range(3)]
     for run in runs:
@@ -311,16 +322,19 @@ def test_a_sender_without_an_answer_sends_again(airflow, strict, sender):
     with dies(strict, "before-the-commit", "Receipt"), pytest.raises(httpx.TransportError):
         ursula.send(runs[2], "wait", "once", key="k")
     assert runs[2].task_state("wait") == "deferred"
-    assert runs[2].xcom("wait", "event_record") is None
+    assert not has_event(inbox, runs[2])
     live_again(strict)
     said(ursula.send(runs[2], "wait", "once", key="k"), 200)
 
     with dies(strict, "before-the-reply", "Receipt"), pytest.raises(httpx.TransportError):
         ursula.send(runs[1], "wait", "once", key="k")
     # Another API server, for which the transaction has decided as well.
-    first = said(sender.send(runs[1], "wait", "once", key="k"), 200)
-    said(sender.send(runs[1], "wait", "twice", key="other"), 409)
-    assert said(sender.send(runs[1], "wait", "once", key="k"), 200) == first
+    elsewhere = Sender(airflow.url, ursula.headers)
+    first = said(elsewhere.send(runs[1], "wait", "once", key="k"), 200)
+    said(elsewhere.send(runs[1], "wait", "twice", key="other"), 409)
+    assert said(elsewhere.send(runs[1], "wait", "once", key="k"), 200) == first
+    # Somebody else's key says nothing.
+    said(sender.send(runs[1], "wait", "once", key="k"), 409)
     for run in runs:
         assert run.finished() == "success"
         assert run.xcom("gather") == ["once"]
@@ -337,10 +351,10 @@ def test_a_sender_without_an_answer_sends_again(airflow, strict, sender):
         ("before-the-reply", "KeyReceipt", 600),
     ],
 )
-def test_an_api_server_that_dies_as_it_gives_an_event_to_all(airflow, strict, sender, point, what, ttl):
+def test_an_api_server_that_dies_as_it_gives_an_event_to_all(airflow, strict, sender, inbox, point, what, ttl):
     """None of the waits has it, or all have: the sender repeats, and each has it once."""
     key = uuid.uuid4().hex
-    runs = waiting_for(airflow, key, 3)
+    runs = waiting_for(airflow, inbox, key, 3)
     sending = {
         "payload": "for all",
         "headers": {"Idempotency-Key": "k"},
@@ -350,19 +364,20 @@ def test_an_api_server_that_dies_as_it_gives_an_event_to_all(airflow, strict, se
     with dies(strict, point, what), pytest.raises(httpx.TransportError):
         ursula.post(f"/keys/{key}", **sending)
     committed = point == "before-the-reply"
-    assert [bool(run.xcom("wait", "event_record")) for run in runs] == [committed] * 3
+    assert [has_event(inbox, run) for run in runs] == [committed] * 3
     assert [run.task_state("wait") for run in runs] == ["success" if committed else "deferred"] * 3
-    late = waiting_for(airflow, key, 1, told=not (committed and ttl))
+    late = waiting_for(airflow, inbox, key, 1, told=not (committed and ttl))
 
-    answer = said(sender.post(f"/keys/{key}", **sending), 200)
-    assert said(sender.post(f"/keys/{key}", **sending), 200) == answer
+    elsewhere = Sender(airflow.url, ursula.headers)
+    answer = said(elsewhere.post(f"/keys/{key}", **sending), 200)
+    assert said(elsewhere.post(f"/keys/{key}", **sending), 200) == answer
     reached = runs if committed else runs + late
     assert sorted(answer["waits"]) == sorted(f"http_one/{run.run_id}/wait/-1" for run in reached)
     if ttl:
         live_again(strict)
-        reached = runs + late + waiting_for(airflow, key, 1, told=False)
+        reached = runs + late + waiting_for(airflow, inbox, key, 1, told=False)
     for run in reached:
-        had_once(airflow, run, answer["event_id"], "for all")
+        had_once(airflow, inbox, run, answer["event_id"], "for all")
     if committed and not ttl:
         assert late[0].task_state("wait") == "deferred"
         said(sender.send(late[0], "wait", "its own"), 200)
@@ -379,23 +394,23 @@ def test_an_api_server_that_dies_as_it_gives_an_event_to_all(airflow, strict, se
         ("before-the-reply", "dict", "all"),
     ],
 )
-def test_an_api_server_that_dies_as_it_gives_a_kept_event(airflow, strict, sender, point, what, to):
+def test_an_api_server_that_dies_as_it_gives_a_kept_event(airflow, strict, sender, inbox, point, what, to):
     """Another API server finds the event as it was kept, and the waits that have it already; each has it once."""
     key = uuid.uuid4().hex
     with no_matching(airflow), no_matching(strict) as hold:
         sending = {"payload": "kept", "headers": {"Idempotency-Key": "k"}, "params": {"to": to, "ttl": 600}}
         early = said(sender.post(f"/keys/{key}", **sending), 202)
-        runs = waiting_for(airflow, key, 2)
+        runs = waiting_for(airflow, inbox, key, 2)
         with dies(strict, point, what):
             hold.unlink()
             until(lambda: strict.components["api-server"].alive is False, "the matcher's API server dies")
         committed = point == "before-the-reply"
         wanted = {"one": [True, False], "all": [True, True]}[to] if committed else [False, False]
-        assert sorted((bool(run.xcom("wait", "event_record")) for run in runs), reverse=True) == wanted
+        assert sorted((has_event(inbox, run) for run in runs), reverse=True) == wanted
         assert said(sender.post(f"/keys/{key}", **sending), 202) == early
     if to == "all":
         for run in runs:
-            had_once(airflow, run, early["event_id"], "kept")
+            had_once(airflow, inbox, run, early["event_id"], "kept")
     else:
         until(lambda: any(run.state == "success" for run in runs), "one of them gets it")
     live_again(strict)
@@ -404,23 +419,23 @@ def test_an_api_server_that_dies_as_it_gives_a_kept_event(airflow, strict, sende
     if to == "one":
         [winner] = [run for run in runs if run.state == "success"]
         [loser] = [run for run in runs if run != winner]
-        had_once(airflow, winner, early["event_id"], "kept")
+        had_once(airflow, inbox, winner, early["event_id"], "kept")
         assert loser.task_state("wait") == "deferred"
         said(sender.send(loser, "wait", "its own"), 200)
         assert loser.finished() == "success"
     else:
         for run in runs:
-            had_once(airflow, run, early["event_id"], "kept")
+            had_once(airflow, inbox, run, early["event_id"], "kept")
 
 
 @pytest.mark.parametrize("then", ["it is killed too", "it goes on"])
-def test_a_triggerer_that_does_not_learn_that_the_wait_has_its_event(airflow, strict, sender, then):
+def test_a_triggerer_that_does_not_learn_that_the_wait_has_its_event(airflow, strict, sender, inbox, then):
     """The API server dies right after the commit, while the triggerer that has the trigger stands still."""
     key = uuid.uuid4().hex
     triggerer = airflow.components["triggerer"]
     with no_matching(airflow), no_matching(strict) as hold:
         early = said(sender.post(f"/keys/{key}", "kept"), 202)
-        [run] = waiting_for(airflow, key, 1)
+        [run] = waiting_for(airflow, inbox, key, 1)
         airflow.freeze(triggerer)
         try:
             with dies(strict, "before-the-reply", "dict"):
@@ -440,24 +455,33 @@ def test_a_triggerer_that_does_not_learn_that_the_wait_has_its_event(airflow, st
     other.until_task("wait", "deferred")
     said(sender.send(other, "wait", 1), 200)
     assert other.finished() == "success"
-    had_once(airflow, run, early["event_id"], "kept")
+    had_once(airflow, inbox, run, early["event_id"], "kept")
 
 
-def waiting_for(airflow, key, number, *, told=True):
+def has_event(inbox, run):
+    """Whether an event is recorded for a run's wait."""
+    row = inbox(run)
+    return row is not None and row.phase is not None
+
+
+def until_it_has_told_its_key(inbox, run):
+    until(lambda: (row := inbox(run)) is not None and row.address, "the wait has told its key")
+
+
+def waiting_for(airflow, inbox, key, number, *, told=True):
     """Start runs whose waits have a key, and wait until they have told it if they live that long."""
     runs = [airflow.run("http_one", {"key": key}) for _ in range(number)]
     for run in runs:
         if told:
-            # The second of the two that a wait writes, and what it is found by.
-            until(lambda run=run: run.xcom("wait", f"event_key:{key}"), "the wait has told its key")
+            until_it_has_told_its_key(inbox, run)
     return runs
 
 
-def had_once(airflow, run, event_id, payload):
+def had_once(airflow, inbox, run, event_id, payload):
     """See that one event, and one only, came to a run, and was delivered at the first try."""
     assert run.finished() == "success"
     assert run.xcom("gather") == [payload]
-    assert run.xcom("wait", "event_record")["id"] == event_id
+    assert inbox(run).record_id == event_id
     assert [task["try_number"] for task in run.tasks().values()] == [1, 1]
     audit = airflow.api("GET", f"/eventLogs?run_id={quote(run.run_id)}&event=event%20sent")["event_logs"]
     assert [json.loads(entry["extra"])["event_id"] for entry in audit] == [event_id]
@@ -497,7 +521,7 @@ def live_again(server):
 @pytest.mark.parametrize("gap", ["worker-resumed", "worker-succeeded"])
 def test_a_worker_that_dies_between_record_and_delivery(airflow, sender, gap):
     """The next try delivers the event that the API server recorded, and the wait takes no other."""
-    run = airflow.run("http_with_outlet")
+    run = airflow.run("http_ends_on_worker")
     run.until_task("wait", "deferred")
     armed = folder(airflow.home, run.run_id)
     armed.mkdir()
@@ -544,12 +568,12 @@ def test_events_that_are_kept_outlive_every_api_server(airflow, strict, sender):
     assert loser.finished() == "success"
 
 
-def test_cancelled_and_the_same_key_again(airflow, sender):
+def test_cancelled_and_the_same_key_again(airflow, sender, inbox):
     """A run that was ended has no hold on its key, and takes nothing from the run that has it next."""
     key = uuid.uuid4().hex
     cancelled = airflow.run("http_one", {"key": key})
     cancelled.until_task("wait", "deferred")
-    until(lambda: cancelled.xcom("wait", "event_key"), "the wait has told its key")
+    until_it_has_told_its_key(inbox, cancelled)
     airflow.api("PATCH", cancelled.path, {"state": "failed"})
     cancelled.until_task("wait", "failed", "skipped")
     said(sender.send(cancelled, "wait", 0), 410)
@@ -560,7 +584,7 @@ def test_cancelled_and_the_same_key_again(airflow, sender):
     assert again.finished() == "success"
     assert again.xcom("gather") == [1]
     assert cancelled.task_state("wait") in ("failed", "skipped")
-    assert cancelled.xcom("wait", "event_record") is None
+    assert not has_event(inbox, cancelled)
     # Once it is cleared it waits under its key as before.
     cancelled.clear("wait", "gather")
     cancelled.until_task("wait", "deferred")

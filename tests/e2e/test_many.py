@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import json
 
-from airflow_events import Wait
-from airflow_events.listeners.directory.claims import key_of
+from airflow_events.listeners import serde
 
 from deployment import until
 
 
-def progress(run):
-    told = run.xcom("wait", "event_progress") or {"arrived": 0}
-    return told["arrived"]
+def phases(inbox, run, count):
+    """How far the event of each place has come, by index; of those that have one."""
+    rows = {index: inbox(run, place=index) for index in range(count)}
+    return {index: row.phase for index, row in rows.items() if row is not None and row.phase is not None}
 
 
-def places(run, count):
-    """Name the folder of each place in the list, as the source knows it."""
-    return {key_of(Wait(run.dag_id, run.run_id, "wait", index=index)): index for index in range(count)}
-
-
-def committed(base):
-    """Ask the source which file was committed, by which wait's folder."""
-    archive = base.path / "drops" / ".airflow-events" / "archive"
-    return {file.name: file.parts[-3] for file in archive.glob("*/*/*")}
-
-
-def assert_each_is_committed_at_its_place(base, run, events):
+def assert_each_is_committed_at_its_place(base, inbox, run, events):
     """``events``: by index."""
-    index_of = places(run, 50)
-    assert {name: index_of[key] for name, key in committed(base).items()} == {
-        event["name"]: index for index, event in events.items()
-    }
+    rows = {index: inbox(run, place=index) for index in events}
+    assert {index: row.phase for index, row in rows.items()} == dict.fromkeys(events, "committed")
+    names = {index: serde.decode(row.event)["name"] for index, row in rows.items()}
+    assert names == {index: event["name"] for index, event in events.items()}
+    assert set(names.values()) == set(base.archived)
 
 
 def test_a_thousand_timers_are_one_task_without_a_worker(airflow, base):
@@ -41,12 +31,13 @@ def test_a_thousand_timers_are_one_task_without_a_worker(airflow, base):
     assert run.worker_starts("wait") == 0
 
 
-def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base):
+def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base, inbox):
     names = [f"f{number:02}" for number in range(50)]
     run = airflow.run("many_files", base.conf)
     run.until_task("wait", "deferred")
     base.drop(*names[:20])
-    until(lambda: progress(run) == 20, "20 of 50 have arrived", 60, 0.3)
+    until(lambda: len(phases(inbox, run, 50)) == 20, "20 of 50 have arrived", 60, 0.3)
+    assert inbox(run).call.startswith("GatedDirectory, 50 times, ")
 
     base.arm("recorded")
     base.drop(*names[20:30])
@@ -56,10 +47,8 @@ def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base):
     triggerer.kill()
     assert not process.is_running()
     # It died with some committed, at least one recorded only, and others to come.
-    entries = run.xcom("wait", "event_log:0.0:0")["entries"]
-    recorded = {entry["index"] for entry in entries if "record" in entry}
-    noted = {entry["committed"] for entry in entries if "committed" in entry}
-    assert 20 <= len(noted) < len(recorded) <= 30
+    recorded = phases(inbox, run, 50)
+    assert 20 <= list(recorded.values()).count("committed") < len(recorded) <= 30
     polls = base.calls.count(f"poll {run.run_id}")
 
     airflow.restart("triggerer")
@@ -67,8 +56,8 @@ def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base):
     assert run.finished(timeout=180) == "success"
     events = run.xcom("wait")
     assert sorted(event["name"] for event in events) == names
-    assert_each_is_committed_at_its_place(base, run, dict(enumerate(events)))
-    assert (base.claimed, base.waiting) == ([], [])
+    assert_each_is_committed_at_its_place(base, inbox, run, dict(enumerate(events)))
+    assert base.waiting == []
     assert list(base.delivered) == [f"{run.run_id}.1"]
     assert run.worker_starts("wait") == 0
     # The next triggerer polled for what was missing, and for nothing else.
@@ -82,7 +71,7 @@ def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base):
     assert base.waiting == ["another"]
 
 
-def test_the_first_that_come_and_the_others_go_back(airflow, base):
+def test_the_first_that_come_and_the_others_go_back(airflow, base, inbox):
     run = airflow.run("many_first", base.conf)
     run.until_task("wait", "deferred")
     base.drop("a", "b", "c", "d")
@@ -91,8 +80,7 @@ def test_the_first_that_come_and_the_others_go_back(airflow, base):
     events = dict(json.loads(delivered))
     assert len(events) == 2
     assert list(events) == sorted(events)
-    assert_each_is_committed_at_its_place(base, run, events)
-    assert base.claimed == []
+    assert_each_is_committed_at_its_place(base, inbox, run, events)
     assert sorted([*base.waiting, *(event["name"] for event in events.values())]) == ["a", "b", "c", "d"]
 
 
@@ -105,19 +93,19 @@ def test_a_default_stands_for_what_has_not_come(airflow, base):
     came = [event for event in json.loads(delivered) if event != "none"]
     assert [event["name"] for event in came] == ["a"]
     assert json.loads(delivered).count("none") == 2
-    assert (base.archived, base.claimed) == (["a"], [])
+    assert base.archived == ["a"]
 
 
-def test_the_output_of_another_task_is_the_list(airflow, base):
+def test_the_output_of_another_task_is_the_list(airflow, base, inbox):
     run = airflow.run("many_upstream", base.conf)
     run.until_task("wait", "deferred")
     base.drop("a", "b", "c")
     assert run.finished() == "success"
     assert run.worker_starts("timers") == 1
-    assert run.worker_starts("wait") == 2
+    assert run.worker_starts("wait") == 1
     events = run.xcom("wait")
     assert sorted(event["name"] for event in events) == ["a", "b", "c"]
-    assert_each_is_committed_at_its_place(base, run, dict(enumerate(events)))
+    assert_each_is_committed_at_its_place(base, inbox, run, dict(enumerate(events)))
     run.clear("wait", "deliver")
     base.drop("another")
     until(lambda: len(base.delivered) == 2, "it is delivered again")

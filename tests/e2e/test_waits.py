@@ -14,7 +14,7 @@ from deployment import until
 
 
 @pytest.mark.parametrize(
-    ("dag", "workers"), [("finish_in_triggerer", 0), ("one_worker", 1), ("two_workers", 2), ("with_outlet", 1)]
+    ("dag", "workers"), [("finish_in_triggerer", 0), ("leased", 0), ("begins_on_worker", 1), ("with_outlet", 0)]
 )
 def test_an_event_is_delivered_once_with_as_many_workers_as_are_needed(airflow, base, dag, workers):
     run = airflow.run(dag, base.conf)
@@ -24,10 +24,10 @@ def test_an_event_is_delivered_once_with_as_many_workers_as_are_needed(airflow, 
     assert run.finished() == "success"
     assert run.worker_starts("wait") == workers
     assert len(base.delivered) == 1
-    if dag == "one_worker":
+    if dag == "leased":
         assert base.owners == {"a": f"{dag}/{run.run_id}/wait/-1"}
     else:
-        assert (base.archived, base.claimed, base.waiting) == (["a"], [], [])
+        assert (base.archived, base.waiting) == (["a"], [])
 
 
 def test_the_first_line_of_the_log_says_what_is_waited_for(airflow, base):
@@ -120,13 +120,13 @@ def test_a_poll_that_fails_shows_its_traceback_and_is_tried_again(airflow, base)
     assert base.polls == 2
 
 
-def test_an_event_that_cannot_be_stored_fails_the_wait_before_anything_is_committed(airflow, base):
+def test_an_event_that_cannot_be_stored_fails_the_wait_before_anything_is_committed(airflow, base, inbox):
     run = airflow.run("unserializable", base.conf)
     assert run.finished() == "failed"
     log = run.logs("wait")
     assert "event['order']['lines'][1] cannot be delivered" in log
     assert "builtins.object" in log or "a object" in log
-    assert run.xcom("wait", "event_record") is None
+    assert inbox(run).phase is None
 
 
 def test_a_listener_that_blocks_the_loop_is_named(airflow, base):
@@ -179,16 +179,16 @@ def test_retries_do_not_extend_the_time(airflow, base):
     assert "AirflowSensorTimeout" in run.logs("wait")
 
 
-def test_a_clear_starts_the_time_anew(airflow, base):
+def test_a_clear_starts_the_time_again(airflow, base, inbox):
     run = airflow.run("time_out_later", base.conf)
     run.until_task("wait", "deferred")
-    until(lambda: run.xcom("wait", "event_deadline"), "the deadline is noted")
+    until(lambda: (row := inbox(run)) and row.deadline, "the wait has begun")
     run.mark("wait", "success")
-    deadline = run.xcom("wait", "event_deadline")
+    deadline = inbox(run).deadline
     run.finished()
     run.clear("wait")
     run.until_task("wait", "skipped")
-    assert run.xcom("wait", "event_deadline") != deadline
+    assert inbox(run).deadline > deadline
     assert run.logs("wait").count("No event came until") == 1
 
 
@@ -216,7 +216,7 @@ def test_a_clear_after_a_default_waits_anew(airflow, base):
     assert run.xcom("defaults") == "an event, this time"
 
 
-def test_a_listener_that_returns_after_its_wait_was_marked_delivers_nothing(airflow, base):
+def test_a_listener_that_returns_after_its_wait_was_marked_delivers_nothing(airflow, base, inbox):
     run = airflow.run("stubborn", base.conf)
     run.until_task("wait", "deferred")
     until(lambda: (base.path / "polls").exists(), "the poll has begun")
@@ -224,36 +224,35 @@ def test_a_listener_that_returns_after_its_wait_was_marked_delivers_nothing(airf
     until(lambda: "release 'too late'" in base.calls, "what it returned is released")
     assert run.task_state("wait") == "failed"
     assert run.xcom("wait") is None
-    assert run.xcom("wait", "event_record") is None
+    assert inbox(run).phase is None
 
 
-def test_a_listener_that_returns_after_its_wait_was_cleared_delivers_nothing(airflow, base):
+def test_a_listener_that_returns_after_its_wait_was_cleared_delivers_nothing(airflow, base, inbox):
     run = airflow.run("stubborn", base.conf)
     run.until_task("wait", "deferred")
     until(lambda: (base.path / "polls").exists(), "the poll has begun")
     run.clear("wait")
     until(lambda: base.polls == 2, "the next try polls")
     assert run.task_state("wait") == "deferred"
-    assert run.xcom("wait", "event_record") is None
+    assert inbox(run).phase is None
     run.mark("wait", "failed")
 
 
 @pytest.mark.parametrize("mark", ["failed", "success"])
-def test_a_wait_that_a_user_ends_gives_its_claim_back(airflow, base, mark):
+def test_a_wait_that_a_user_ends_leaves_its_file_to_the_next(airflow, base, mark):
     base.drop("a")
     base.arm("polled")
     run = airflow.run("finish_in_triggerer", base.conf)
     base.reached("polled")
-    assert base.claimed == ["a"]
-    run.mark("wait", mark)
-    until(lambda: base.waiting == ["a"], "the file is back")
-    assert base.claimed == []
     other = airflow.run("finish_in_triggerer", base.conf)
+    other.until_task("wait", "deferred")
+    run.mark("wait", mark)
+    assert base.archived == []
     other.until_task("wait", "success")
     assert base.archived == ["a"]
 
 
-@pytest.mark.parametrize("dag", ["finish_in_triggerer", "one_worker", "two_workers"])
+@pytest.mark.parametrize("dag", ["finish_in_triggerer", "leased", "begins_on_worker"])
 def test_a_clear_delivers_the_same_event_again(airflow, base, dag):
     base.drop("a", "b")
     base.send("a", "b")
@@ -269,14 +268,13 @@ def test_a_clear_delivers_the_same_event_again(airflow, base, dag):
     assert len(set(base.delivered.values())) == 1
 
 
-@pytest.mark.parametrize("dag", ["finish_in_triggerer", "with_outlet", "two_workers"])
-def test_a_forgotten_event_is_not_delivered_again(airflow, base, dag):
-    """As docs/operations.md says: delete the record in both places, and clear."""
+@pytest.mark.parametrize("dag", ["finish_in_triggerer", "with_outlet", "begins_on_worker"])
+def test_a_forgotten_event_is_not_delivered_again(airflow, base, dag, terminal):
+    """As docs/operations.md says: forget the event, and clear."""
     base.drop("a", "b")
     run = airflow.run(dag, base.conf)
     assert run.finished() == "success"
-    for place in ("xcomEntries", "state-store"):
-        airflow.api("DELETE", f"{run.path}/taskInstances/wait/{place}/event_record")
+    terminal("events", "forget", run.dag_id, run.run_id, "wait", "--yes")
     run.clear("wait", "deliver")
     until(lambda: run.state not in ("success", "failed"), "the run goes on")
     assert run.finished() == "success"
@@ -305,28 +303,21 @@ def test_a_clear_while_waiting_goes_on_waiting(airflow, base):
     assert base.archived == ["a"]
 
 
-def test_an_event_that_went_to_another_wait_is_dropped_and_waited_on(airflow, base):
+def test_an_event_that_its_source_has_no_longer_is_dropped_and_waited_on(airflow, base):
     base.drop("a")
     base.arm("recorded")
-    first = airflow.run("finish_in_triggerer", base.conf)
+    run = airflow.run("finish_in_triggerer", base.conf)
     base.reached("recorded")
-    # The claim lapses, as after a long outage, and another run takes the file.
-    [claim] = (base.path / "drops/.airflow-events/claims").glob("*/*/*")
-    claim.rename(base.path / "drops" / "a")
-    claim.parent.rmdir()
-    claim.parent.parent.rmdir()
-    second = airflow.run("finish_in_triggerer", base.conf)
-    assert second.finished() == "success"
+    (base.path / "drops" / "a").write_text("written to again")
     base.open("recorded")
-    until(lambda: "went to another wait" in first.logs("wait"), "the first wait learns of it")
-    assert first.task_state("wait") == "deferred"
-    base.drop("b")
-    assert first.finished() == "success"
-    assert (first.xcom("wait")["name"], second.xcom("wait")["name"]) == ("b", "a")
+    assert run.finished() == "success"
+    assert "was written to after it was taken" in run.logs("wait")
+    assert run.xcom("wait")["size"] == len("written to again")
+    assert (base.archived, base.waiting) == (["a"], [])
 
 
 def test_dag_test_runs_a_wait_in_one_process(airflow, base):
-    """``dag.test()`` gives a trigger no way to the database; the event is recorded by its worker."""
+    """Nothing outlives ``dag.test()``, so nothing is recorded; the event is committed and delivered."""
     base.drop("a")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import waits\n"

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+from airflow.models.asset import AssetEvent
 from airflow_events import Wait
+from airflow_events.inbox.models import EventWait
+from airflow_events.listeners import serde
 from gaps import Gap, folder
 from paths import DEADLINE, Path, dag_id
-from source import EVENTS, UNKNOWN, Source, conf
+from source import EVENTS, Source, conf
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.pool import NullPool
 
 from deployment import FINISHED, Deployment, Run, until
 from postgres import Postgres
 
+if TYPE_CHECKING:
+    from faults import Fault
+
 # Seconds.
 STANDS_FIRM = 4
-# There the event is not recorded, so that a deadline may come first. ("handed over" is before the record where
-# a worker records.)
-BEFORE_THE_RECORD = ("deferring", "polling", "half claimed", "prepared", "claimed", "recording")
+# There no event is recorded, or is the wait's no longer, so that a deadline may come first.
+WITHOUT_A_RECORD = ("deferring", "beginning", "polling", "polled", "recording", "lost")
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -51,6 +57,27 @@ class Stage:
         with contextlib.suppress(TimeoutError):
             until(finished, "the runs end", timeout, 1)
 
+    def row(self, run: Run) -> Any:
+        """Return the inbox's row of a run's wait, or None."""
+        table = EventWait.__table__
+        found = select(table).filter_by(dag_id=run.dag_id, run_id=run.run_id, task_id="wait")
+        with self._database.connect() as connection:
+            return connection.execute(found).one_or_none()
+
+    def asset_events(self, run: Run) -> int:
+        """Return how many events of assets a run's wait has made."""
+        made = select(func.count()).where(
+            AssetEvent.source_dag_id == run.dag_id,
+            AssetEvent.source_run_id == run.run_id,
+            AssetEvent.source_task_id == "wait",
+        )
+        with self._database.connect() as connection:
+            return int(connection.scalar(made) or 0)
+
+    @property
+    def _database(self) -> Any:
+        return create_engine(self.postgres.url, poolclass=NullPool)
+
 
 @dataclass
 class Cell:
@@ -59,17 +86,16 @@ class Cell:
     source: Source
     path: Path
     gap: Gap
-    fault: str
+    fault: Fault
     base: Folder
-    has_deadline: bool = False
-    deleted: str = ""
+    deleted: bool = False
     _run: Run | None = None
     _process: psutil.Process | None = None
     _reached: float = 0
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.source.name}, {self.path.name}, {self.gap.place} {self.gap.name}, {self.fault}"
+        return f"{self.source.name}, {self.path.name}, {self.gap.place} {self.gap.name}, {self.fault.name}"
 
     @property
     def run(self) -> Run:
@@ -83,9 +109,8 @@ class Cell:
 
     @property
     def _armed(self) -> Folder:
-        """The file of this cell's gap; a gap in a source goes by the source's name of the wait."""
-        run = self.run.run_id if self.gap.name != "half claimed" else self.source.holder(self.wait)
-        return folder(self.run.deployment.home, run) / self.gap.id
+        """The file of this cell's gap."""
+        return folder(self.run.deployment.home, self.run.run_id) / self.gap.id
 
     @property
     def wait(self) -> Wait:
@@ -96,16 +121,25 @@ class Cell:
         (self.base / "delivered").mkdir(parents=True)
         self.source.prepare(self.base)
         self.source.send(self.base, *EVENTS)
-        dag = dag_id(self.source, self.path, DEADLINE if self.has_deadline else None)
+        dag = dag_id(self.source, self.path, DEADLINE if self.fault.has_deadline else None)
         self._run = Run(stage.airflow, dag, run_id)
         self._process = None
-        self._armed.parent.mkdir(parents=True)
-        self._armed.touch()
+        self._arm()
         stage.airflow.run(dag, conf(self.base), run_id=run_id)
+
+    def also(self, gap: Gap) -> Cell:
+        """Arm another gap of the same wait, and return it as a cell."""
+        other = replace(self, gap=gap, _process=None, problems=[])
+        other._arm()
+        return other
+
+    def _arm(self) -> None:
+        self._armed.parent.mkdir(parents=True, exist_ok=True)
+        self._armed.write_text("once" if self.fault.once else "")
 
     def begin_again(self, stage: Stage) -> None:
         """Start another run in place of one that was deleted."""
-        self.deleted = self.source.holder(self.wait)
+        self.deleted = True
         self._run = stage.airflow.run(self.run.dag_id, conf(self.base), run_id=f"{self.run.run_id}-again")
 
     def stands_firm(self, stage: Stage) -> bool:
@@ -138,25 +172,25 @@ class Cell:
         new.write_text(clock)
         new.rename(self._armed.with_name(f"{self.gap.id}.open"))
 
-    def judge(self) -> None:
+    def judge(self, stage: Stage) -> None:
         """Note all that is not as it should be."""
         try:
-            self.problems = self._judge()
+            self.problems = self._judge(stage)
         except Exception as error:
             self.problems = [f"{type(error).__name__}: {error}"]
 
-    def _judge(self) -> list[str]:
-        state, committed = self.run.state, self.source.committed(self.base)
+    def _judge(self, stage: Stage) -> list[str]:
+        state, committed = self.run.state, set(self.source.committed(self.base))
         delivered = [tuple(file.name.split(" ", 1)) for file in (self.base / "delivered").iterdir()]
         if self.deleted:  # it may have delivered before it was deleted
             earlier = [event for run_id, event in delivered if run_id != self.run.run_id]
             delivered = [(run_id, event) for run_id, event in delivered if run_id == self.run.run_id]
             if self.source.commits and set(earlier) & {event for _, event in delivered}:
                 return [f"delivered by the deleted run too: {earlier}"]
-        if self.has_deadline and state == "failed" and self._is_unrecorded:
+        if self.fault.has_deadline and state == "failed" and self.gap.name in WITHOUT_A_RECORD:
             return self._problems(
                 ("delivered after the deadline", delivered, []),
-                ("committed after the deadline", committed, {}),
+                ("committed after the deadline", committed, set()),
                 ("free", self._free(EVENTS), set(EVENTS)),
             )
         if state != "success":
@@ -164,34 +198,39 @@ class Cell:
         if len(delivered) != 1:
             return [f"delivered: {delivered}"]
         [(run_id, event)] = delivered
-        record = self._record() or {}
-        holder = self.source.holder(replace(self.wait, after=record.get("after", "")))
-        mine = {event: holder} if self.source.commits else {}
+        row = stage.row(self.run)
+        if row is None or row.phase != "committed":
+            return [f"the inbox has {row and row.phase}"]
+        mine = {event} if self.source.commits else set()
+        if self.source.acknowledges_later and event not in committed:
+            committed = self._acknowledged_next(stage)
+        free = set(EVENTS) - committed if self.source.commits else set(EVENTS)
         if self.deleted:  # it may have committed an event, which went with the run
-            went = (self.deleted, UNKNOWN)
-            committed = {event: by for event, by in committed.items() if by not in went or event in mine}
-        free = set(EVENTS) - set(self.source.committed(self.base)) if self.source.commits else set(EVENTS)
-        if self.deleted:  # or have claimed one, which lapses
-            free -= {event for event, by in self.source.claimed(self.base).items() if by == self.deleted}
+            committed &= mine
         return self._problems(
             ("delivered by", run_id, self.run.run_id),
             ("committed", committed, mine),
             ("free", self._free(free), free),
-            ("recorded", record.get("phase"), "committed"),
+            ("recorded", self.source.identity(serde.decode(row.event)), event),
+            # What a worker ends, it delivers.
+            ("noted as delivered", row.delivered_at is not None, not self.path.ends_on_worker),
+            ("events of its outlet", *self._outcomes(stage)),
         )
 
-    @property
-    def _is_unrecorded(self) -> bool:
-        gap = self.gap.name
-        return gap in BEFORE_THE_RECORD or (gap == "handed over" and self.path.ends_on_worker)
+    def _acknowledged_next(self, stage: Stage) -> set[str]:
+        """Let another run wait, and return what is acknowledged then, besides what that was delivered."""
+        other = stage.airflow.run(self.run.dag_id, conf(self.base), run_id=f"{self.run.run_id}-next")
+        other.finished(timeout=120)
+        its = {file.name.split(" ", 1)[1] for file in (self.base / "delivered").glob(f"{other.run_id} *")}
+        return set(self.source.committed(self.base)) - its
 
-    def _record(self) -> Any:
-        """Return the record: a worker's store has it, or the triggerer's XCom."""
-        found = self.run.state_store("wait", "event_record") or self.run.xcom("wait", "event_record")
-        return json.loads(found) if isinstance(found, str) else found  # what came with the success is text
+    def _outcomes(self, stage: Stage) -> tuple[int, int]:
+        """Return how many events its outlet has, and is to have; a clear may have made others."""
+        found, wanted = stage.asset_events(self.run), int(self.path.has_outlet)
+        return (min(found, wanted) if self.fault.clears else found), wanted
 
     def _free(self, expected: Any) -> set[str]:
-        """What is free in the end; a claim that lapses may take a moment."""
+        """What is free in the end; what a killed process had in hand may take a moment."""
         with contextlib.suppress(TimeoutError):
             until(lambda: self.source.free(self.base) == set(expected), "the source is free", 5)
         return self.source.free(self.base)
@@ -205,6 +244,6 @@ class Cell:
             "source": self.source.name,
             "path": self.path.name,
             "gap": self.gap.id,
-            "fault": self.fault,
+            "fault": self.fault.name,
             "problems": self.problems,
         }

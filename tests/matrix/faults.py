@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +25,19 @@ from deployment import FINISHED, until
 Course = Iterator[None]
 # Seconds that Airflow waits beyond a deadline.
 GRACE = 300
+# Seconds after which a trigger asks an API server again that does not answer.
+ASKED_AGAIN = 30
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, and which cells it has."""
+    """
+    A fault, and which cells it has.
+
+    :param clock: by how many seconds the process's clock jumps.
+    :param once: a request that stands in an API server passes by when it is asked again.
+    :param clears: whether a user clears the wait.
+    """
 
     name: str
     says: str
@@ -36,6 +45,8 @@ class Fault:
     places: tuple[str, ...] = ("triggerer", "worker")
     has_deadline: bool = False
     clock: str = ""
+    once: bool = False
+    clears: bool = False
 
     @property
     def id(self) -> str:
@@ -54,8 +65,10 @@ def see(stage: Stage, cells: list[Cell]) -> None:
     """Assert that each wait stands where the matrix says."""
     triggerer = {process.pid for process in stage.airflow.components["triggerer"].family()}
     workers = {process.pid for process in stage.airflow.workers()}
+    api_server = {process.pid for process in stage.airflow.components["api-server"].family()}
+    there = {"triggerer": triggerer, "worker": workers, "api-server": api_server}
     for cell in cells:
-        assert cell.process.pid in (triggerer if cell.gap.place == "triggerer" else workers), cell
+        assert cell.process.pid in there[cell.gap.place], cell
 
 
 def see_gone(cells: list[Cell], timeout: float = 30) -> None:
@@ -128,9 +141,7 @@ def stood_still(stage: Stage, cells: list[Cell]) -> Course:
         for process in stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
-    # Airflow's runner may have done with a result that was handed over before.
-    standing = [cell for cell in cells if cell.gap.name != "handed over"]
-    until(lambda: all(cell.passed or is_gone(cell.process) for cell in standing), "they have gone on", 90)
+    until(lambda: all(cell.passed or is_gone(cell.process) for cell in cells), "they have gone on", 90)
     time.sleep(5)  # what they do then is what this is about
     yield
 
@@ -141,6 +152,47 @@ def without_api_server(stage: Stage, cells: list[Cell]) -> Course:
     time.sleep(30)
     stage.airflow.restart("api-server")
     until(stage.airflow.answers, "the API server answers")
+    yield
+
+
+def api_server_killed(stage: Stage, cells: list[Cell]) -> Course:
+    stage.airflow.components["api-server"].kill()
+    see_gone(cells)
+    yield
+    stage.airflow.restart("api-server")
+    until(stage.airflow.answers, "the API server answers")
+    yield
+
+
+def api_server_told_to_end(stage: Stage, cells: list[Cell]) -> Course:
+    server = stage.airflow.components["api-server"]
+    server.process.terminate()
+    time.sleep(2)
+    yield
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.process.wait(30)
+    server.kill()
+    stage.airflow.restart("api-server")
+    until(stage.airflow.answers, "the API server answers")
+    yield
+
+
+def api_server_stood_still(stage: Stage, cells: list[Cell]) -> Course:
+    server = stage.airflow.components["api-server"]
+    server.signal(signal.SIGSTOP)
+    try:
+        yield
+        time.sleep(ASKED_AGAIN + 10)
+    finally:
+        server.signal(signal.SIGCONT)
+    yield
+
+
+def asked_again(stage: Stage, cells: list[Cell]) -> Course:
+    stage.finish(cells, ASKED_AGAIN + 60)
+    yield
+    until(lambda: all(cell.passed for cell in cells), "they have gone on", 30)
+    time.sleep(2)  # what they do then is what this is about
     yield
 
 
@@ -233,7 +285,8 @@ def undisturbed(stage: Stage, cells: list[Cell]) -> Course:
     yield
 
 
-TRIGGERER, WORKER = ("triggerer",), ("worker",)
+TRIGGERER, WORKER, API_SERVER = ("triggerer",), ("worker",), ("api-server",)
+ALL = (*TRIGGERER, *WORKER, *API_SERVER)
 
 FAULTS = (
     Fault("killed", "SIGKILL of the process that stands there; a triggerer is started again", killed),
@@ -255,18 +308,57 @@ FAULTS = (
         without_api_server,
     ),
     Fault(
+        "API server killed",
+        "SIGKILL of the API server that the request is in; it is started again, and asked again",
+        api_server_killed,
+        API_SERVER,
+    ),
+    Fault(
+        "API server told to end",
+        "SIGTERM, and the request goes on meanwhile; the API server is started again",
+        api_server_told_to_end,
+        API_SERVER,
+    ),
+    Fault(
+        "API server stood still",
+        "SIGSTOP for 40 s, until it was asked again; then SIGCONT, and it goes on with both requests",
+        api_server_stood_still,
+        API_SERVER,
+    ),
+    Fault(
+        "asked again",
+        "the request stays in the API server until the same, asked again, has ended the wait; then it goes on",
+        asked_again,
+        API_SERVER,
+        once=True,
+    ),
+    Fault(
         "no database",
         "PostgreSQL crashes, and starts again 5 s after the wait went on",
         without_database,
+        ALL,
     ),
     Fault("scheduler killed", "SIGKILL of the scheduler", scheduler_killed),
-    Fault("cleared", "a user clears the task", cleared),
-    Fault("marked failed", "a user marks the task as failed, and clears it later", marked_failed),
-    Fault("marked success", "a user marks the task as successful, and clears it later", marked_success),
+    Fault("cleared", "a user clears the task", cleared, ALL, clears=True),
+    Fault(
+        "marked failed",
+        "a user marks the task as failed, and clears it later",
+        marked_failed,
+        ALL,
+        clears=True,
+    ),
+    Fault(
+        "marked success",
+        "a user marks the task as successful, and clears it later",
+        marked_success,
+        ALL,
+        clears=True,
+    ),
     Fault(
         "deleted",
-        "a user ends and deletes the run; another run waits, and what the first had claimed may have to lapse",
+        "a user ends and deletes the run; another run waits, for what the first had in hand, too",
         deleted,
+        ALL,
     ),
     Fault("too late", "the deadline passes there", too_late, has_deadline=True),
     Fault(

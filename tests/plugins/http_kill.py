@@ -25,7 +25,7 @@ import wrapt
 _GIVEN = "given to"
 
 
-@wrapt.when_imported("airflow_events.api.requests")
+@wrapt.when_imported("airflow_events.inbox.database")
 def wrap_transactions(module: Any) -> None:
     in_transaction = module.in_transaction
 
@@ -46,7 +46,7 @@ def wrap_transactions(module: Any) -> None:
     module.in_transaction = and_die
 
 
-@wrapt.when_imported("airflow_events.api.inbox")
+@wrapt.when_imported("airflow_events.api.sending")
 def wrap_giving(module: Any) -> None:
     give = module.give
 

@@ -8,6 +8,7 @@ there until the test opens it, or kills the process.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 import uuid
@@ -37,6 +38,13 @@ def note(base, what):
         calls.write(f"{what}\n")
 
 
+def lay_down(file, value):
+    """Write what was delivered such that whoever sees the file sees all of it."""
+    unfinished = file.parent.parent / f"{uuid.uuid4().hex}.unfinished"
+    unfinished.write_text(json.dumps(value, default=str))
+    unfinished.replace(file)
+
+
 class GatedDirectory(DirectoryListener):
     """DirectoryListener, with a gate in each gap that a listener can see."""
 
@@ -59,13 +67,14 @@ class GatedDirectory(DirectoryListener):
 
 
 class Contested(DirectoryListener):
-    """Loses the first event of its directory: the claim goes back before the commit."""
+    """Loses the first event of its directory: the file is written to again before the commit."""
 
     async def event_checkpointed(self, event):
         lost = Path(event["directory"]).with_name("lost")
         if not lost.exists():
             lost.touch()
-            await self.event_released(event, event["directory"])
+            with Path(event["directory"], event["name"]).open("a") as file:
+                file.write("more")
         await super().event_checkpointed(event)
 
 

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from airflow_events import EventListener, Wait
+from airflow_events import EventListener
 
 EVENTS = ("a", "b")
-# Who committed an event, where the source cannot say and it was not delivered.
-UNKNOWN = "?"
 
 
 def queue_of(base: Path) -> str:
@@ -27,7 +25,7 @@ def conf(base: Path) -> dict[str, str]:
 
 class Books(NamedTuple):
     """
-    What a source has written down of a queue, besides who committed what.
+    What a source has written down of a queue, besides what is acknowledged.
 
     :param found: by what it is called.
     :param problems: in which of it, in words, it is not as what was delivered says.
@@ -43,7 +41,8 @@ class Source:
     name: ClassVar[str]
     listener: type[EventListener]
     commits: ClassVar[bool] = True
-    is_foreseen: ClassVar[bool] = False
+    # Whether only the process that received an event can acknowledge it, and else whoever waits next.
+    acknowledges_later: ClassVar[bool] = False
     # Of `paths.PATHS`, those that differ for it.
     paths: ClassVar[tuple[str, ...]]
     keywords: ClassVar[dict[str, Any]] = {}
@@ -53,10 +52,6 @@ class Source:
     def argument(self, base: str, queue: str) -> str:
         """Return the first argument of ``poll_for_event``, from what a run is started with."""
         return base
-
-    def holder(self, wait: Wait) -> str:
-        """Name a wait as the source does."""
-        return wait.id
 
     @property
     def is_there(self) -> bool:
@@ -95,17 +90,13 @@ class Source:
         """Name an event as the source does."""
         return str(event)
 
-    def committed(self, base: Path) -> dict[str, str]:
-        """Say by whom each event was committed."""
-        return {}
-
-    def claimed(self, base: Path) -> dict[str, str]:
-        """Say who has which event and has not committed it."""
-        return {}
+    def committed(self, base: Path) -> set[str]:
+        """Say which events are acknowledged."""
+        return set()
 
     def free(self, base: Path) -> set[str]:
         """Say which events another wait could take."""
-        return set(EVENTS) - self.committed(base).keys()
+        return set(EVENTS) - set(self.committed(base))
 
     def books(self, base: Path, delivered: dict[str, Any]) -> Books:
         """

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from airflow_events import Wait
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
-from airflow_events.listeners.directory.claims import key_of
 from airflow_events.listeners.timer import TimerListener
 from brokers import BROKERS
 from probes import Contested, LeasedQueue
@@ -17,14 +15,11 @@ from source import Source
 class Directory(Source):
     name = "directory"
     listener = DirectoryListener
-    paths = ("no worker", "ends on a worker", "starts and ends on workers")
+    paths = ("no worker", "starts on a worker", "ends on a worker")
     keywords: ClassVar[dict[str, Any]] = {"settle": 0}
 
     def argument(self, base: str, queue: str) -> str:
         return f"{base}/drops"
-
-    def holder(self, wait: Wait) -> str:
-        return key_of(wait)
 
     def prepare(self, base: Path) -> None:
         (base / "drops").mkdir()
@@ -36,44 +31,38 @@ class Directory(Source):
     def identity(self, event: Any) -> str:
         return str(event["name"])
 
-    def committed(self, base: Path) -> dict[str, str]:
-        return self._held(base, "archive")
-
-    def claimed(self, base: Path) -> dict[str, str]:
-        return self._held(base, "claims")
-
-    def _held(self, base: Path, where: str) -> dict[str, str]:
-        files = (base / "drops" / ".airflow-events" / where).glob("*/*/*")
-        return {file.name: file.parents[1].name for file in files}
+    def committed(self, base: Path) -> set[str]:
+        return {file.name for file in (base / "drops/.airflow-events/archive").glob("*/*")}
 
     def free(self, base: Path) -> set[str]:
         return {file.name for file in (base / "drops").iterdir() if file.is_file()}
 
 
 class ContestedDirectory(Directory):
-    """The claim is taken away just before the first commit, which is refused."""
+    """The first file is written to again just before its commit, which is refused."""
 
     name = "contested directory"
     listener = Contested
+    paths = ("no worker",)
     has_gaps_of_its_own = True
 
 
 class DirectoryWatch(Directory):
     name = "directory (watch)"
     listener = DirectoryWatchListener
-    paths = ("no worker", "starts and ends on workers")
+    paths = ("no worker", "ends on a worker")
     commits = False
 
-    def committed(self, base: Path) -> dict[str, str]:
-        return {}
+    def committed(self, base: Path) -> set[str]:
+        return set()
 
 
 class Queue(Source):
-    """Claims are leases in nobody's name, so the poll is not repeatable."""
+    """Claims are leases in nobody's name: polling again may give another message."""
 
     name = "queue with leases"
     listener = LeasedQueue
-    paths = ("ends on a worker", "starts and ends on workers")
+    paths = ("no worker",)
 
     def prepare(self, base: Path) -> None:
         for folder in ("queue", "leases", "owners"):
@@ -86,8 +75,8 @@ class Queue(Source):
     def identity(self, event: Any) -> str:
         return str(event["message"])
 
-    def committed(self, base: Path) -> dict[str, str]:
-        return {file.name: file.read_text() for file in (base / "owners").iterdir() if not file.suffix}
+    def committed(self, base: Path) -> set[str]:
+        return {file.name for file in (base / "owners").iterdir() if not file.suffix}
 
 
 class Timer(Source):
@@ -95,21 +84,9 @@ class Timer(Source):
     listener = TimerListener
     paths = ("no worker", "starts on a worker")
     commits = False
-    is_foreseen = True
 
     def argument(self, base: str, queue: str) -> str:
         return "2020-01-01T00:00:00Z"
-
-
-class TimerToCome(Timer):
-    """Its return value is written before its moment."""
-
-    name = "timer to come"
-    paths = ("no worker",)
-    has_gaps_of_its_own = True
-
-    def argument(self, base: str, queue: str) -> str:
-        return "{{ (dag_run.run_after + macros.timedelta(seconds=45)).isoformat() }}"
 
 
 SOURCES: tuple[Source, ...] = (
@@ -118,6 +95,5 @@ SOURCES: tuple[Source, ...] = (
     DirectoryWatch(),
     Queue(),
     Timer(),
-    TimerToCome(),
     *BROKERS,
 )

@@ -28,11 +28,19 @@ class Broker(ABC):
     watcher: ClassVar[type[EventListener] | None] = None
     connection_type: ClassVar[str]
     has_order: ClassVar[bool] = True
+    # Whether a message can be acknowledged by its coordinates alone, by a process that never received it.
+    acknowledges_anywhere: ClassVar[bool] = True
+    # Whether the connection's end alone gives back what came over it. If not, the source waits for the lease.
+    gives_back_at_once: ClassVar[bool] = False
+    # Whether each triggerer reads what another one has in hand, so that the inbox alone decides whose it is.
+    everybody_reads: ClassVar[bool] = False
+    # Where messages go that cannot be read, as the listener takes it; None if it takes none.
+    dead_letter: Any = None
     # Whether the queue can hold bytes that are no JSON.
     has_bytes: ClassVar[bool] = True
     # Whether a message can hold bytes that are no text.
     has_binary: ClassVar[bool] = True
-    # Whether messages, claims and commits are there again after the server was killed.
+    # Whether messages and acknowledgements are there again after the server was killed.
     survives_kill: ClassVar[bool] = True
 
     # How many clients the waits of a triggerer share, and the watches.
@@ -82,6 +90,10 @@ class Broker(ABC):
     def unacknowledged(self) -> int:
         """Say how many messages the server has that are not acknowledged: free or claimed."""
 
+    def dead_letters(self) -> list[bytes]:
+        """Return the bodies of the messages that were put aside as dead letters."""
+        raise NotImplementedError
+
     def clients(self) -> int:
         """Say how many connections of ours the server has (where it cannot tell: how many clients we have)."""
         raise NotImplementedError
@@ -93,6 +105,28 @@ def running(server: Any, missing: str) -> Iterator[Any]:
         pytest.skip(missing)
     with server:
         yield server
+
+
+async def clients_at_rest(broker: Broker) -> int:
+    """Say how many connections there are once those of earlier tests have ended, if they do."""
+    for _ in range(20):
+        if not broker.clients():
+            break
+        await asyncio.sleep(0.5)
+    return broker.clients()
+
+
+async def until_clients_are(broker: Broker, least: int, most: int) -> None:
+    """
+    Wait until there are so many connections.
+
+    Those of waits that have ended end some while after, and those of an earlier test may end meanwhile.
+    """
+    for _ in range(60):
+        if least <= broker.clients() <= most:
+            return
+        await asyncio.sleep(0.5)
+    raise TimeoutError(f"there are {broker.clients()} connections, not {least} to {most}")
 
 
 async def until_told(caplog: Any, text: str, seconds: float = 120) -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from airflow_events.listeners.base import Wait, working_for
-from of_kafka import Kafka, KafkaCluster
+from of_kafka import Kafka, KafkaCluster, KafkaOneCoordinator
 from of_nats import Nats
 from of_postgres import PostgresJsonb, PostgresTable
 from of_rabbitmq import Quorum, RabbitMQ
@@ -14,7 +14,7 @@ from of_redis import Redis6, Valkey
 from of_sqs import Sqs, SqsFifo
 
 BROKERS = (Valkey, Redis6, PostgresTable, PostgresJsonb, Nats, RabbitMQ, Quorum, Sqs, SqsFifo, Kafka)
-NAMES = "|".join(re.escape(broker.name) for broker in (*BROKERS, KafkaCluster))
+NAMES = "|".join(re.escape(broker.name) for broker in (*BROKERS, KafkaCluster, KafkaOneCoordinator))
 
 
 def together(nodeid):

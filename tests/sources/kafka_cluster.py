@@ -16,9 +16,13 @@ _PATIENCE = 300
 
 
 class Cluster:
-    """Brokers, each of which can be killed, and started again on what it left."""
+    """
+    Brokers, each of which can be killed, and started again on what it left.
 
-    def __init__(self, size: int) -> None:
+    :param settings: as of `kafka_server.server`, of each broker.
+    """
+
+    def __init__(self, size: int, **settings: Any) -> None:
         ports: set[int] = set()
         while len(ports) < 2 * size:
             ports.add(free_port())
@@ -29,20 +33,20 @@ class Cluster:
         cluster = kafka_server.new_id()
         self.servers: list[servers.Server] = []
         for node, (port, controller) in enumerate(zip(sorted(ports)[size:], controllers, strict=True), 1):
-            broker = kafka_server.server(
-                cluster,
-                node_id=node,
-                controller_quorum_voters=voters,
-                listeners=f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
-                advertised_listeners=f"PLAINTEXT://127.0.0.1:{port}",
-                default_replication_factor=copies,
-                min_insync_replicas=least,
-                offsets_topic_replication_factor=copies,
-                transaction_state_log_replication_factor=copies,
-                transaction_state_log_min_isr=least,
-                share_coordinator_state_topic_replication_factor=copies,
-                share_coordinator_state_topic_min_isr=least,
-            )
+            about = {
+                "node_id": node,
+                "controller_quorum_voters": voters,
+                "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+                "advertised_listeners": f"PLAINTEXT://127.0.0.1:{port}",
+                "default_replication_factor": copies,
+                "min_insync_replicas": least,
+                "offsets_topic_replication_factor": copies,
+                "transaction_state_log_replication_factor": copies,
+                "transaction_state_log_min_isr": least,
+                "share_coordinator_state_topic_replication_factor": copies,
+                "share_coordinator_state_topic_min_isr": least,
+            }
+            broker = kafka_server.server(cluster, **{**about, **settings})
             assert broker is not None, kafka_server.MISSING
             broker.port = port
             self.servers.append(broker)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import subprocess
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,7 @@ class Guarded(servers.Server):
     """
     Kafka with users, of whom all but ``admin`` need to be allowed what they do; a password is NAME-secret.
 
-    ``admin`` may prove it by any of `MECHANISMS`, the others by ``PLAIN`` alone.
+    ``admin`` may prove it by any of `MECHANISMS`, the others by ``PLAIN`` alone; all by a `token`.
 
     :ivar tls_port: where it speaks TLS, with a certificate that ``ca.pem`` in its folder has signed.
     """
@@ -151,7 +153,7 @@ def guarded() -> Guarded | None:
                 "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer\n"
                 "super.users=User:admin;User:ANONYMOUS\n"
                 "inter.broker.listener.name=SASL_PLAINTEXT\n"
-                f"sasl.enabled.mechanisms={','.join(MECHANISMS)}\nsasl.mechanism.inter.broker.protocol=PLAIN\n"
+                f"sasl.enabled.mechanisms={','.join(MECHANISMS)},OAUTHBEARER\nsasl.mechanism.inter.broker.protocol=PLAIN\n"
                 f"ssl.keystore.type=PEM\nssl.keystore.location={server.folder}/broker.pem\n"
             )
             for listener in ("sasl_plaintext", "sasl_ssl"):
@@ -165,6 +167,10 @@ def guarded() -> Guarded | None:
                         f"listener.name.{listener}.{mechanism.lower()}.sasl.jaas.config="
                         "org.apache.kafka.common.security.scram.ScramLoginModule required;\n"
                     )
+                text += (  # which takes any token that is a JWT without a signature
+                    f"listener.name.{listener}.oauthbearer.sasl.jaas.config="
+                    "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required;\n"
+                )
             file.write_text(text)
         return line
 
@@ -205,6 +211,16 @@ def _let_scram(server: servers.Server) -> None:
         admin.alter_user_scram_credentials([wanted])["admin"].result(30)
 
 
+def token(config: str) -> tuple[str, float]:
+    """Return a token for ``config``, the extra ``sasl.oauthbearer.config``, or ``admin``; and when it ends."""
+    if config == "none":
+        raise RuntimeError("nobody gives one")
+    now = time.time()
+    claims = {"sub": config or "admin", "iat": now - 1, "exp": now + 300}
+    parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts) + ".", now + 300
+
+
 def as_admin(server: servers.Server) -> dict[str, Any]:
     return {
         "bootstrap.servers": f"127.0.0.1:{server.port}", "security.protocol": "SASL_PLAINTEXT", "log_level": 0,
@@ -212,8 +228,8 @@ def as_admin(server: servers.Server) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def allow(server: servers.Server, user: str, topic: str) -> None:
-    """Make a topic, and let a user read it."""
+def allow(server: servers.Server, user: str, name: str, kind: Any = None) -> None:
+    """Let a user read a topic, which is made; or what else has the name, of a `confluent_kafka` ResourceType."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import (
         AclBinding,
@@ -226,10 +242,11 @@ def allow(server: servers.Server, user: str, topic: str) -> None:
     )
 
     admin = AdminClient(as_admin(server))
-    with contextlib.suppress(KafkaException):  # it is there
-        admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(30)
+    if kind is None:
+        with contextlib.suppress(KafkaException):  # it is there
+            admin.create_topics([NewTopic(name, 1, 1)])[name].result(30)
     rule = AclBinding(
-        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{user}", "*", AclOperation.READ,
+        kind or ResourceType.TOPIC, name, ResourcePatternType.LITERAL, f"User:{user}", "*", AclOperation.READ,
         AclPermissionType.ALLOW,
     )  # fmt: skip
     admin.create_acls([rule])[rule].result(30)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kafka_cluster
 import kafka_server
 import servers
+from airflow_events.listeners import positions
 from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
 from broker import Broker
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
+
+from deployment import until
 
 
 class Kafka(Broker):
@@ -22,8 +26,10 @@ class Kafka(Broker):
     listener = KafkaListener
     watcher = KafkaWatchListener
     connection_type = "kafka"
-    # Two readers and the writer of the ledger, and the reader of the topic.
-    clients_of_waits = 4
+    everybody_reads = True
+    gives_back_at_once = True
+    # The consumer, and who asks about topics and the group.
+    clients_of_waits = 2
 
     @classmethod
     def make(cls) -> Kafka | None:
@@ -50,11 +56,16 @@ class Kafka(Broker):
             self.server.start()
         self.make_topic()
 
-    def make_topic(self, partitions: int = 1, **config: Any) -> None:
-        """Make the queue of this test, in the place of what is there under its name."""
+    def make_topic(self, partitions: int = 1, on: int | None = None, **config: Any) -> None:
+        """
+        Make the queue of this test, in the place of what is there under its name.
+
+        :param on: the id of the only broker that has it; None is as the brokers see fit.
+        """
         settings = {name.replace("_", "."): str(value) for name, value in config.items()}
-        self.queue = self.queue if not config and partitions == 1 else f"{self.queue}-of-its-own"
-        topic = NewTopic(self.queue, partitions, config=settings)
+        self.queue = self.queue if (partitions, on, config) == (1, None, {}) else f"{self.queue}-of-its-own"
+        where = {} if on is None else {"replica_assignment": [[on]] * partitions}
+        topic = NewTopic(self.queue, partitions, config=settings, **where)
         admin = AdminClient(self.bootstrap)
         [made] = admin.create_topics([topic]).values()
         made.result(30)
@@ -85,17 +96,62 @@ class Kafka(Broker):
             )
         assert producer.flush(60) == 0 and not failed, failed
 
+    @property
+    def dead_letter(self) -> str:
+        return f"{self.queue}-dead"
+
     def unacknowledged(self) -> int:
-        state = self.state()
-        ends = self.ends()
-        return sum(end - state[number]["next"] + len(state[number]["open"]) for number, end in ends.items())
+        """Count what is after the group's committed offset, and of that leave out what is settled."""
+        offsets, settled = self.committed(), self.settled()
+        return sum(
+            sum(positions.after(settled.get(number, []), offset) == offset
+                for offset in range(max(offsets[number][0], 0), end))
+            for number, end in self.ends().items()
+        )  # fmt: skip
+
+    def settled(self) -> dict[int, positions.Ranges]:
+        """Return what is settled of each partition, as far as the processes of this event loop know."""
+        known = positions.Positions.of_loop()._known
+        ranges: dict[int, positions.Ranges] = {}
+        for source, about in known.items():
+            if json.loads(source)[1] == self.queue:
+                ranges |= {int(place.rpartition("/")[2]): found for place, found in about.settled.items()}
+        return ranges
+
+    def dead_letters(self) -> list[bytes]:
+        found = self.messages(self.dead_letter)
+        for message in found:
+            headers = dict(message.headers())
+            assert headers["airflow-events-reason"] and self.queue.encode() in headers["airflow-events-source"]
+        return [message.value() for message in found]
+
+    def messages(self, topic: str) -> list[Any]:
+        """Return what is in partition 0 of a topic."""
+        consumer, found = self.consumer("nobody", enable_partition_eof=True), []
+        consumer.assign([TopicPartition(topic, 0, 0)])
+        while (message := consumer.poll(30)) is not None and message.error() is None:
+            found.append(message)
+        consumer.close()
+        return found
+
+    def topic_id(self) -> str:
+        admin = AdminClient(self.bootstrap)  # which has to outlive what it was asked
+        [asked] = admin.describe_topics(TopicCollection([self.queue])).values()
+        return str(asked.result(30).topic_id)
 
     def ends(self) -> dict[int, int]:
         consumer = self.consumer()
-        numbers = consumer.list_topics(self.queue, timeout=30).topics[self.queue].partitions
-        ends = {n: consumer.get_watermark_offsets(TopicPartition(self.queue, n), timeout=30)[1] for n in numbers}
+
+        def ends() -> dict[int, int]:
+            numbers = consumer.list_topics(self.queue, timeout=30).topics[self.queue].partitions
+            places = {number: TopicPartition(self.queue, number) for number in numbers}
+            return {
+                number: consumer.get_watermark_offsets(place, timeout=30)[1] for number, place in places.items()
+            }
+
+        found = until(lambda: _answered(ends), "it says how far the topic goes", 60)
         consumer.close()
-        return ends
+        return found
 
     def consumer(self, group: str = "airflow", **settings: Any) -> Consumer:
         more = {name.replace("_", "."): value for name, value in settings.items()}
@@ -106,36 +162,11 @@ class Kafka(Broker):
 
     def committed(self, group: str = "airflow") -> dict[int, tuple[int, Any]]:
         """Return the group's committed offset of each partition, and its metadata."""
-        numbers = self.ends()
         consumer = self.consumer(group)
-        found = consumer.committed([TopicPartition(self.queue, number) for number in numbers], timeout=30)
+        places = [TopicPartition(self.queue, number) for number in self.ends()]
+        found = until(lambda: _answered(lambda: consumer.committed(places, timeout=30)), "it says its offsets", 60)
         consumer.close()
         return {each.partition: (each.offset, each.metadata) for each in found}
-
-    def records(self, topic: str, isolation: str = "read_committed") -> list[tuple[str, Any]]:
-        """Return what a topic of the ledger has, by key; ``read_uncommitted`` is with what is undecided."""
-        return [(key, value) for _, key, value in self.placed(topic, isolation)]
-
-    def placed(self, topic: str, isolation: str = "read_committed") -> list[tuple[int, str, Any]]:
-        """Return offset, key and value of what a topic of the ledger has."""
-        consumer = self.consumer("nobody", isolation_level=isolation, enable_partition_eof=True)
-        consumer.assign([TopicPartition(topic, 0, 0)])
-        found = []
-        while True:
-            message = consumer.poll(30)
-            assert message is not None, f"{topic} is not read to its end, after {len(found)} messages"
-            error = message.error()
-            if error is not None and error.code() == KafkaError._PARTITION_EOF:
-                break
-            assert error is None, error
-            found.append((message.offset(), message.key().decode(), _value(message.value())))
-        consumer.close()
-        return found
-
-    def state(self, group: str = "airflow") -> dict[int, Any]:
-        """Return the last state of the group in its ledger."""
-        states = [state for key, state in self.records("airflow-events.state") if key == f"{group}/{self.queue}"]
-        return {int(number): partition for number, partition in states[-1]["partitions"].items()}
 
     def clients(self) -> int:
         """Count the clients of this process: a broker does not tell whose its connections are."""
@@ -149,13 +180,14 @@ class KafkaCluster(Kafka):
 
     name = "kafka cluster"
     cluster: kafka_cluster.Cluster
+    settings: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def make(cls, size: int = 3) -> KafkaCluster | None:
         if kafka_server.jars() is None:
             return None
         broker = cls()
-        broker.cluster = kafka_cluster.Cluster(size)
+        broker.cluster = kafka_cluster.Cluster(size, **cls.settings)
         broker.server = broker.cluster.servers[0]
         broker.cluster.start()
         return broker
@@ -171,9 +203,43 @@ class KafkaCluster(Kafka):
     def stop(self) -> None:
         self.cluster.stop()
 
+    def coordinator(self, group: str = "airflow") -> int:
+        """Return the id of the broker that has the group's offsets."""
+        consumer = self.consumer(group)
+        consumer.commit(offsets=[TopicPartition(self.queue, 0, 0)], asynchronous=False)  # so that there is a group
+        consumer.close()
+        admin = AdminClient(self.bootstrap)
+        [asked] = admin.describe_consumer_groups([group]).values()
+        return asked.result(30).coordinator.id
 
-def _value(raw: bytes | None) -> Any:
+
+class KafkaOneCoordinator(KafkaCluster):
+    """A cluster where a group's offsets are on one broker only, and nobody has them while it is away."""
+
+    name = "kafka cluster with one coordinator"
+    settings: ClassVar[dict[str, Any]] = {
+        "offsets_topic_replication_factor": 1,
+        "min_insync_replicas": 1,
+    }
+
+
+class Inbox:
+    """What is settled, for the hubs of a test, as the inbox of a deployment has it."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.settled: dict[str, dict[str, positions.Ranges]] = {}
+
+    async def exchange(
+        self, source: str, settled: Mapping[str, positions.Ranges], begins: Mapping[str, int]
+    ) -> positions.Known:
+        self.settled[source] = positions.united(self.settled.get(source, {}), settled, begins)
+        return positions.Known(dict(self.settled[source]), self.owner)
+
+
+def _answered(question: Callable[[], Any]) -> Any:
+    """Return the answer; None of a broker that has just begun, and does not know yet."""
     try:
-        return json.loads(raw or b"null")
-    except ValueError:  # what a test has written there
-        return raw
+        return question()
+    except KafkaException:
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ import nats
 import servers
 from airflow_events.listeners.nats import NatsListener, NatsWatchListener
 from broker import Broker
+from nats.js.errors import NotFoundError
 
 from deployment import free_port
 
@@ -68,6 +70,10 @@ class Nats(Broker):
     watcher = NatsWatchListener
     connection_type = "nats"
 
+    @property
+    def dead_letter(self) -> str:
+        return f"dead.{self.queue}"
+
     @classmethod
     def make(cls) -> Nats | None:
         found = server()
@@ -83,6 +89,7 @@ class Nats(Broker):
         if self.server.process is not None and self.server.process.poll() is not None:
             self.server.start()
         self.make_stream()
+        self.ask(lambda client: client.jetstream().add_stream(name="dead", subjects=["dead.>"]))
 
     def make_stream(self, **config: Any) -> None:
         self.ask(
@@ -101,21 +108,42 @@ class Nats(Broker):
     watch_arguments = arguments
 
     def send(self, *values: Any) -> None:
-        self._send([json.dumps(value).encode() for value in values])
+        self.publish(f"{self.queue}.sent", *(json.dumps(value).encode() for value in values))
 
     def send_raw(self, raw: bytes) -> None:
-        self._send([raw])
+        self.publish(f"{self.queue}.sent", raw)
 
-    def _send(self, messages: list[bytes]) -> None:
+    def publish(self, subject: str, *messages: bytes) -> None:
         async def send(client: Any) -> None:
             for message in messages:
-                await client.jetstream().publish(f"{self.queue}.sent", message)
+                await client.jetstream().publish(subject, message)
 
         self.ask(send)
+
+    def stored(self, stream: str) -> list[Any]:
+        """Return the messages that a stream has."""
+
+        async def read(client: Any) -> list[Any]:
+            state = (await client.jetstream().stream_info(stream)).state
+            found = []
+            for sequence in range(state.first_seq, state.last_seq + 1):
+                with contextlib.suppress(NotFoundError):
+                    found.append(await client.jetstream().get_msg(stream, sequence))
+            return found
+
+        found: list[Any] = self.ask(read)
+        return found
 
     def unacknowledged(self) -> int:
         about = self.ask(lambda client: client.jetstream().consumer_info(self.queue, "airflow"))
         return int(about.num_pending + about.num_ack_pending)
+
+    def dead_letters(self) -> list[bytes]:
+        messages = [message for message in self.stored("dead") if message.subject == self.dead_letter]
+        for message in messages:
+            assert message.headers["airflow-events-reason"]
+            assert self.queue in message.headers["airflow-events-source"]
+        return [message.data for message in messages]
 
     def clients(self) -> int:
         monitor = (self.server.folder / "monitor").read_text()

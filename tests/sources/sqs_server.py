@@ -2,7 +2,7 @@
 moto's SQS as a process that can be killed: ``python sqs_server.py PORT FOLDER [CERTIFICATE KEY]``.
 
 It keeps nothing on disk. The queues named in ``FOLDER/queues.json`` are there, empty, when it begins to answer.
-What it deletes, and by which receipt, it adds to ``FOLDER/deleted.jsonl``, since SQS has no way to ask.
+What it deletes it adds to ``FOLDER/deleted.jsonl``, since SQS has no way to ask.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def note_deletions(notes: Path) -> None:
         wrapped(receipt)
         with notes.open("a") as file:
             for body in there:
-                file.write(json.dumps({"queue": queue.name, "body": body, "receipt": receipt}) + "\n")
+                file.write(json.dumps({"queue": queue.name, "body": body}) + "\n")
 
     wrapt.wrap_function_wrapper(Queue, "delete_message", delete)
 

@@ -7,11 +7,9 @@ import json
 import random
 
 import pytest
-from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit, SourceUnreachable
+from airflow_events.errors import SourceUnfit, SourceUnreachable
 from airflow_events.listeners import serde
-from broker import nothing, soon, until_told
-
-from deployment import until
+from broker import clients_at_rest, nothing, soon, until_clients_are, until_told
 
 
 async def test_an_event_is_delivered_with_its_coordinates_and_can_be_stored(broker, waits):
@@ -36,34 +34,6 @@ async def test_what_came_before_the_wait_is_found(broker, waits):
     assert (await soon(waits.poll(1)))["value"] == 1
 
 
-async def test_the_same_wait_polls_the_same_event_until_it_is_committed(broker, waits):
-    if not broker.listener.repeatable_poll:
-        pytest.skip("its poll is not repeatable, and the listener says so")
-    first = waits.poll()
-    broker.send("a", "b")
-    event = await soon(first)
-    for _ in range(3):
-        assert await soon(waits.poll()) == event
-    await waits.commit(event)
-    assert broker.unacknowledged() == 1
-    other = await soon(waits.poll(1))
-    assert {event["value"], other["value"]} == {"a", "b"}
-
-
-async def test_two_polls_of_one_wait_at_once_have_one_claim(broker, waits):
-    if not broker.listener.repeatable_poll:
-        pytest.skip("its poll is not repeatable, and the listener says so")
-    tasks = [waits.poll() for _ in range(4)]
-    await asyncio.sleep(0.5)
-    broker.send(*range(5))
-    events = [await soon(task) for task in tasks]
-    assert all(event == events[0] for event in events)
-    await waits.commit(events[0])
-    assert broker.unacknowledged() == 4
-    others = [await soon(waits.poll(number)) for number in range(1, 5)]
-    assert {event["value"] for event in [events[0], *others]} == set(range(5))
-
-
 async def test_waits_at_once_get_an_event_each_and_commit_in_any_order(broker, waits):
     tasks = [waits.poll(number) for number in range(30)]
     await asyncio.sleep(0.5)
@@ -86,59 +56,6 @@ async def test_events_come_in_order(broker, waits):
     values = [(await soon(first))["value"]]
     values += [(await soon(waits.poll(number)))["value"] for number in range(1, 5)]
     assert values == list(range(5))
-
-
-async def test_a_commit_may_come_again_and_is_refused_to_others(broker, waits):
-    task = waits.poll()
-    broker.send("a")
-    event = await soon(task)
-    with pytest.raises(EventLost, match=broker.queue):
-        await waits.commit(event, 1)
-    await waits.commit(event)
-    await waits.commit(event)
-    with pytest.raises(EventLost):
-        await waits.commit(event, 1)
-    assert broker.unacknowledged() == 0
-
-
-async def test_a_claim_that_has_lapsed_goes_to_another_wait_and_its_commit_is_refused(broker, waits):
-    task = waits.poll(claim_timeout=1)
-    broker.send("a")
-    event = await soon(task)
-    other = await soon(waits.poll(1, claim_timeout=1), 30)
-    assert other["value"] == "a"
-    with pytest.raises(EventLost):
-        await waits.commit(event)
-    await waits.commit(other, 1)
-    with pytest.raises(EventLost):
-        await waits.commit(event)
-    assert broker.unacknowledged() == 0
-
-
-async def test_a_claim_that_is_released_goes_to_another_wait_at_once(broker, waits):
-    task = waits.poll()
-    broker.send("a")
-    event = await soon(task)
-    other = waits.poll(1)
-    await nothing(other)
-    await waits.release(event)
-    found = await soon(other)
-    assert found["value"] == "a"
-    await waits.commit(found, 1)
-    await waits.release(event)  # of what is committed it changes nothing
-    await waits.release(found, 1)
-    assert broker.unacknowledged() == 0
-    await nothing(waits.poll(2))
-
-
-async def test_a_cancelled_poll_takes_nothing_away(broker, waits):
-    task = waits.poll()
-    await asyncio.sleep(0.5)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    broker.send("a")
-    found = await soon(waits.poll(1, claim_timeout=1), 30)
-    assert found["value"] == "a"
 
 
 async def test_the_server_is_killed_while_waits_wait(broker, waits):
@@ -168,36 +85,6 @@ async def test_the_server_is_away_until_the_hub_has_lost_it(broker, waits, caplo
     assert (await soon(patient, 60))["value"] == "b"
 
 
-async def test_the_server_is_killed_between_claim_and_commit(broker, waits):
-    if not broker.survives_kill:
-        pytest.skip("this server keeps nothing on disk")
-    task = waits.poll()
-    broker.send("a", "b")
-    event = await soon(task)
-    broker.server.kill()
-    broker.server.start()
-    if broker.listener.repeatable_poll:
-        assert (await soon(waits.poll(), 30))["value"] == event["value"]
-    await waits.commit(event)
-    await waits.commit(event)
-    assert broker.unacknowledged() == 1
-
-
-async def test_the_server_is_killed_after_the_commit(broker, waits):
-    if not broker.survives_kill:
-        pytest.skip("this server keeps nothing on disk")
-    task = waits.poll()
-    broker.send("a")
-    event = await soon(task)
-    await waits.commit(event)
-    broker.server.kill()
-    broker.server.start()
-    await waits.commit(event)
-    with pytest.raises(EventLost):
-        await waits.commit(event, 1)
-    assert broker.unacknowledged() == 0
-
-
 async def test_a_server_that_is_not_there(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_NOWHERE", json.dumps(broker.connection(port=1)))
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
@@ -213,33 +100,6 @@ async def test_a_connection_of_another_type(broker, waits, monkeypatch):
         await soon(waits.poll(**{name: "other"}))
 
 
-async def test_an_undecodable_event_fails_the_wait_and_stays(broker, waits):
-    if not broker.has_bytes:
-        pytest.skip("the source holds nothing but JSON")
-    task = waits.poll()
-    await nothing(task, 0.3)
-    broker.send_raw(b"{no json")
-    with pytest.raises(EventUndecodable, match=broker.queue):
-        await soon(task)
-    until(lambda: broker.unacknowledged() == 1, "it is there", 10)
-    text = await soon(waits.poll(1, values="text"))
-    assert text["value"] == "{no json"
-
-
-async def test_an_undecodable_event_is_skipped_by_choice(broker, waits, caplog):
-    if not broker.has_bytes:
-        pytest.skip("the source holds nothing but JSON")
-    task = waits.poll(on_undecodable="skip")
-    await nothing(task, 0.3)
-    broker.send_raw(b"{no json")
-    broker.send("good")
-    event = await soon(task)
-    assert event["value"] == "good"
-    assert "no json" in caplog.text
-    await waits.commit(event)
-    assert broker.unacknowledged() == 0
-
-
 async def test_bytes(broker, waits):
     if not broker.has_bytes or not broker.has_binary:
         pytest.skip("the source holds nothing but JSON, or nothing but text")
@@ -249,25 +109,16 @@ async def test_bytes(broker, waits):
     assert (await soon(task))["value"] == "AP8="
 
 
-async def test_choices_that_are_none(broker, waits):
-    with pytest.raises(ValueError, match=r"'json', 'text', 'bytes'.*, not 'xml'"):
-        await soon(waits.poll(values="xml"))
-    with pytest.raises(ValueError, match="'fail' or 'skip', not 'drop'"):
-        await soon(waits.poll(on_undecodable="drop"))
-
-
 async def test_many_waits_share_a_connection_which_ends_with_them(broker, waits):
-    before = broker.clients()
+    before = await clients_at_rest(broker)
     tasks = [waits.poll(number) for number in range(200)]
-    for _ in range(60):
-        if broker.clients() - before == broker.clients_of_waits:
-            break
-        await asyncio.sleep(0.5)
+    shared = broker.clients_of_waits
+    await until_clients_are(broker, shared, before + shared)
     await asyncio.sleep(1)
     assert not any(task.done() for task in tasks)
-    assert broker.clients() - before == broker.clients_of_waits
+    assert shared <= broker.clients() <= before + shared
     await waits.end()
-    until(lambda: broker.clients() == before, "the connection has ended", 10)
+    await until_clients_are(broker, 0, before)
 
 
 async def test_an_idle_wait_gets_its_event_after_a_while(broker, waits):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
 import time
 from datetime import datetime, timedelta, timezone
 
 import kafka_server
 import pytest
-from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners.kafka import ledger, state, watch
-from broker import nothing, running, soon
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, NewTopic, ResourceType
-from kafka_process import STEPS, Process
-from of_kafka import Kafka
+from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
+from airflow_events.listeners.kafka import consume, watch
+from airflow_events.listeners.positions import Positions
+from broker import nothing, running, soon, until_told
+from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, ResourceType
+from of_kafka import Inbox, Kafka
 
 from deployment import until
 
@@ -26,92 +24,42 @@ pytestmark = pytest.mark.parametrize("server", [Kafka], ids=["kafka"], indirect=
 
 
 @pytest.fixture
-def process(broker):
-    processes = []
-
-    def start():
-        processes.append(Process())
-        return processes[-1]
-
-    yield start
-    for started in processes:
-        started.end()
+def inbox():
+    return Inbox("a" * 32)
 
 
-def writer(broker, name):
-    producer = Producer({**broker.bootstrap, "transactional.id": name, "linger.ms": 0})
-    producer.init_transactions(30)
-    return producer
+@pytest.fixture
+def often(monkeypatch):
+    """Hubs look often at what others did."""
+    monkeypatch.setattr(consume, "_LOOK_EVERY", 0.5)
 
 
-def commit_offset(broker, producer, group, offset, metadata):
-    member = broker.consumer(group)
-    producer.begin_transaction()
-    place = TopicPartition(broker.queue, 0, offset, metadata=metadata)
-    producer.send_offsets_to_transaction([place], member.consumer_group_metadata(), 30)
-    producer.commit_transaction(30)
-    member.close()
+def offset_of(broker, partition=0):
+    return broker.committed()[partition][0]
 
 
-# What the ledger is built on.
+async def until_offset(broker, offset, partition=0):
+    """The group's offset follows what is settled some while after it."""
+    for _ in range(100):
+        if (found := offset_of(broker, partition)) == offset:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"it is {found}, not {offset}")
 
 
-@pytest.mark.parametrize("protocol", ["classic", "consumer"])
-async def test_a_transaction_is_a_compare_and_set_of_offsets_for_any_process(broker, protocol):
-    member = Consumer({
-        **broker.bootstrap, "group.id": f"g{protocol}", "group.protocol": protocol, "enable.auto.commit": False,
-    })  # fmt: skip
-    member.subscribe([broker.queue])
-    until(lambda: member.poll(0.1) or member.assignment(), "the group has a member", 30)
-
-    outside = broker.consumer(f"g{protocol}")
-    with pytest.raises(KafkaException, match="UNKNOWN_MEMBER_ID"):
-        outside.commit(offsets=[TopicPartition(broker.queue, 0, 1)], asynchronous=False)
-    outside.close()
-
-    first = writer(broker, f"{broker.queue}{protocol}")
-    commit_offset(broker, first, f"g{protocol}", 5, "first")
-    assert broker.committed(f"g{protocol}") == {0: (5, "first")}
-    second = writer(broker, f"{broker.queue}{protocol}")
-    with pytest.raises(KafkaException) as fenced:
-        commit_offset(broker, first, f"g{protocol}", 9, "too late")
-    assert fenced.value.args[0].fatal()
-    assert broker.committed(f"g{protocol}") == {0: (5, "first")}
-    commit_offset(broker, second, f"g{protocol}", 7, "second")
-    assert broker.committed(f"g{protocol}") == {0: (7, "second")}
-    member.close()
+async def taken(waits, count, first=0, **changes):
+    """Let waits have that many messages, one after the other, and settle them; return their values."""
+    events = []
+    for number in range(first, first + count):
+        events.append(await soon(waits.poll(number, **changes), 30))
+        await waits.commit(events[-1], number)
+    return [event["value"] for event in events]
 
 
-async def test_who_died_within_a_transaction_holds_nobody_up(broker, waits):
-    broker.send("a", "b")
-    await waits.commit(await soon(waits.poll()))
-    dead = writer(broker, f"airflow-events/airflow/{broker.queue}")
-    dead.begin_transaction()
-    dead.produce("airflow-events.state", b"{", f"airflow/{broker.queue}", partition=0)
-    assert dead.flush(30) == 0
-    member = broker.consumer()
-    dead.send_offsets_to_transaction(
-        [TopicPartition(broker.queue, 0, 99, metadata="{}")], member.consumer_group_metadata(), 30
-    )
-    member.close()
-    event = await soon(waits.poll(1))
-    assert event["value"] == "b"
-    await waits.commit(event, 1)
-    assert broker.unacknowledged() == 0
-
-
-async def test_a_transaction_that_others_have_open_on_the_ledger_holds_nobody_up(broker, waits):
-    broker.send("a", "b")
-    await waits.commit(await soon(waits.poll()))
-    other = writer(broker, f"other of {broker.queue}")
-    other.begin_transaction()
-    other.produce("airflow-events.state", b"{}", "other/topic", partition=0)
-    assert other.flush(30) == 0
-    event = await soon(waits.poll(1))
-    await waits.commit(event, 1)
-    other.abort_transaction(30)
-    await waits.commit(event, 1)
-    assert broker.unacknowledged() == 0
+async def gone(waits):
+    """The hubs end with their waits, some while after."""
+    await waits.end()
+    await asyncio.sleep(3)
 
 
 # Events.
@@ -123,7 +71,6 @@ async def test_the_event(broker, waits):
         "timestamp": 1700000000123,
     })  # fmt: skip
     event = await soon(waits.poll())
-    assert event.pop("mark") >= 0
     watched = {
         "topic": broker.queue,
         "partition": 0,
@@ -133,7 +80,9 @@ async def test_the_event(broker, waits):
         "headers": {"trace": "ä", "none": None},
         "value": {"order_id": 42},
     }
-    assert event == {**watched, "group": "airflow", "ledger": "airflow-events", "kafka_config_id": "source"}
+    cluster, topic_id = event.pop("cluster"), event.pop("topic_id")
+    assert len(cluster) == 22 and topic_id == broker.topic_id()
+    assert event == {**watched, "group": "airflow", "kafka_config_id": "source"}
     assert await soon(waits.watch(match={"order_id": 42}, since="2023-11-14T00:00:00Z")) == watched
 
 
@@ -144,18 +93,53 @@ async def test_tombstones_and_messages_without_a_key(broker, waits):
     assert (second["key"], second["value"]) == (None, 1)
 
 
-async def test_a_key_that_is_no_text(broker, waits):
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [(b"\xff", "/w=="), ((7).to_bytes(8, "big"), "AAAAAAAAAAc="), ("größe".encode(), "größe")],
+)
+async def test_a_key_that_is_no_text_fails_no_wait(broker, waits, key, found):
+    broker.produce({"key": key, "value": b'{"id": 1}', "headers": {"h": key}})
+    event = await soon(waits.poll())
+    assert (event["key"], event["headers"]) == (found, {"h": found})
+    since = datetime.now(timezone.utc) - timedelta(minutes=5)
+    assert (await soon(waits.watch(1, match={"id": 1}, since=since)))["key"] == found
+
+
+async def test_a_key_that_is_no_json(broker, waits):
     broker.produce({"key": b"\xff", "value": b"1"})
-    with pytest.raises(
-        EventUndecodable, match=f"the key of the message at offset 0 in partition 0.*{broker.queue}"
-    ):
-        await soon(waits.poll())
-    assert (await soon(waits.poll(keys="bytes")))["key"] == "/w=="
+    where = f"the key of the message at offset 0 in partition 0.*{broker.queue}"
+    with pytest.raises(EventUndecodable, match=where):
+        await soon(waits.poll(keys="json"))
+
+
+async def test_a_timestamp_in_microseconds(broker, waits):
+    broker.make_topic(message_timestamp_after_max_ms=2**63 - 1)
+    broker.produce({"value": b'{"id": 1}', "timestamp": 1_700_000_000_000_000}, {"value": b'{"id": 2}'})
+    first, second = await soon(waits.poll()), await soon(waits.poll(1))
+    assert first["timestamp"] is None
+    assert second["timestamp"] is not None
+    since = datetime.now(timezone.utc) - timedelta(minutes=5)
+    assert (await soon(waits.watch(2, match={"id": 1}, since=since)))["timestamp"] is None
+    assert (await soon(waits.watch(3, match={"id": 2}, since=since)))["value"] == {"id": 2}
+
+
+async def test_dead_letters_keep_what_they_were(broker, waits, caplog):
+    broker.produce({"key": b"k", "value": b"{no json", "headers": {"h": b"1"}})
+    task = waits.poll(on_undecodable="dead_letter", dead_letter=broker.dead_letter)
+    await until_told(caplog, "Sent to the dead letters")
+    [message] = broker.messages(broker.dead_letter)
+    headers = dict(message.headers())
+    assert (message.key(), message.value(), headers["h"]) == (b"k", b"{no json", b"1")
+    assert b"Expecting property name" in headers["airflow-events-reason"]
+    assert b"the message at offset 0 in partition 0 of the topic" in headers["airflow-events-source"]
+    await until_offset(broker, 1)
+    assert not task.done()
 
 
 async def test_what_a_transaction_aborted_is_no_event_and_what_it_committed_is(broker, waits):
     task = waits.poll()
-    producer = writer(broker, f"sender of {broker.queue}")
+    producer = Producer({**broker.bootstrap, "transactional.id": f"sender of {broker.queue}"})
+    producer.init_transactions(30)
     producer.begin_transaction()
     producer.produce(broker.queue, b'"aborted"')
     producer.flush(30)
@@ -168,7 +152,7 @@ async def test_what_a_transaction_aborted_is_no_event_and_what_it_committed_is(b
     event = await soon(task)
     assert (event["value"], event["offset"]) == ("committed", 2)
     await waits.commit(event)
-    assert broker.committed()[0][0] == 3
+    await until_offset(broker, 3)
 
 
 # The group, as others see it.
@@ -183,38 +167,33 @@ async def test_waits_over_several_partitions_and_the_watermark_that_others_see(b
     assert sorted(event["value"] for event in events) == list(range(40))
     left = list(enumerate(events))
     random.Random(2).shuffle(left)
-    for step in range(8):
+    while left:
         done, left = left[:5], left[5:]
         await asyncio.gather(*(waits.commit(event, number) for number, event in done))
-        for partition, (offset, metadata) in broker.committed().items():
+        for partition in range(4):
             uncommitted = [event["offset"] for _, event in left if event["partition"] == partition]
-            assert offset == min(uncommitted, default=10)
-            assert json.loads(metadata)["airflow-events"] >= 0
-        if step == 3:
-            assert read_as_a_member(broker) >= {event["value"] for _, event in left}
-    who = {key: about["wait"] for key, about in broker.records("airflow-events.commits") if broker.queue in key}
-    assert who == {
-        f"airflow/{broker.queue}/{event['partition']}/{event['offset']}": f"dag/run{number}/task/-1"
-        for number, event in enumerate(events)
-    }
+            await until_offset(broker, min(uncommitted, default=10), partition)
 
 
-def read_as_a_member(broker):
-    """What an ordinary consumer of the group reads, which commits nothing."""
-    member = broker.consumer()
-    member.subscribe([broker.queue])
-    found = set()
-    until(lambda: found.update(m.value() for m in member.consume(100, 1)) or len(found) >= 20, "it is read", 30)
-    member.close()
-    return {json.loads(value) for value in found}
+async def test_several_topics_in_one_wait(broker, waits):
+    first = broker.queue
+    broker.send("a")
+    broker.queue += "-too"
+    broker.make_topic()
+    broker.send("b")
+    broker.queue = [first, broker.queue]
+    events = [await soon(waits.poll(number)) for number in range(2)]
+    assert {event["topic"]: event["value"] for event in events} == dict(zip(broker.queue, "ab", strict=True))
+    for event in events:
+        await waits.commit(event)
+        broker.queue = event["topic"]
+        await until_offset(broker, 1)
 
 
-async def test_a_group_that_is_older_than_the_ledger_goes_on_where_it_is(broker, waits):
+async def test_a_group_that_is_there_already_goes_on_where_it_is(broker, waits):
     broker.send(*range(3))
-    member = broker.consumer()
-    member.commit(offsets=[TopicPartition(broker.queue, 0, 2)], asynchronous=False)
-    member.close()
-    assert (await soon(waits.poll()))["value"] == 2
+    set_offset(broker, 2)
+    assert await taken(waits, 1) == [2]
 
 
 async def test_a_group_that_begins_at_the_end(broker, waits):
@@ -228,30 +207,6 @@ async def test_a_group_that_begins_at_the_end(broker, waits):
     assert (await soon(task))["value"] == "new"
 
 
-@pytest.mark.parametrize("beside", [False, True])
-async def test_offsets_that_somebody_set_are_followed(broker, waits, caplog, beside):
-    broker.send(*range(6))
-    events = [await soon(waits.poll(number)) for number in range(4)]
-    await waits.commit(events[0], 0)
-    if beside:  # a wait keeps the clients open, and what they know
-        busy = [waits.poll(number) for number in range(4, 6)]
-        await asyncio.gather(*map(soon, busy))
-        idle = waits.poll(10)
-        await asyncio.sleep(0.5)
-    set_offset(broker, 3)
-    with pytest.raises(EventLost, match=r"committed by nobody \(the group's offsets were set by others"):
-        await waits.commit(events[1], 1)
-    await waits.commit(events[3], 3)
-    assert "was set from 1 to 3 by others, which is followed" in caplog.text
-    set_offset(broker, 0)
-    again = await soon(idle if beside else waits.poll(10))
-    assert again["value"] == 0
-    await waits.commit(again, 10)
-    await waits.commit(events[0], 0)  # it did commit it, before
-    with pytest.raises(EventLost, match="was committed by dag/run0/task/-1 and dag/run10/task/-1"):
-        await waits.commit(events[0], 1)
-
-
 def set_offset(broker, offset):
     admin = AdminClient(broker.bootstrap)
     places = [TopicPartition(broker.queue, 0, offset)]
@@ -259,203 +214,221 @@ def set_offset(broker, offset):
     asked.result(30)
 
 
-async def test_a_group_that_an_ordinary_consumer_has_open(broker, waits, caplog):
-    """It holds nobody up, and is told of; what it commits is followed, as what anybody sets is."""
+async def test_where_a_group_begins_is_decided_once(broker, waits, inbox):
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send("old")
+    task = waits.poll(start="latest")
+    await until_offset(broker, 1)
+    await nothing(task, 0.1)
+    await gone(waits)
+    forget(broker)
+    broker.send("while nobody looked")
+    assert await taken(waits, 1, start="latest") == ["while nobody looked"]
+
+
+async def test_a_group_whose_offsets_expired_goes_on_and_has_them_again(broker, waits, inbox):
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send(*range(3))
+    assert await taken(waits, 1) == [0]
+    await until_offset(broker, 1)
+    await gone(waits)
+    forget(broker)
+    task = waits.poll(1)
+    assert (await soon(task))["value"] == 1
+    await until_offset(broker, 1)
+
+
+def forget(broker):
+    """Let the group's offsets be gone, as after seven days."""
+    admin = AdminClient(broker.bootstrap)
+    [asked] = admin.delete_consumer_groups(["airflow"]).values()
+    asked.result(30)
+    assert broker.committed()[0][0] < 0
+
+
+async def test_what_is_settled_out_of_order_is_not_read_again(broker, waits, inbox):
+    """Also by who comes after all that had read it, when the committed offset is before it."""
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send(*range(4))
+    events = [await soon(waits.poll(number)) for number in range(3)]
+    await waits.commit(events[1], 1)
+    await waits.commit(events[2], 2)
+    await waits.release(events[0])
+    await gone(waits)
+    assert offset_of(broker) == 0
+    assert await taken(waits, 2) == [0, 3]
+    await until_offset(broker, 4)
+
+
+async def test_a_long_run_of_what_is_settled_is_jumped_over(broker, waits, inbox, monkeypatch):
+    monkeypatch.setattr(consume, "_FAR", 3)
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send(*range(30))
+    events = [await soon(waits.poll(number)) for number in range(20)]
+    for number, event in enumerate(events[1:], 1):
+        await waits.commit(event, number)
+    await waits.release(events[0])
+    await gone(waits)
+    assert await taken(waits, 11) == [0, *range(20, 30)]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+async def test_an_offset_that_somebody_set_further_on_is_followed(broker, waits, caplog, beside):
     broker.send(*range(6))
-    member = broker.consumer(client_id="by-the-way")
+    first, second = [await soon(waits.poll(number)) for number in range(2)]
+    await waits.commit(first)
+    await until_offset(broker, 1)
+    await waits.release(second)
+    if not beside:
+        await gone(waits)
+    set_offset(broker, 4)
+    value = None
+    for number in range(2, 5):
+        event = await soon(waits.poll(number))
+        value = event["value"]
+        await waits.commit(event)
+        if value >= 4:
+            break
+    assert value == 4
+    assert " to 4 by others, which is followed" in caplog.text
+    await until_offset(broker, 5)
+
+
+async def test_an_offset_that_somebody_set_back_is_put_right_and_said(broker, waits, caplog, often):
+    broker.send(*range(3))
+    assert await taken(waits, 2) == [0, 1]
+    await until_offset(broker, 2)
+    await gone(waits)
+    set_offset(broker, 0)
+    assert await taken(waits, 1, 5) == [2]
+    assert "was set from 2 to 0 by others, which is put right" in caplog.text
+    await until_offset(broker, 3)
+    assert await taken(waits, 3, group="another") == [0, 1, 2]
+
+
+async def test_the_group_of_another_airflow_is_refused(broker, waits, inbox):
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send("a", "b")
+    assert await taken(waits, 1) == ["a"]
+    await until_offset(broker, 1)
+    assert broker.committed()[0][1] == f"airflow-events {inbox.owner}"
+    await gone(waits)
+    for other in (Inbox("b" * 32).exchange, None):  # None is as in dag.test()
+        Positions.of_loop().inbox = other
+        with pytest.raises(SourceUnfit, match="was committed by another Airflow"):
+            await soon(waits.poll())
+    set_offset(broker, 1)
+    Positions.of_loop().inbox = Inbox("b" * 32).exchange
+    assert await taken(waits, 1) == ["b"]
+
+
+async def test_a_database_that_was_restored_is_followed(broker, waits, inbox, caplog):
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send(*range(3))
+    assert await taken(waits, 1) == [0]
+    backup = dict(inbox.settled)
+    assert await taken(waits, 1, 1) == [1]
+    await until_offset(broker, 2)
+    await gone(waits)
+    inbox.settled = backup
+    assert await taken(waits, 2, 2) == [1, 2]
+    assert "was set from 1 to 2 by this Airflow" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+async def test_a_group_that_has_members_is_refused(broker, waits, protocol):
+    broker.send("a")
+    member = broker.consumer(f"g{protocol}", client_id="by-the-way", group_protocol=protocol)
     member.subscribe([broker.queue])
     until(lambda: member.poll(0.1) and member.assignment(), "the group has a member", 60)
-    first, second = await soon(waits.poll(1), 60), await soon(waits.poll(2))
-    assert (first["value"], second["value"]) == (0, 1)
-    assert "the group has members besides (by-the-way at /127.0.0.1)" in caplog.text
-    await waits.commit(second, 2)
-    assert broker.committed()[0][0] == 0
-    member.commit(offsets=[TopicPartition(broker.queue, 0, 4)], asynchronous=False)
-    with pytest.raises(EventLost, match="the group's offsets were set by others"):
-        await waits.commit(first, 1)
-    third = await soon(waits.poll(3))
-    assert third["value"] == 4
-    await waits.commit(third, 3)
-    assert broker.committed()[0][0] == 5
+    with pytest.raises(SourceUnfit, match=r"the group has members, 'by-the-way' at /127\.0\.0\.1"):
+        await soon(waits.poll(group=f"g{protocol}"), 60)
     member.close()
+    assert await taken(waits, 1, group=f"g{protocol}") == ["a"]
 
 
-async def test_a_group_that_somebody_had_forgotten_begins_anew(broker, waits):
-    broker.send(*range(2))
-    for number in range(2):
-        await waits.commit(await soon(waits.poll(number)), number)
-    admin = AdminClient(broker.bootstrap)
-    [asked] = admin.delete_consumer_groups(["airflow"]).values()
-    asked.result(30)
-    forgotten = Producer(broker.bootstrap)
-    forgotten.produce("airflow-events.state", None, f"airflow/{broker.queue}", partition=0)
-    assert forgotten.flush(30) == 0
-    assert (await soon(waits.poll(2)))["value"] == 0
-
-
-async def test_a_group_whose_offsets_expired_is_still_known(broker, waits):
-    broker.send(*range(3))
-    await waits.commit(await soon(waits.poll()))
-    admin = AdminClient(broker.bootstrap)
-    [asked] = admin.delete_consumer_groups(["airflow"]).values()
-    asked.result(30)
-    event = await soon(waits.poll(1))
-    assert event["value"] == 1
-    await waits.commit(event, 1)
-    assert broker.committed()[0][0] == 2
-
-
-# Several processes.
-
-
-async def test_a_commit_from_another_process(broker, waits, process):
+async def test_a_member_that_joins_later_is_named_as_well(broker, waits, caplog, often):
     broker.send("a", "b")
-    event = await soon(waits.poll(1))
-    other = process()
-    assert (await other.ask("commit", wait=2, event=event))["error"] == "EventLost"
-    assert await other.ask("commit", wait=1, event=event) is None
-    assert await other.ask("commit", wait=1, event=event) is None
-    await waits.commit(event, 1)
-    with pytest.raises(EventLost, match="was committed by dag/run1/task/-1"):
-        await waits.commit(event, 2)
-    assert broker.unacknowledged() == 1
+    event, idle = await soon(waits.poll()), waits.poll(1)
+    await soon(idle)
+    waiting = waits.poll(2)
+    await nothing(waiting, 1)
+    member = broker.consumer(client_id="by-the-way")
+    member.subscribe([broker.queue])
+    until(lambda: member.poll(0.1) or member.assignment(), "the group has a member", 60)
+    with pytest.raises(SourceUnfit, match="the group has members, 'by-the-way'"):
+        await soon(waiting, 60)
+    await waits.commit(event)  # which the inbox knows
+    member.close()
+    broker.send("c")
+    assert (await soon(waits.poll(3)))["value"] == "c"
+    await until_offset(broker, 1)
 
 
-async def test_processes_race_for_the_same_messages(broker, process):
+# Several triggerers.
+
+
+@pytest.fixture
+def second(broker, monkeypatch):
+    """Another connection to the same brokers: its waits have a hub of their own, as in another triggerer."""
+    monkeypatch.setenv("AIRFLOW_CONN_SECOND", json.dumps(broker.connection()))
+    return {"kafka_config_id": "second"}
+
+
+async def test_each_triggerer_reads_everything_and_the_inbox_decides(broker, waits, second, often):
     broker.make_topic(partitions=3)
-    broker.produce(*({"value": str(number).encode(), "partition": number % 3} for number in range(90)))
-    kwargs = {"topic": broker.queue, "kafka_config_id": "source"}
-    processes = [process() for _ in range(3)]
-    for number, each in enumerate(processes):
-        await each.ask("take", wait=number * 10, waits=5, kwargs=kwargs)
-    taken = []
-    end = time.monotonic() + 120
-    while len(taken) < 90 and time.monotonic() < end:
-        await asyncio.sleep(1)
-        taken = [pair for each in processes for pair in await each.ask("taken", wait=0)]
-    assert sorted(value for value, _ in taken) == list(range(90))
-    who = {key: about["wait"] for key, about in broker.records("airflow-events.commits") if broker.queue in key}
-    assert sorted(who.values()) == sorted(wait for _, wait in taken)
-    assert {offset for offset, _ in broker.committed().values()} == {30}
+    has, count = {}, 60
+
+    async def wait(number):
+        """Do as a trigger does with what the inbox answers."""
+        while True:
+            event = await waits.poll(number, **(second if number % 2 else {}))
+            id = broker.listener().event_id(event)
+            mine = has.setdefault(id, number) == number
+            await waits.commit(event, number)
+            if mine:
+                return event["value"]
+
+    found = [asyncio.create_task(wait(number)) for number in range(count)]
+    await asyncio.sleep(1)
+    broker.produce(*({"value": str(number).encode(), "partition": number % 3} for number in range(count)))
+    values = await asyncio.wait_for(asyncio.gather(*found), 60)
+    assert sorted(values) == list(range(count))
+    for partition in range(3):
+        await until_offset(broker, count // 3, partition)
 
 
-async def test_a_process_that_stood_still_has_lost_its_event(broker, waits, process):
-    broker.send("a")
-    kwargs = {"topic": broker.queue, "kafka_config_id": "source", "claim_timeout": 1}
-    late = process()
-    event = await late.ask("poll", wait=1, kwargs=kwargs)
-    await late.ask("idle", wait=5, kwargs=kwargs)  # so that it keeps its producer
-    os.kill(late.process.pid, signal.SIGSTOP)
-    late.tell("commit", wait=1, event=event)
-    other = await soon(waits.poll(2, claim_timeout=60), 30)
-    assert other["value"] == "a"
-    os.kill(late.process.pid, signal.SIGCONT)
-    assert (await late.answer())["error"] == "EventLost"
-    await waits.commit(other, 2)
-    assert broker.unacknowledged() == 0
-
-
-async def test_a_claim_that_another_process_gave_back(broker, waits, process):
-    broker.send("{no json")
-    task = waits.poll(1)
-    event = await soon(task)
-    other = process()
-    other.tell("poll", wait=2, kwargs={"topic": broker.queue, "kafka_config_id": "source", "claim_timeout": 60})
-    await asyncio.sleep(2)
-    await waits.release(event, 1)
-    assert (await other.answer())["offset"] == 0
-
-
-# SIGKILL within a transaction, and right after it.
-
-
-def what_is_so(broker):
-    """What the ledger and the group's offsets say, asked by a client that is none of ours."""
-
-    def of(topic, isolation):
-        return [(key, value) for key, value in broker.records(topic, isolation) if broker.queue in key]
-
-    admin = AdminClient(broker.bootstrap)
-    [asked] = admin.list_consumer_group_offsets(
-        [ConsumerGroupTopicPartitions("airflow", [TopicPartition(broker.queue, 0)])], require_stable=False
-    ).values()  # fmt: skip
-    states = {iso: of("airflow-events.state", iso) for iso in ("read_committed", "read_uncommitted")}
-    return {
-        "states": len(states["read_committed"]),
-        "undecided states": len(states["read_uncommitted"]) - len(states["read_committed"]),
-        "open": {offset: claim["wait"] for offset, claim in states["read_committed"][-1][1]["partitions"]["0"]
-                 ["open"].items()},
-        "commits": [(key.rpartition("/")[2], value["wait"]) for key, value in of("airflow-events.commits",
-                                                                                 "read_committed")],
-        "offset": asked.result(30).topic_partitions[0].offset,
-    }  # fmt: skip
-
-
-async def killed_at(step, process, do, **asked):
-    """A process that does it, up to that step of its transaction, and is killed there."""
-    dead = process()
-    await dead.ask("stop", at=step)
-    assert await dead.ask(do, **asked) == {"stands at": step}
-    dead.end()
-    assert dead.process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("next_wait", ["the same", "another"])
-@pytest.mark.parametrize("step", STEPS)
-async def test_a_process_that_is_killed_while_it_claims(broker, process, step, next_wait):
-    broker.send("a", "b", "c")
-    kwargs = {"topic": broker.queue, "kafka_config_id": "source"}
-    first = process()
-    event = await first.ask("poll", wait=9, kwargs=kwargs)
-    assert await first.ask("commit", wait=9, event=event) is None
-    first.end()
-    before = what_is_so(broker)
-
-    await killed_at(step, process, "poll", wait=1, kwargs=kwargs)
-    after = what_is_so(broker)
-    if step == "committed":
-        assert after == {**before, "states": before["states"] + 1, "open": {"1": "dag/run1/task/-1"}}
-    else:
-        assert after == {**before, "undecided states": before["undecided states"] + 1}
-
-    follower = process()
-    wait = 1 if next_wait == "the same" else 2
-    claimed = step == "committed" and wait == 2
-    event = await follower.ask("poll", wait=wait, kwargs=kwargs)
-    assert event["value"] == ("c" if claimed else "b")
-    assert await follower.ask("commit", wait=wait, event=event) is None
-    end = what_is_so(broker)
-    assert end["commits"] == [("0", "dag/run9/task/-1"), (str(event["offset"]), f"dag/run{wait}/task/-1")]
-    assert end["open"] == ({"1": "dag/run1/task/-1"} if claimed else {})
-    assert end["offset"] == (1 if claimed else 2)
-
-
-@pytest.mark.parametrize("step", STEPS)
-async def test_a_process_that_is_killed_while_it_commits(broker, process, step):
+async def test_what_another_triggerer_settled_is_not_offered(broker, waits, second, often):
     broker.send("a", "b")
-    kwargs = {"topic": broker.queue, "kafka_config_id": "source"}
-    first = process()
-    event = await first.ask("poll", wait=1, kwargs=kwargs)
-    first.end()
-    before = what_is_so(broker)
-    assert before["open"] == {"0": "dag/run1/task/-1"}
-    assert (before["offset"], before["commits"]) == (0, [])
+    first, other = await soon(waits.poll()), await soon(waits.poll(1, **second))
+    assert first["value"] == other["value"] == "a"
+    assert broker.listener().event_id(first) == broker.listener().event_id(other)
+    await waits.release(other, 1)
+    await waits.commit(first)
+    await asyncio.sleep(1)
+    assert (await soon(waits.poll(2, **second)))["value"] == "b"
 
-    await killed_at(step, process, "commit", wait=1, event=event)
-    after = what_is_so(broker)
-    committed = {"open": {}, "commits": [("0", "dag/run1/task/-1")], "offset": 1}
-    if step == "committed":
-        assert after == {**before, "states": before["states"] + 1, **committed}
-    else:
-        assert after == {**before, "undecided states": before["undecided states"] + 1}
 
-    follower = process()
-    assert await follower.ask("commit", wait=1, event=event) is None  # as whoever has the record does
-    assert await follower.ask("commit", wait=1, event=event) is None
-    assert (await follower.ask("commit", wait=2, event=event))["error"] == "EventLost"
-    end = what_is_so(broker)
-    assert {name: end[name] for name in committed} == committed
-    assert (await follower.ask("poll", wait=2, kwargs=kwargs))["value"] == "b"
+async def test_a_message_that_another_process_had_is_settled_by_its_offset(broker, waits, inbox):
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send("a", "b")
+    event = await soon(waits.poll())
+    await gone(waits)
+    await waits.commit(event)
+    await until_offset(broker, 1)
+    assert broker.committed()[0][1] == f"airflow-events {inbox.owner}"
+    assert await taken(waits, 1, 1) == ["b"]
+
+
+async def test_a_message_that_is_settled_while_the_brokers_are_away(broker, waits, inbox):
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send("a", "b")
+    event = await soon(waits.poll())
+    broker.server.kill()
+    await soon(asyncio.ensure_future(waits.commit(event)))
+    broker.server.start()
+    assert await taken(waits, 1, 1) == ["b"]
+    await until_offset(broker, 2)
 
 
 # What a topic may have lost.
@@ -463,23 +436,12 @@ async def test_a_process_that_is_killed_while_it_commits(broker, process, step):
 
 async def test_what_retention_deleted_before_any_wait_had_it_is_told(broker, waits, caplog):
     broker.send(*range(5))
-    first = await soon(waits.poll())
-    await waits.commit(first)
+    assert await taken(waits, 1) == [0]
+    await gone(waits)
     delete_records(broker, 3)
-    event = await soon(waits.poll(1))
-    assert event["value"] == 3
-    assert "messages from offset 1 until before 3 of partition 0 were deleted" in caplog.text
-
-
-async def test_what_retention_deleted_while_it_was_claimed(broker, waits, caplog):
-    broker.send(*range(3))
-    recorded, lost = await soon(waits.poll(1)), await soon(waits.poll(2))
-    delete_records(broker, 2)
-    await waits.commit(recorded, 1)  # the record has it
-    assert (await soon(waits.poll(2)))["value"] == 2
-    assert "the message at offset 1 of partition 0 was deleted while it was claimed" in caplog.text
-    with pytest.raises(EventLost):
-        await waits.commit(lost, 2)
+    assert await taken(waits, 1, 1) == [3]
+    assert f"messages from offset 1 until before 3 of partition 0 of '{broker.queue}' were deleted" in caplog.text
+    await until_offset(broker, 4)
 
 
 def delete_records(broker, before):
@@ -507,19 +469,29 @@ async def test_a_compacted_topic(broker, waits):
     assert [event["offset"] for event in events] == [27, 28, 29]
     for number, event in enumerate(events):
         await waits.commit(event, number)
-    assert broker.committed()[0][0] == 30
+    await until_offset(broker, 30)
 
 
-async def test_a_topic_that_was_made_anew(broker, waits):
+@pytest.mark.parametrize("beside", [False, True])
+async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(broker, waits, caplog, often, beside):
     broker.send(*range(3))
-    await waits.commit(await soon(waits.poll()))
-    event = await soon(waits.poll(1))
+    assert await taken(waits, 2) == [0, 1]
+    held = await soon(waits.poll(2))
+    waiting = waits.poll(3) if beside else None
+    await asyncio.sleep(1)
+    if not beside:
+        await gone(waits)
     admin = AdminClient(broker.bootstrap)
     admin.delete_topics([broker.queue])[broker.queue].result(30)
     broker.make_topic()
-    with pytest.raises(SourceUnfit, match="ends at offset 0, and its group is at 2: the topic was made anew"):
-        await soon(waits.poll(2))
-    del event
+    broker.send("new", "newer")
+    event = await soon(waiting or waits.poll(3), 60)
+    assert (event["value"], event["offset"]) == ("new", 0)
+    assert broker.listener().event_id(event) != broker.listener().event_id({**event, "topic_id": held["topic_id"]})
+    assert "was deleted and made anew" in caplog.text
+    await waits.commit(held)  # which changes nothing of the new one
+    await waits.commit(event)
+    await until_offset(broker, 1)
 
 
 # What is refused, or waited for.
@@ -558,97 +530,10 @@ async def test_a_setting_that_is_none(broker, waits, monkeypatch):
         await soon(waits.poll(kafka_config_id="odd"))
 
 
-@pytest.mark.parametrize(
-    ("which", "config", "partitions", "message"),
-    [
-        ("state", {"cleanup.policy": "delete"}, 1, "has cleanup.policy=delete; it needs cleanup.policy=compact"),
-        ("commits", {"retention.ms": "1000"}, 1, "has retention.ms=1000; it needs retention.ms=604800000"),
-        ("state", {"cleanup.policy": "compact"}, 2, "has 2 partitions; it needs one"),
-    ],
-)
-async def test_a_ledger_that_would_forget(broker, waits, which, config, partitions, message):
-    ledger_name = f"ledger-{broker.queue}"
-    admin = AdminClient(broker.bootstrap)
-    topic = NewTopic(f"{ledger_name}.{which}", partitions, 1, config=config)
-    admin.create_topics([topic])[topic.topic].result(30)
-    with pytest.raises(SourceUnfit, match=f"'{ledger_name}.{which}' {message}"):
-        await soon(waits.poll(ledger=ledger_name))
-
-
-async def test_another_ledger_than_the_groups(broker, waits):
-    broker.send("a", "b")
-    await soon(waits.poll())
-    with pytest.raises(SourceUnfit, match=r"'other-ledger\.state' has none: was it deleted, or do other waits"):
-        await soon(waits.poll(1, ledger="other-ledger"), 60)
-
-
-@pytest.mark.parametrize("which", ["state", "commits"])
-async def test_a_ledger_whose_topic_is_deleted(broker, waits, which, caplog):
-    """With the claims gone no wait may guess; the log of commits is made anew."""
-    about = {"ledger": f"deleted-{which}"}
-    broker.send(*range(3))
-    await waits.commit(await soon(waits.poll(**about)))
-    event = await soon(waits.poll(1, **about))
-    admin = AdminClient(broker.bootstrap)
-    name = f"deleted-{which}.{which}"
-    admin.delete_topics([name])[name].result(30)
-    with pytest.raises(ConnectionError, match=f"there is no topic '{name}' any more: it was deleted"):
-        await waits.commit(event, 1)  # tried again by whoever calls it, until the topic is there
-    if which == "state":
-        with pytest.raises(SourceUnfit, match=f"'{name}' has none: was it deleted"):
-            await soon(waits.poll(2, **about), 60)
-    else:
-        assert (await soon(waits.poll(2, **about), 60))["value"] == 2
-        await waits.commit(event, 1)
-        with pytest.raises(EventLost):
-            await waits.commit(event, 3)
-
-
-async def test_brokers_that_have_no_transactions(waits, broker, monkeypatch):
-    """As one broker alone has none, with Kafka's own defaults."""
-    alone = kafka_server.server(transaction_state_log_replication_factor=3)
-    assert alone is not None
-    with alone:
-        monkeypatch.setenv("AIRFLOW_CONN_ALONE", json.dumps(broker.connection(port=alone.port)))
-        monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
-        there = AdminClient({"bootstrap.servers": f"127.0.0.1:{alone.port}"})
-        there.create_topics([NewTopic(broker.queue, 1, 1)])[broker.queue].result(30)
-        with pytest.raises(SourceUnreachable, match=r"no transaction can be begun.*transaction\.state\.log"):
-            await soon(waits.poll(kafka_config_id="alone"), 90)
-
-
-async def test_the_ledgers_topics_are_made_to_keep_what_they_must(broker, waits):
-    broker.send("a")
-    await soon(waits.poll())
-    admin = AdminClient(broker.bootstrap)
-    for name, setting, value in (
-        ("airflow-events.state", "cleanup.policy", "compact"),
-        ("airflow-events.commits", "retention.ms", "604800000"),
-    ):
-        [asked] = admin.describe_configs([ConfigResource(ResourceType.TOPIC, name)]).values()
-        assert asked.result(30)[setting].value == value
-
-
-async def test_claims_for_which_there_is_no_room_wait(broker, waits, monkeypatch, caplog):
-    monkeypatch.setattr(state, "MOST_BYTES", 250)
-    tasks = [waits.poll(number) for number in range(4)]
-    await asyncio.sleep(0.5)
-    broker.send(*range(4))
-    for _ in range(2):
-        await asyncio.wait([task for task in tasks if not task.done()], timeout=30, return_when="FIRST_COMPLETED")
-    done, left = await asyncio.wait(tasks, timeout=2)
-    assert len(done) == 2
-    assert "there is no room for more than its 2 open claims" in caplog.text
-    for task in done:
-        await waits.commit(task.result(), tasks.index(task))
-    for task in left:
-        await soon(task, 30)
-
-
-async def test_partitions_that_are_added(broker, waits, monkeypatch):
-    monkeypatch.setattr(ledger, "_LISTING", 1)
+async def test_partitions_that_are_added(broker, waits, monkeypatch, often):
     monkeypatch.setattr(watch, "_LISTING", 1)
-    tasks = [waits.poll(), waits.watch(1, match={"id": 1}, since=datetime.now(timezone.utc))]
+    about = {"start": "latest"}
+    tasks = [waits.poll(**about), waits.watch(1, match={"id": 1}, since=datetime.now(timezone.utc))]
     await nothing(tasks[0])
     admin = AdminClient(broker.bootstrap)
     admin.create_partitions([NewPartitions(broker.queue, 2)])[broker.queue].result(30)
@@ -658,11 +543,56 @@ async def test_partitions_that_are_added(broker, waits, monkeypatch):
         assert (await soon(task, 30))["partition"] == 1
 
 
+async def test_the_address_that_a_broker_gives_out_and_nobody_reaches_is_named(broker, waits, monkeypatch):
+    misled = kafka_server.server(advertised_listeners="PLAINTEXT://127.0.0.1:1")
+    misled.start()
+    try:
+        about = {"conn_type": "kafka", "extra": {"bootstrap.servers": f"127.0.0.1:{misled.port}"}}
+        monkeypatch.setenv("AIRFLOW_CONN_MISLED", json.dumps(about))
+        monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
+        with pytest.raises(SourceUnreachable, match=r"127\.0\.0\.1:1/1: .*refused"):
+            await asyncio.wait_for(waits.poll(kafka_config_id="misled"), 120)
+    finally:
+        misled.stop()
+
+
 async def test_a_watch_that_looks_from_before_what_is_kept_is_warned(broker, waits, caplog):
     broker.send(*range(5))
     delete_records(broker, 4)
     assert (await soon(waits.watch(since=datetime.now(timezone.utc) - timedelta(hours=1))))["value"] == 4
     assert "has dropped messages until" in caplog.text
+
+
+async def test_a_watch_of_messages_whose_metadata_is_odd(broker, waits):
+    broker.make_topic(message_timestamp_after_max_ms=2**63 - 1)
+    micros = round(time.time() * 1e6)
+    long_key, binary = b"\0\0\0\0\0\0\0\x2a", {"h": b"\xff", "nul": b"\0"}
+    broker.produce(
+        {"value": b'{"id": 1}', "timestamp": micros},
+        {"value": b'{"id": 2}', "key": long_key, "headers": binary},
+        {"value": b'{"id": 3}'},
+    )
+    since = datetime.now(timezone.utc) - timedelta(minutes=1)
+    first, second, third = [waits.watch(n, match={"id": n}, since=since) for n in (1, 2, 3)]
+    assert (await soon(first))["timestamp"] is None
+    assert (await soon(second))["key"] == "AAAAAAAAACo="
+    assert (await soon(second))["headers"] == {"h": "/w==", "nul": "AA=="}
+    assert (await soon(third))["key"] is None
+
+
+async def test_a_topic_that_is_made_anew_while_it_is_watched(broker, waits, monkeypatch, caplog):
+    monkeypatch.setattr(watch, "_LISTING", 1)
+    broker.send(*range(20))
+    task = waits.watch(match={"id": "new"}, since=datetime.now(timezone.utc))
+    await nothing(task, 1)
+    admin = AdminClient(broker.bootstrap)
+    admin.delete_topics([broker.queue])[broker.queue].result(30)
+    until(lambda: broker.queue not in admin.list_topics(timeout=10).topics, "it is gone", 30)
+    broker.make_topic()
+    broker.send({"id": "new"}, *range(50))
+    event = await soon(task, 30)
+    assert (event["value"], event["offset"]) == ({"id": "new"}, 0)
+    assert "was made anew" in caplog.text
 
 
 # Permissions, on a broker of their own.
@@ -678,7 +608,7 @@ def guarded():
     [
         ("reader", "wrong", "Authentication failed"),
         ("nobody", "nobody-secret", "TOPIC_AUTHORIZATION_FAILED"),
-        ("reader", "reader-secret", "for claims and commits, and the connection's user may not make it"),
+        ("reader", "reader-secret", "GROUP_AUTHORIZATION_FAILED"),
     ],
 )
 async def test_a_user_who_may_not(guarded, waits, monkeypatch, user, password, message):
@@ -695,6 +625,29 @@ async def test_a_user_who_may_not(guarded, waits, monkeypatch, user, password, m
     assert password not in str(caught.value)
 
 
+async def test_the_rights_that_are_documented_are_enough(guarded, broker, waits, monkeypatch):
+    """Read on topic and group."""
+    kafka_server.allow(guarded, "reader", broker.queue)
+    kafka_server.allow(guarded, "reader", "airflow-allowed", ResourceType.GROUP)
+    extra = {
+        "bootstrap.servers": f"127.0.0.1:{guarded.port}", "security.protocol": "SASL_PLAINTEXT",
+        "sasl.mechanism": "PLAIN",
+    }  # fmt: skip
+    about = {"conn_type": "kafka", "login": "reader", "password": "reader-secret", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_GUARDED", json.dumps(about))
+    rights = {"kafka_config_id": "guarded", "group": "airflow-allowed"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Kafka, "bootstrap", kafka_server.as_admin(guarded))
+        broker.send("a", "b")
+        assert await taken(waits, 1, **rights) == ["a"]
+        for _ in range(100):
+            if broker.committed("airflow-allowed")[0][0] == 1:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise AssertionError("the offset does not follow")
+
+
 def over_tls(guarded, ca, password="admin-secret", mechanism="PLAIN", **more):
     extra = {
         "bootstrap.servers": f"127.0.0.1:{guarded.tls_port}", "security.protocol": "SASL_SSL",
@@ -707,17 +660,21 @@ def over_tls(guarded, ca, password="admin-secret", mechanism="PLAIN", **more):
 async def test_tls_and_sasl(guarded, broker, waits, monkeypatch, mechanism):
     kafka_server.allow(guarded, "reader", broker.queue)
     monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, "ca", mechanism=mechanism))
+    await see_it_let_in("tls", guarded, broker, waits, monkeypatch)
+
+
+async def see_it_let_in(conn_id, guarded, broker, waits, monkeypatch):
+    """See that a wait and a watch get a message over a connection, and that it is committed."""
     since = datetime.now(timezone.utc) - timedelta(minutes=1)
-    task = waits.poll(kafka_config_id="tls")
-    watched = waits.watch(1, kafka_config_id="tls", match={"id": 7}, since=since)
+    task = waits.poll(kafka_config_id=conn_id)
+    watched = waits.watch(1, kafka_config_id=conn_id, match={"id": 7}, since=since)
     with monkeypatch.context() as patch:
         patch.setattr(Kafka, "bootstrap", kafka_server.as_admin(guarded))
         broker.send({"id": 7})
         event = await soon(task, 60)
         assert event["value"] == (await soon(watched, 60))["value"] == {"id": 7}
         await waits.commit(event)
-        assert broker.committed()[0][0] == 1
-        assert broker.unacknowledged() == 0
+        await until_offset(broker, 1)
 
 
 @pytest.mark.parametrize(
@@ -745,3 +702,36 @@ async def test_a_client_that_speaks_no_tls(guarded, broker, waits, monkeypatch):
     with pytest.raises((SourceUnreachable, SourceUnfit), match=f"the topic '{broker.queue}'.*'tls'") as caught:
         await soon(waits.poll(kafka_config_id="tls"), 60)
     assert "admin-secret" not in str(caught.value)
+
+
+def by_tokens(guarded, **more):
+    extra = {
+        "bootstrap.servers": f"127.0.0.1:{guarded.port}", "security.protocol": "SASL_PLAINTEXT",
+        "sasl.mechanism": "OAUTHBEARER", **more,
+    }  # fmt: skip
+    return json.dumps({"conn_type": "kafka", "extra": extra})
+
+
+async def test_a_login_by_tokens_that_a_function_fetches(guarded, broker, waits, monkeypatch):
+    pytest.importorskip("airflow.providers.apache.kafka")
+    kafka_server.allow(guarded, "reader", broker.queue)
+    monkeypatch.setenv("AIRFLOW_CONN_TOKENS", by_tokens(guarded, oauth_cb="kafka_server.token"))
+    with pytest.raises(SourceUnfit, match=r"'tokens' asks for a login by tokens.*callback_allowlist is empty"):
+        await soon(waits.poll(kafka_config_id="tokens"), 60)
+    monkeypatch.setenv("AIRFLOW__APACHE_KAFKA__CALLBACK_ALLOWLIST", "kafka_server.token")
+    await see_it_let_in("tokens", guarded, broker, waits, monkeypatch)
+
+
+async def test_tokens_that_do_not_do(guarded, broker, waits, monkeypatch):
+    pytest.importorskip("airflow.providers.apache.kafka")
+    kafka_server.allow(guarded, "reader", broker.queue)
+    monkeypatch.setenv("AIRFLOW__APACHE_KAFKA__CALLBACK_ALLOWLIST", "kafka_server.token")
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
+    for who, refused, message in (
+        ("nobody", SourceUnfit, "may not use it.*AUTHORIZATION_FAILED"),
+        ("none", SourceUnreachable, "there is no token for the login: nobody gives one"),
+    ):
+        extra = {"oauth_cb": "kafka_server.token", "sasl.oauthbearer.config": who}
+        monkeypatch.setenv("AIRFLOW_CONN_TOKENS", by_tokens(guarded, **extra))
+        with pytest.raises(refused, match=f"'tokens'.*{message}"):
+            await soon(waits.poll(kafka_config_id="tokens"), 60)

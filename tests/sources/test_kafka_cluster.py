@@ -3,69 +3,140 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
-from kafka_process import Process
-from of_kafka import KafkaCluster
+from airflow_events.listeners.kafka import consume, group
+from airflow_events.listeners.positions import Positions
+from broker import nothing, soon, until_told
+from of_kafka import Inbox, KafkaCluster, KafkaOneCoordinator
 
 from deployment import until
 
-pytestmark = pytest.mark.parametrize("server", [KafkaCluster], ids=["kafka cluster"], indirect=True)
+
+def on(cluster):
+    return pytest.mark.parametrize("server", [cluster], ids=[cluster.name], indirect=True)
+
 
 EVENTS = 12  # before each kill
-WAITS = 10  # in each of two processes
+WAITS = 20
 
 
-@pytest.fixture
-def processes(broker, monkeypatch):
+@on(KafkaCluster)
+async def test_each_message_is_taken_once_though_each_broker_is_killed(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "300")
-    found = [Process(), Process()]
-    yield found
-    for process in found:
-        process.end()
-
-
-async def test_each_message_is_taken_once_though_each_broker_is_killed(broker, processes):
     broker.make_topic(partitions=6)
-    kwargs = {"topic": broker.queue, "kafka_config_id": "source"}
-    for number, process in enumerate(processes):
-        await process.ask("take", wait=100 * number, waits=WAITS, kwargs=kwargs)
+    taken = []
+
+    async def take(number):
+        while True:
+            event = await waits.poll(number)
+            await waits.commit(event, number)
+            taken.append(event["value"])
+
+    takers = [asyncio.create_task(take(number)) for number in range(WAITS)]
     for number, server in enumerate(broker.servers):
         first = number * EVENTS
         messages = [{"value": str(value).encode()} for value in range(first, first + EVENTS)]
-        broker.produce(*messages, **{"enable.idempotence": True})
+        await asyncio.to_thread(lambda sent=messages: broker.produce(*sent, **{"enable.idempotence": True}))
         server.kill()
         assert server.process.poll() is not None
         server.begin()
-        await until_taken(processes, first + EVENTS)
-        server.wait(120)
-        until(lambda: not broker.cluster.behind(), "all brokers have everything", 120, 0.5)
+        await until_taken(taken, first + EVENTS)
+        await asyncio.to_thread(server.wait, 120)
+        everywhere = lambda: not broker.cluster.behind()  # noqa: E731
+        await asyncio.to_thread(until, everywhere, "all brokers have everything", 120, 0.5)
 
-    taken = [pair for process in processes for pair in await process.ask("taken", wait=0)]
-    everything = len(broker.servers) * EVENTS
-    assert sorted(value for value, _ in taken) == list(range(everything))
-    assert {number: offset for number, (offset, _) in broker.committed().items()} == broker.ends()
-    assert not any(partition["open"] for partition in broker.state().values())
-    prefix = f"airflow/{broker.queue}/"
-    notes = [note["wait"] for key, note in broker.records("airflow-events.commits") if key.startswith(prefix)]
-    assert sorted(notes) == sorted(wait for _, wait in taken)
+    assert sorted(taken) == list(range(len(broker.servers) * EVENTS))
+    for _ in range(300):  # the offsets follow
+        if {number: offset for number, (offset, _) in broker.committed().items()} == broker.ends():
+            break
+        await asyncio.sleep(0.2)
+    else:
+        raise AssertionError(f"committed: {broker.committed()}, ends: {broker.ends()}")
+    for taker in takers:
+        taker.cancel()
+    await asyncio.gather(*takers, return_exceptions=True)
 
 
-async def until_taken(processes, count):
+async def until_taken(taken, count):
     for _ in range(600):
-        if sum([len(await process.ask("taken", wait=0)) for process in processes]) >= count:
+        if len(taken) >= count:
             return
         await asyncio.sleep(0.2)
-    raise TimeoutError(f"not all of {count} messages were taken")
+    raise TimeoutError(f"{len(taken)} of {count} messages were taken")
 
 
-async def test_everything_of_the_ledger_is_on_three_brokers(broker, waits):
-    from confluent_kafka.admin import AdminClient
+@pytest.fixture
+async def impatient(monkeypatch):
+    """An inbox, and hubs that look often, and for answers that do not come not long."""
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "300")
+    for name, seconds in {"_LOOK_EVERY": 0.5, "_PAUSE": 0.5}.items():
+        monkeypatch.setattr(consume, name, seconds)
+    monkeypatch.setattr(group, "PATIENCE", 1)
+    Positions.of_loop().inbox = Inbox("a" * 32).exchange
 
-    broker.send(1)
-    await waits.commit(await waits.poll())
-    admin = AdminClient(broker.bootstrap)
-    topics = admin.list_topics(timeout=30).topics
-    copies = {name: {len(p.replicas) for p in topic.partitions.values()} for name, topic in topics.items()}
-    for name in ("airflow-events.state", "airflow-events.commits", "__consumer_offsets", "__transaction_state"):
-        assert copies[name] == {3}
+
+@on(KafkaOneCoordinator)
+async def test_what_the_inbox_knows_is_read_while_the_groups_coordinator_is_away(broker, waits, impatient, caplog):
+    coordinator = broker.coordinator()
+    here = next(number for number in range(1, 4) if number != coordinator)
+    broker.make_topic(on=here)
+
+    async def take(number, value):
+        event = await soon(waits.poll(number), 60)
+        assert event["value"] == value
+        await waits.commit(event, number)
+
+    broker.send("before")
+    await take(0, "before")
+    waiting = waits.poll(1)
+    await nothing(waiting)
+    server = broker.servers[coordinator - 1]
+    server.kill()
+    await until_told(caplog, "the group's coordinator does not answer")
+    await nothing(waiting, 10)
+    assert (
+        sum("coordinator does not answer" in each.message for each in caplog.records) == 2
+    )  # ours, and the wait's
+    broker.send("beside")
+    await waits.commit(await soon(waiting, 60), 1)
+
+    await waits.end()
+    await asyncio.sleep(3)  # the hub ends some while after
+    broker.send("again")
+    await take(2, "again")
+
+    assert "cannot be reached" not in caplog.text
+    known = broker.queue
+    broker.queue += "-too"
+    broker.make_topic(on=here)
+    broker.send("new")
+    new = waits.poll(3)
+    await nothing(new, 5)
+    await asyncio.to_thread(server.start)
+    assert (await soon(new, 120))["value"] == "new"
+    broker.queue = known
+    broker.send("after")
+    await take(4, "after")
+    await asyncio.to_thread(until, lambda: broker.committed()[0][0] == 4, "the offset follows", 60, 0.5)
+
+
+@on(KafkaOneCoordinator)
+async def test_reading_goes_on_without_the_only_broker_that_the_connection_names(
+    broker, waits, impatient, monkeypatch, caplog
+):
+    coordinator = broker.coordinator()
+    server = broker.servers[coordinator - 1]
+    broker.make_topic(on=next(number for number in range(1, 4) if number != coordinator))
+    named = broker.connection(extra={"bootstrap.servers": f"127.0.0.1:{server.port}"})
+    monkeypatch.setenv("AIRFLOW_CONN_SOURCE", json.dumps(named))
+    waiting = waits.poll()
+    await nothing(waiting, 3)
+    server.kill()
+    await until_told(caplog, "the group's coordinator does not answer")
+    await nothing(waiting, consume._BLIND + 10)
+    broker.send("beside")
+    assert (await soon(waiting, 60))["value"] == "beside"
+    assert "cannot be reached" not in caplog.text
+    await asyncio.to_thread(server.start)

@@ -1,20 +1,21 @@
-"""What is peculiar to NATS JetStream: what is refused, who is let in, what a death between two steps leaves."""
+"""What is peculiar to NATS JetStream: what is acknowledged and when, what is refused, who is let in."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
 import ipaddress
+import itertools
 import json
-from concurrent.futures import ThreadPoolExecutor
+import socket
 
 import of_nats
 import pytest
-from airflow_events.errors import EventLost, SourceUnfit, SourceUnreachable
+from airflow_events.errors import AtRedelivery, EventUndecodable, SourceUnfit, SourceUnreachable
 from airflow_events.listeners import connections
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.nats import BUCKET, NatsListener, NatsWatchListener, claims, client
-from test_consume import nothing, soon
+from airflow_events.listeners.nats import NatsListener, NatsWatchListener, client, consume
+from broker import nothing, soon, until_told
 from test_watch import ago
 
 from deployment import until
@@ -66,48 +67,16 @@ def wait(number=0):
     return Wait("dag", f"run{number}", "task")
 
 
+async def elsewhere(*args, **arguments):
+    """Poll as `own` does, in another process as it were, which gives back what it has as it ends."""
+    return await asyncio.to_thread(asyncio.run, own(*args, **arguments))
+
+
 async def own(stream="orders", listener=NatsListener, conn_id="own", **arguments):
-    """Poll a server of the test's own, or in an event loop of one's own."""
+    """Poll a server of the test's own."""
     with working_for(wait()):
         poll = listener().poll_for_event(stream, nats_conn_id=conn_id, **arguments)
         return await asyncio.wait_for(poll, 60)
-
-
-# What a death leaves
-
-
-class Death:
-    """Hangs, as a process that is gone, at the n-th step towards the server that a poll or a commit makes."""
-
-    def __init__(self, monkeypatch, then=None):
-        self.left = 0
-        self.met = asyncio.Event()
-        self._then = then
-        for name in ("request", "publish", "pull"):
-            monkeypatch.setattr(client.Server, name, self._dying(getattr(client.Server, name)))
-
-    def _dying(self, step):
-        async def dying(server, subject, *args, **kwargs):
-            if subject.startswith(("$JS.API.STREAM.INFO", "$JS.API.CONSUMER.INFO")):
-                return await step(server, subject, *args, **kwargs)
-            self.left -= 1
-            if self.left == 0:
-                self.met.set()
-                if self._then is None:
-                    await asyncio.Event().wait()
-                self._then()
-            return await step(server, subject, *args, **kwargs)
-
-        return dying
-
-    async def meets(self, step, task):
-        """Let ``task`` die at a step; return whether it came so far."""
-        self.left = step
-        self.met.clear()
-        met = asyncio.create_task(self.met.wait())
-        await asyncio.wait([task, met], timeout=30, return_when=asyncio.FIRST_COMPLETED)
-        met.cancel()
-        return self.met.is_set()
 
 
 async def end(task):
@@ -115,108 +84,118 @@ async def end(task):
     await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.mark.parametrize("back", [True, False], ids=["the wait comes back", "the wait never comes back"])
-async def test_a_triggerer_dies_at_each_step_of_a_poll(broker, waits, consumer, monkeypatch, back):
-    death = Death(monkeypatch)
-    for step in range(1, 100):
-        broker.fresh()
-        consumer()
-        broker.send("a", "b")
-        dying = waits.poll(0, claim_timeout=2)
-        if not await death.meets(step, dying):
-            break
-        await end(dying)
-        death.left = 0
-        numbers = (0, 1) if back else (1, 2)
-        tasks = [waits.poll(number, claim_timeout=2) for number in numbers]
-        events = [await soon(task) for task in tasks]
-        assert {event["value"] for event in events} == {"a", "b"}, step
-        for number, event in zip(numbers, events, strict=True):
-            await waits.commit(event, number)
-        assert broker.unacknowledged() == 0, step
-    assert 10 < step < 100, "the steps between the pull and the event have been met"
+def pending(broker):
+    about = broker.ask(lambda client: client.jetstream().consumer_info(broker.queue, "airflow"))
+    return about.num_ack_pending
 
 
-async def test_a_claim_that_was_half_made_is_found_by_the_same_wait_at_once(broker, waits, consumer, monkeypatch):
-    consumer(ack_wait=600)
-    steps = []
-    put = claims.Claims._put
-
-    async def dying(claims, key, *rest):
-        steps.append(key)
-        if len(steps) == 2:  # the wait has chosen, and its message is not marked
-            await asyncio.Event().wait()
-        return await put(claims, key, *rest)
-
-    monkeypatch.setattr(claims.Claims, "_put", dying)
-    broker.send("a")
-    dead = waits.poll()
-    await nothing(dead, 1)
-    assert [key.split(".")[-2] for key in steps] == ["wait", "message"]
-    await end(dead)
-    assert (await soon(waits.poll()))["value"] == "a"
-    await nothing(waits.poll(1))
+def id_of(event):
+    return NatsListener().event_id(event)
 
 
-async def test_a_worker_dies_at_each_step_of_a_commit(broker, waits, consumer, monkeypatch):
-    death = Death(monkeypatch)
-    for step in range(1, 20):
-        broker.fresh()
-        consumer()
-        broker.send("a")
-        event = await soon(waits.poll(claim_timeout=1))
-        commit = asyncio.create_task(waits.commit(event))
-        if not await death.meets(step, commit):
-            break
-        await end(commit)
-        death.left = 0
-        await waits.commit(event)
-        with pytest.raises(EventLost):
-            await waits.commit(event, 1)
-        assert broker.unacknowledged() == 0, step
-    assert 3 < step < 20
+# What is received, and what is acknowledged
 
 
-async def test_a_commit_that_was_not_acknowledged_is_when_jetstream_gives_the_message_out_again(
-    broker, waits, consumer, monkeypatch
-):
-    consumer()
-    broker.send("a")
-    event = await soon(waits.poll(claim_timeout=1))
-    death = Death(monkeypatch)
-    commit = asyncio.create_task(waits.commit(event))
-    assert await death.meets(3, commit)  # look at the mark, write it, acknowledge
-    await end(commit)
-    assert broker.unacknowledged() == 1
-    other = waits.poll(1)
-    await nothing(other, 3)
+async def test_no_more_is_received_than_waits_want(broker, waits):
+    broker.send(*range(10))
+    tasks = [waits.poll(number) for number in range(2)]
+    for task in tasks:
+        await soon(task)
+    await asyncio.sleep(1)
+    assert (pending(broker), broker.unacknowledged()) == (2, 10)
+
+
+async def test_many_are_acknowledged_at_once(broker, waits):
+    tasks = [waits.poll(number) for number in range(300)]
+    await nothing(tasks[0], 0.5)
+    broker.send(*range(300))
+    events = [await soon(task, 60) for task in tasks]
+    await asyncio.gather(*(waits.commit(event, number) for number, event in enumerate(events)))
+    assert {event["value"] for event in events} == set(range(300))
     assert broker.unacknowledged() == 0
-    with pytest.raises(EventLost):
-        await waits.commit(event, 1)
 
 
-async def test_the_server_is_killed_at_each_step_of_a_poll(broker, waits, consumer, monkeypatch):
-    monkeypatch.setattr(client, "_PATIENCE", 1.0)
+async def test_a_consumer_that_gives_out_few_at_once(broker, waits):
+    config = {"durable_name": "airflow", "ack_policy": "explicit", "max_batch": 2}
+    request = json.dumps({"stream_name": broker.queue, "config": config}).encode()
+    path = f"$JS.API.CONSUMER.DURABLE.CREATE.{broker.queue}.airflow"
+    assert b"error" not in broker.ask(lambda client: client.request(path, request)).data
+    broker.send(*range(5))
+    events = [await soon(task) for task in [waits.poll(number) for number in range(5)]]
+    assert {event["value"] for event in events} == set(range(5))
 
-    def killed():
-        broker.server.kill()
-        broker.server.start()
 
-    death = Death(monkeypatch, killed)
-    for step in range(1, 100):
-        broker.fresh()
-        consumer()
-        broker.send("a", "b")
-        task = waits.poll(0)
-        if not await death.meets(step, task):
-            break
-        events = [await soon(task, 30), await soon(waits.poll(1), 30)]
-        assert {event["value"] for event in events} == {"a", "b"}, step
-        assert await soon(waits.poll(0), 30) == events[0]
-        for number, event in enumerate(events):
-            await waits.commit(event, number)
-        assert broker.unacknowledged() == 0, step
-    assert 10 < step < 100
+async def test_a_process_acknowledges_what_another_received_whatever_was_delivered_since(broker, waits, consumer):
+    consumer()
+    broker.send("a", "b")
+    there = await elsewhere(broker.queue, conn_id="source")
+    assert there["value"] == "a"
+    here = await soon(waits.poll())  # what the other process gave back as it ended, delivered again
+    await waits.release(here)
+    await waits.commit(there, 1)
+    await waits.commit(there, 1)
+    assert broker.unacknowledged() == 1
+    assert (await soon(waits.poll(2)))["value"] == "b"
+
+
+async def test_what_the_consumer_does_not_know_it_has_delivered_is_acknowledged_at_its_redelivery(broker, waits):
+    """As after a server was killed that had not written it down; JetStream answers no such acknowledgement."""
+    broker.send("a")
+    first = await soon(waits.poll())
+    broker.send("b")
+    with pytest.raises(AtRedelivery):
+        await waits.commit({**first, "sequence": 2})
+    second = await soon(waits.poll(1))
+    assert second["value"] == "b"
+    await waits.commit(first)
+    await waits.commit(second, 1)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_consumer_that_is_deleted_is_made_again_and_delivers_the_same(broker, waits):
+    broker.send("a")
+    event = await soon(waits.poll())
+    broker.ask(lambda client: client.jetstream().delete_consumer(broker.queue, "airflow"))
+    with pytest.raises(AtRedelivery):
+        await waits.commit(event)
+    again = await soon(waits.poll(1))
+    assert again == event
+    await waits.commit(again, 1)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_consumer_that_is_deleted_while_a_wait_waits(broker, waits):
+    task = waits.poll()
+    await nothing(task, 0.7)
+    broker.ask(lambda client: client.jetstream().delete_consumer(broker.queue, "airflow"))
+    broker.send("a")
+    await waits.commit(await soon(task))
+    assert broker.unacknowledged() == 0
+
+
+async def test_an_event_of_the_first_edition_is_acknowledged(broker, waits):
+    broker.send("a")
+    event = await elsewhere(broker.queue, conn_id="source")
+    del event["created"]
+    await waits.commit({**event, "id": "1-1764061200123456", "bucket": "airflow-events"})
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_lease_is_that_of_a_consumer_that_is_made(broker, waits, consumer):
+    consumer("there", ack_wait=9)
+    for durable in ("there", "new"):
+        await nothing(waits.poll(durable=durable, lease=dt.timedelta(seconds=5)), 0.5)
+    ask = lambda name: broker.ask(lambda client: client.jetstream().consumer_info(broker.queue, name))  # noqa: E731
+    assert [ask(name).config.ack_wait for name in ("there", "new")] == [9, 5]
+
+
+async def test_what_is_in_hand_is_kept_where_the_consumer_has_a_backoff(broker, waits, consumer):
+    consumer(ack_wait=None, backoff=[1, 60])
+    broker.send("a")
+    event = await soon(waits.poll())
+    await nothing(waits.poll(1, values="text"), 4)  # which is another hub
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
 
 
 async def test_a_message_that_is_pulled_for_waits_that_end_at_that_moment_goes_to_others(
@@ -237,70 +216,6 @@ async def test_a_message_that_is_pulled_for_waits_that_end_at_that_moment_goes_t
     await asyncio.sleep(0.7)  # the pull before this has ended
     broker.send("a")
     assert (await soon(stays))["value"] == "a"
-
-
-async def test_a_message_that_is_claimed_for_a_wait_that_ends_at_that_moment_goes_to_others(
-    broker, waits, monkeypatch
-):
-    ended, stays = waits.poll(0), waits.poll(1)
-    await nothing(stays, 1)
-    choose = claims.Claims.choose
-
-    async def meanwhile(claims, chooser, *args):
-        found = await choose(claims, chooser, *args)
-        if chooser == wait(0).id:
-            await end(ended)
-        return found
-
-    monkeypatch.setattr(claims.Claims, "choose", meanwhile)
-    broker.send("a")
-    assert (await soon(stays))["value"] == "a"
-
-
-async def test_triggerers_that_poll_for_the_same_waits_at_once_have_one_claim_for_each(broker, waits):
-    first = waits.poll(99)
-    await nothing(first, 0.5)
-    await end(first)
-
-    def triggerer():
-        async def poll(number):
-            args, kwargs = broker.arguments()
-            with working_for(wait(number)):
-                return await NatsListener().poll_for_event(*args, **kwargs)
-
-        async def all_of_them():
-            return await asyncio.wait_for(asyncio.gather(*map(poll, range(15))), 90)
-
-        return asyncio.run(all_of_them())
-
-    with ThreadPoolExecutor(4) as pool:
-        polls = [asyncio.get_running_loop().run_in_executor(pool, triggerer) for _ in range(4)]
-        await asyncio.sleep(1)
-        await asyncio.to_thread(broker.send, *range(25))
-        found = await asyncio.gather(*polls)
-    assert all(events == found[0] for events in found)
-    assert len({event["value"] for event in found[0]}) == 15
-    for number, event in enumerate(found[0]):
-        await waits.commit(event, number)
-    assert broker.unacknowledged() == 10
-    others = [await soon(waits.poll(number)) for number in range(15, 25)]
-    assert {event["value"] for event in [*found[0], *others]} == set(range(25))
-
-
-async def test_one_message_for_one_wait_reaches_all_who_poll_for_it(broker, waits):
-    others = [waits.poll(number) for number in range(1, 60)]  # which look for claims of theirs in turns
-    here = waits.poll(0)
-    await nothing(here, 0.7)
-    polls = [asyncio.to_thread(asyncio.run, own(broker.queue, conn_id="source")) for _ in range(3)]
-    there = [asyncio.create_task(poll) for poll in polls]
-    await asyncio.sleep(0.7)
-    for task in others:
-        await end(task)
-    await asyncio.to_thread(broker.send, "a")
-    events = [await soon(task, 30) for task in (here, *there)]
-    assert all(event == events[0] for event in events)
-    await waits.commit(events[0])
-    assert broker.unacknowledged() == 0
 
 
 # What is in the stream
@@ -329,6 +244,51 @@ async def test_a_header_that_is_not_ascii(broker, waits):
     assert (await soon(waits.poll()))["headers"] == {"Name": "Zoë"}
 
 
+def send_as_it_is(broker, line, *parts):
+    """Send what no client would, such as a subject that is no text."""
+    with socket.create_connection(("127.0.0.1", broker.server.port)) as connection:
+        wire = connection.makefile("rwb")
+        wire.readline()
+        wire.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+        wire.write(b"%b %b\r\n%b\r\n" % (line, b" ".join(b"%d" % n for n in _lengths(parts)), b"".join(parts)))
+        wire.write(b"PING\r\n")
+        wire.flush()
+        assert wire.readline() == b"PONG\r\n"
+
+
+def _lengths(parts):
+    return itertools.accumulate(map(len, parts))
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "headers", "found"),
+    [
+        (b"PUB", b"\xff\xfe", None, {}),
+        (
+            b"HPUB",
+            b"some",
+            b"NATS/1.0\r\n\xff: x\r\nA b: c\r\n: d\r\nT: \xff\r\nno colon\r\nE:\r\nT:2\r\n\r\n",
+            {"\ufffd": "x", "A b": "c", "E": "", "T": "2"},
+        ),
+        (b"HPUB", b"some", b"NATS/1.0 9 \xff\r\nX: y\r\n\r\n", {"X": "y"}),
+        (b"HPUB", b"some", b"NATS/1.0 408 Request Timeout\r\n\r\n", {}),
+        (b"HPUB", b"some", b"NATS", {}),
+    ],
+    ids=["subject", "names", "status", "408", "none"],
+)
+async def test_what_is_no_text_stops_nothing(broker, waits, verb, name, headers, found):
+    parts = [b"{}"] if headers is None else [headers, b"{}"]
+    send_as_it_is(broker, verb + f" {broker.queue}.".encode() + name, *parts)
+    broker.send("good")
+    events = [await soon(task) for task in [waits.poll(number) for number in range(2)]]
+    assert [event["value"] for event in events] == [{}, "good"]
+    assert events[0]["headers"].items() >= found.items()
+    assert events[0]["subject"] == f"{broker.queue}.{name.decode(errors='backslashreplace')}"
+    for number, event in enumerate(events):
+        await waits.commit(event, number)
+    assert broker.unacknowledged() == 0
+
+
 async def test_a_consumer_of_some_subjects(broker, waits):
     some = waits.poll(subject=f"{broker.queue}.eu.*", durable="eu")
     seen = waits.watch(1, subject=f"{broker.queue}.us.*", since=ago(minutes=1))
@@ -353,30 +313,51 @@ async def test_a_consumer_that_begins_at_the_next_message(broker, waits):
     assert (await soon(task))["value"] == "after"
 
 
-async def test_a_stream_that_was_made_anew_counts_from_one_and_loses_nothing_by_it(broker, waits):
+@pytest.mark.parametrize("here", [True, False], ids=["in hand", "received elsewhere"])
+async def test_a_stream_that_is_made_anew_counts_from_one_and_loses_nothing_by_it(broker, waits, here):
     broker.send("old")
-    event = await soon(waits.poll())
-    await waits.commit(event)
+    if here:
+        event = await soon(waits.poll())
+    else:
+        event = await elsewhere(broker.queue, conn_id="source")
     broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
     broker.make_stream()
     broker.send("new")
     again = await soon(waits.poll(1))
     assert (again["value"], again["sequence"]) == ("new", event["sequence"])
-    await waits.commit(event)
+    assert id_of(again) != id_of(event)
+    try:
+        await waits.commit(event)
+    except AtRedelivery:
+        assert here
+    assert broker.unacknowledged() == 1
     await waits.commit(again, 1)
+    assert broker.unacknowledged() == 0
 
 
-async def test_a_message_that_the_stream_drops_while_it_is_claimed(broker, waits):
+async def test_a_stream_that_is_made_anew_between_two_pulls(broker, waits, consumer):
+    task = waits.poll()
+    broker.send("old")
+    event = await soon(task)
+    await waits.commit(event)
+    broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
+    broker.make_stream()
+    consumer()
+    broker.send("new")
+    again = await soon(waits.poll(1))
+    assert again["value"] == "new"
+    assert again["created"] > event["created"]
+
+
+async def test_a_message_that_the_stream_drops_while_it_is_in_hand(broker, waits):
     broker.send("dropped")
     event = await soon(waits.poll())
     broker.ask(lambda client: client.jetstream().purge_stream(broker.queue))
-    task = waits.poll()
+    task = waits.poll(1)
     await nothing(task, 1)
     broker.send("next")
     assert (await soon(task))["value"] == "next"
-    await waits.commit(event)  # which may be recorded already: it is not lost by that
-    with pytest.raises(EventLost):
-        await waits.commit(event, 1)
+    await waits.commit(event)  # the record has it
 
 
 async def test_a_work_queue(broker, waits):
@@ -384,57 +365,104 @@ async def test_a_work_queue(broker, waits):
     broker.make_stream(retention="workqueue")
     broker.send("a", "b")
     event = await soon(waits.poll())
-    assert await soon(waits.poll()) == event
     await waits.commit(event)
     about = broker.ask(lambda client: client.jetstream().stream_info(broker.queue))
     assert about.state.messages == 1
-    with pytest.raises(EventLost):
-        await waits.commit(event, 1)
+    await waits.commit(event, 1)
+    assert (await soon(waits.poll(1)))["value"] == "b"
     with pytest.raises(SourceUnfit, match="workqueue"):
         await soon(waits.watch(since=ago(minutes=1)))
 
 
-async def test_a_bucket_that_is_deleted_loses_no_message(broker, waits, consumer):
-    consumer()
-    broker.send("a", "b")
-    event = await soon(waits.poll(bucket="mine", claim_timeout=1))
-    broker.ask(lambda client: client.jetstream().delete_key_value("mine"))
-    with pytest.raises(EventLost, match="nobody"):
-        await waits.commit(event)
-    tasks = [waits.poll(number, bucket="mine") for number in range(2)]
-    assert {(await soon(task))["value"] for task in tasks} == {"a", "b"}
-
-
-async def test_an_administrator_lets_a_claim_lapse_and_deletes_keys(broker, waits, consumer):
-    async def clear(client):
-        bucket = await client.jetstream().key_value(BUCKET)
-        for key in await bucket.keys():
-            if f"{broker.queue}.airflow.wait" in key:
-                await bucket.delete(key)
-            elif f"{broker.queue}.airflow.message" in key:
-                await bucket.put(key, b"{}")
-
-    consumer()
-    broker.send("a")
-    event = await soon(waits.poll(claim_timeout=3))
-    broker.ask(clear)
-    with pytest.raises(EventLost, match="nobody"):
-        await waits.commit(event)
-    again = await soon(waits.poll())
-    assert again == event
-    await waits.commit(again)
-    assert broker.unacknowledged() == 0
-
-
-async def test_more_claims_than_the_consumer_may_have_pending(broker, waits, consumer):
+async def test_more_in_hand_than_the_consumer_may_have_pending(broker, waits, consumer, monkeypatch, caplog):
+    monkeypatch.setattr(consume, "_LOOK_EVERY", 0.5)
     consumer(max_ack_pending=2)
     broker.send(*range(3))
     tasks = [waits.poll(number) for number in range(3)]
-    await asyncio.sleep(2)
+    await until_told(caplog, "delivers nothing, since 2 messages are unacknowledged, its max_ack_pending")
     [held_up] = [number for number, task in enumerate(tasks) if not task.done()]
     committed = (held_up + 1) % 3
     await waits.commit(tasks[committed].result(), committed)
     assert (await soon(tasks[held_up]))["value"] == 2
+
+
+# What goes to the dead letters
+
+
+def dead_letters(broker, **changes):
+    return {"on_undecodable": "dead_letter", "dead_letter": broker.dead_letter, **changes}
+
+
+async def test_a_dead_letter_has_the_messages_headers_but_for_the_streams_orders(broker, waits):
+    async def send(client):
+        headers = {"Nats-Rollup": "all", "Nats-Msg-Id": "7", "Trace": "a: b"}
+        await client.jetstream().publish(f"{broker.queue}.new", b"{no json", headers=headers)
+
+    broker.ask(lambda client: client.jetstream().publish(broker.dead_letter, b"there already"))
+    broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
+    broker.make_stream(allow_rollup_hdrs=True)
+    broker.ask(send)
+    await nothing(waits.poll(**dead_letters(broker)), 2)
+    dead = broker.ask(lambda client: client.jetstream().get_last_msg("dead", broker.dead_letter))
+    assert dead.data == b"{no json"
+    reason, id = (dead.headers.pop(name) for name in ("airflow-events-reason", "Nats-Msg-Id"))
+    assert "Expecting property name" in reason
+    assert json.loads(id)[0::2] == [broker.queue, "airflow"]
+    where = f"the message 1 of the stream '{broker.queue}' (consumer 'airflow') of the connection 'source'"
+    assert dead.headers == {"airflow-events-source": where, "Trace": "a: b"}
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_dead_letter_is_there_once_though_its_acknowledgement_failed_at_first(broker, waits, monkeypatch):
+    confirmed, failures = consume._confirmed, [ConnectionError("as if the server had gone")]
+
+    async def fails_once(server, replies):
+        if failures:
+            raise failures.pop()
+        await confirmed(server, replies)
+
+    monkeypatch.setattr(consume, "_confirmed", fails_once)
+    broker.send_raw(b"{no json")
+    task = waits.poll(**dead_letters(broker))
+    await asyncio.to_thread(until, lambda: not failures, "it has failed", 10)
+    broker.send("good")
+    assert (await soon(task))["value"] == "good"
+    assert (broker.dead_letters(), broker.unacknowledged()) == ([b"{no json"], 1)
+
+
+async def test_a_dead_letter_as_large_as_the_server_takes_has_no_headers(broker, waits):
+    large = b"{" * 2**20
+    broker.send_raw(large)
+    task = waits.poll(**dead_letters(broker))
+    broker.send("good")
+    assert (await soon(task))["value"] == "good"
+    [dead] = [message for message in broker.stored("dead") if message.subject == broker.dead_letter]
+    assert (dead.data, dead.headers) == (large, None)
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ("nowhere", "no stream has the subject of its dead letters, 'nowhere'"),
+        ("own", r"would deliver its own dead letters, as it has '.*\.dead'"),
+    ],
+)
+async def test_dead_letters_that_would_be_lost_or_come_again(broker, waits, subject, message):
+    broker.send_raw(b"{no json")
+    subject = f"{broker.queue}.dead" if subject == "own" else subject
+    with pytest.raises(SourceUnfit, match=message):
+        await soon(waits.poll(**dead_letters(broker, dead_letter=subject)))
+    assert broker.unacknowledged() == 1
+    with pytest.raises(EventUndecodable):
+        await soon(waits.poll(1))
+
+
+async def test_dead_letters_in_the_same_stream_of_which_the_consumer_has_other_subjects(broker, waits):
+    broker.send_raw(b"{no json")
+    changes = dead_letters(broker, dead_letter=f"{broker.queue}.dead", subject=f"{broker.queue}.sent")
+    await nothing(waits.poll(**changes), 2)
+    dead = broker.ask(lambda client: client.jetstream().get_last_msg(broker.queue, f"{broker.queue}.dead"))
+    assert (dead.data, broker.unacknowledged()) == (b"{no json", 0)
 
 
 async def test_a_watch_that_looks_from_before_what_the_stream_has_says_so(broker, waits, caplog):
@@ -442,6 +470,29 @@ async def test_a_watch_that_looks_from_before_what_the_stream_has_says_so(broker
     broker.ask(lambda client: client.jetstream().purge_stream(broker.queue, seq=2))
     assert (await soon(waits.watch(since=ago(minutes=1))))["value"] == 2
     assert "has dropped messages until" in caplog.text
+
+
+async def test_a_stream_that_is_made_anew_while_it_is_watched(broker, waits, caplog):
+    broker.send(*range(20))
+    task = waits.watch(match={"id": "new"}, since=ago())
+    await nothing(task, 1)
+
+    async def make_anew(client):
+        await client.jetstream().delete_stream(broker.queue)
+        await client.jetstream().add_stream(name=broker.queue, subjects=[f"{broker.queue}.>"])
+        for value in ({"id": "new"}, *range(50)):
+            await client.jetstream().publish(f"{broker.queue}.sent", json.dumps(value).encode())
+
+    broker.ask(make_anew)
+    event = await soon(task, 30)
+    assert (event["value"], event["sequence"]) == ({"id": "new"}, 1)
+    assert "was made anew" in caplog.text
+
+
+async def test_a_watch_of_large_messages(broker, waits):
+    broker.send(*({"id": number, "pad": "x" * 500_000} for number in range(20)))
+    events = [waits.watch(number, match={"id": number}, since=ago(minutes=1)) for number in range(20)]
+    assert [(await soon(event, 30))["sequence"] for event in events] == list(range(1, 21))
 
 
 # What is refused
@@ -462,6 +513,10 @@ async def test_a_stream_that_is_not_there(broker, waits):
         ({"ack_policy": "none"}, "ack_policy is 'none'; needed: 'explicit'"),
         ({"ack_policy": "all"}, "ack_policy is 'all'; needed: 'explicit'"),
         ({"max_deliver": 5}, "max_deliver is '5'; needed: -1"),
+        ({"ack_wait": 0.5}, "ack_wait is '0:00:00.500000'; needed: 1 s or more"),
+        ({"ack_wait": None, "backoff": [0.5, 9]}, "backoff is '0:00:00.500000'; needed: 1 s or more"),
+        ({"max_ack_pending": 1}, "max_ack_pending is '1'; needed: more"),
+        ({"headers_only": True}, "headers_only is 'True'; needed: false"),
         ({"deliver_subject": "there"}, "deliver_subject is 'there'; needed: none"),
         ({"inactive_threshold": 60}, "inactive_threshold is '60000000000'; needed: none"),
         ({"mem_storage": True}, "storage is 'memory'; needed: 'file'"),
@@ -478,56 +533,36 @@ async def test_a_consumer_that_would_lose_events(broker, waits, consumer, config
 async def test_a_stream_in_memory_is_a_matter_of_choice(broker, waits):
     broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
     broker.make_stream(storage="memory")
-    with pytest.raises(SourceUnfit, match="the stream would lose events: storage is 'memory'; needed: 'file'"):
+    with pytest.raises(
+        SourceUnfit, match="the stream would lose or hold up events: storage is 'memory'; needed: 'file'"
+    ):
         await soon(waits.poll())
     broker.send("a")
     assert (await soon(waits.poll(require_persistence=False)))["value"] == "a"
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("changes", "message"),
     [
-        ({"storage": "memory"}, "storage is 'memory'"),
-        ({"max_age": 60}, r"max_age is '0:01:00'; needed: \[events\] commit_memory, 7 days"),
-        ({"max_bytes": 10**6, "discard": "old"}, "discard is 'old'; needed: 'new'"),
+        ({"durable": "a.b"}, "durable is a name .*, not 'a.b'"),
+        ({"deliver_policy": "last"}, "not 'last'"),
+        ({"lease": 0.5}, "lease is at least 1 s, not 0.5"),
+        ({"on_undecodable": "dead_letter"}, "go together"),
+        (
+            {"on_undecodable": "dead_letter", "dead_letter": "dead.>"},
+            r"a subject without wildcards, not 'dead\.>'",
+        ),
     ],
 )
-async def test_a_bucket_that_would_forget(broker, waits, config, message):
-    name = f"KV_{broker.queue}"
-    stream = {"name": name, "subjects": [f"$KV.{broker.queue}.>"], "max_msgs_per_subject": 1, **config}
-    broker.ask(lambda client: client.jetstream().add_stream(**stream))
-    with pytest.raises(SourceUnfit, match=f"the bucket '{broker.queue}' would lose events: {message}"):
-        await soon(waits.poll(bucket=broker.queue))
-
-
-async def test_a_claim_that_would_outlive_the_bucket(broker, waits):
-    patient = waits.poll()
-    await nothing(patient, 0.5)
-    with pytest.raises(SourceUnfit, match=r"max_age is '7 days.*claim_timeout, 9 days"):
-        await soon(waits.poll(1, claim_timeout=dt.timedelta(days=9)))
-    assert not patient.done()
-
-
-async def test_names_that_are_none(broker, waits):
-    for changes in ({"durable": "a.b"}, {"bucket": "a.b"}, {"deliver_policy": "last"}):
-        with pytest.raises(ValueError, match=r"not '(a\.b|last)'"):
-            await soon(waits.poll(**changes))
+async def test_arguments_that_are_none(broker, waits, changes, message):
+    with pytest.raises(ValueError, match=message):
+        await soon(waits.poll(**changes))
 
 
 async def test_a_server_without_jetstream(started, monkeypatch):
     started(monkeypatch, jetstream=False)
     with pytest.raises(SourceUnreachable, match="JetStream: is it enabled"):
         await asyncio.wait_for(own(), 15)
-
-
-async def test_a_consumer_that_is_deleted_is_made_again(broker, waits):
-    task = waits.poll()
-    await nothing(task, 0.7)
-    broker.ask(lambda client: client.jetstream().delete_consumer(broker.queue, "airflow"))
-    broker.send("a")
-    event = await soon(task)
-    await waits.commit(event)
-    assert broker.unacknowledged() == 0
 
 
 # Who is let in
@@ -546,7 +581,7 @@ async def test_a_password(started, monkeypatch, kind):
     login = {"conn_type": kind, "login": "me", "password": "secret-word"}
     server = started(monkeypatch, login, authorization=users)
     make_stream(server, user="me", password="secret-word")
-    assert (await soon(asyncio.create_task(own())))["value"] == 1
+    assert (await elsewhere())["value"] == 1
     monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**login, "port": server.port, "password": "other-word"}))
     with pytest.raises(SourceUnfit, match=r"'own' is not let in: .*Authorization") as refused:
         await soon(asyncio.create_task(own()))
@@ -584,12 +619,63 @@ async def test_a_user_who_lacks_a_permission(started, monkeypatch):
         await soon(asyncio.create_task(own()))
 
 
+# As docs/sources/nats.md lists them.
+TO_CONSUME = (
+    "$JS.API.STREAM.INFO.orders",
+    "$JS.API.CONSUMER.INFO.orders.airflow",
+    "$JS.API.CONSUMER.MSG.NEXT.orders.airflow",
+    "$JS.ACK.orders.airflow.>",
+)
+TO_MAKE = ("$JS.API.CONSUMER.DURABLE.CREATE.orders.airflow",)
+TO_WATCH = ("$JS.API.STREAM.INFO.orders", "$JS.API.CONSUMER.CREATE.orders", "$JS.API.CONSUMER.MSG.NEXT.orders.>")
+
+
+@pytest.fixture
+def allowed(started, monkeypatch):
+    """Start a server with the stream ``orders`` on which a user may publish to these subjects, for `own`."""
+
+    def start(*subjects):
+        may = {"publish": {"allow": list(subjects)}, "subscribe": {"allow": ["_INBOX.>"]}}
+        users = [{"user": "me", "password": "x", "permissions": may}, {"user": "admin", "password": "x"}]
+        server = started(monkeypatch, {"login": "me", "password": "x"}, authorization={"users": users})
+        make_stream(server, user="admin", password="x")
+        return lambda question: of_nats.asked(server.port, question, user="admin", password="x")
+
+    return start
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_user_with_what_a_consumer_needs(allowed, is_there):
+    ask = allowed(*TO_CONSUME, "dead.orders", *(() if is_there else TO_MAKE))
+    if is_there:
+        ask(lambda client: client.jetstream().add_consumer("orders", durable_name="airflow", ack_wait=1))
+    there = await elsewhere(lease=1)
+    with working_for(wait()):
+        event = await soon(asyncio.create_task(own()))
+        assert event == there
+        await asyncio.sleep(2)  # in which it is kept
+        await NatsListener().event_released(event)
+        await NatsListener().event_checkpointed(event)
+    ask(lambda client: client.jetstream().add_stream(name="dead", subjects=["dead.>"]))
+    for body in (b"{no json", b"2"):
+        ask(lambda client, body=body: client.jetstream().publish("o", body))
+    assert (await elsewhere(on_undecodable="dead_letter", dead_letter="dead.orders"))["value"] == 2
+    about = ask(lambda client: client.jetstream().consumer_info("orders", "airflow"))
+    assert (about.num_pending + about.num_ack_pending, about.ack_floor.stream_seq) == (1, 2)
+
+
+async def test_a_user_with_what_a_watch_needs(allowed):
+    allowed(*TO_WATCH)
+    seen = own(listener=NatsWatchListener, since=ago(minutes=1))
+    assert (await soon(asyncio.create_task(seen)))["value"] == 1
+
+
 async def test_the_first_of_several_hosts_is_down(started, monkeypatch):
     server = started(monkeypatch)
     make_stream(server)
     for host in (f"127.0.0.1:1, 127.0.0.1:{server.port}", f"nats://127.0.0.1:1,nats://127.0.0.1:{server.port}/"):
         monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({"conn_type": "nats", "host": host}))
-        assert (await soon(asyncio.create_task(own())))["value"] == 1
+        assert (await elsewhere())["value"] == 1
 
 
 def certificates(folder):
@@ -630,13 +716,29 @@ async def test_tls_with_a_certificate_of_the_clients_own(started, monkeypatch, t
     server = started(monkeypatch, {"extra": {**extra, "tls_hostname": "nats.test"}}, tls=tls)
     context = connections.tls(files["ca"], files["cert"], files["key"])
     make_stream(server, tls=context)
-    assert (await soon(asyncio.create_task(own())))["value"] == 1
+    assert (await elsewhere())["value"] == 1
 
     connection = {"conn_type": "nats", "host": f"tls://127.0.0.1:{server.port}"}
     for less in ({"tls_ca": files["ca"]}, {}, {**extra, "tls_hostname": "other.test"}):
         monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**connection, "extra": less}))
         with pytest.raises(SourceUnreachable):
             await asyncio.wait_for(own(), 20)
+
+
+async def test_a_password_alone_is_a_token_also_by_tls(started, monkeypatch, tmp_path):
+    files = certificates(tmp_path)
+    tls = {"cert_file": files["cert"], "key_file": files["key"]}
+    server = started(monkeypatch, {}, tls=tls, authorization={"token": "secret-word"})
+    make_stream(server, tls=connections.tls(files["ca"], None, None), token="secret-word")
+    there = {"host": "127.0.0.1", "port": server.port, "password": "secret-word", "extra": {"tls_ca": files["ca"]}}
+    for kind, host in (("tls", "127.0.0.1"), ("nats", "tls://127.0.0.1")):
+        monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**there, "conn_type": kind, "host": host}))
+        watching = own(listener=NatsWatchListener, since=ago(minutes=1))
+        assert (await soon(asyncio.create_task(watching)))["value"] == 1
+    monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**there, "conn_type": "tls", "password": "wrong-word"}))
+    with pytest.raises(SourceUnfit, match="'own' is not let in") as refused:
+        await soon(asyncio.create_task(own()))
+    assert "wrong-word" not in str(refused.value)
 
 
 async def test_tls_that_the_server_does_not_speak(started, monkeypatch):
@@ -652,20 +754,3 @@ async def test_a_watch_uses_the_same_connection_settings(started, monkeypatch):
     event = await soon(asyncio.create_task(seen))
     assert event["value"] == 1
     assert "secret-word" not in json.dumps(event, default=str)
-
-
-async def test_the_connection_ends_though_the_client_swallows_the_first_cancellation(broker, waits, monkeypatch):
-    pull = client.Server.pull
-
-    async def swallowing(server, *args):
-        try:
-            return await pull(server, *args)
-        except asyncio.CancelledError:
-            monkeypatch.setattr(client.Server, "pull", pull)
-            return []
-
-    monkeypatch.setattr(client.Server, "pull", swallowing)
-    task = waits.poll()
-    await nothing(task, 0.7)
-    await asyncio.wait_for(end(task), 10)
-    until(lambda: broker.clients() == 0, "the connection has ended", 10)

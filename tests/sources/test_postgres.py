@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -14,17 +15,30 @@ import struct
 import subprocess
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import psycopg
 import pytest
-from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit, SourceUnreachable
+from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.postgres import PostgresListener, PostgresWatchListener, create_table
+from airflow_events.listeners.postgres import (
+    PostgresListener,
+    PostgresWatchListener,
+    client,
+    consume,
+    create_table,
+)
+from airflow_events.listeners.postgres import watch as watching
+from airflow_events.listeners.postgres.client import LONGEST
+from airflow_events.listeners.postgres.consume import TableHub
+from airflow_events.listeners.postgres.watch import QueryHub
+from airflow_events.triggers.event import recording
+from broker import nothing, soon, until_told
 from of_postgres import PostgresJsonb, PostgresTable
+from test_queue import another_triggerer, committed, polled
 
-from deployment import until
+from deployment import free_port, until
 
 
 @pytest.fixture(scope="module")
@@ -56,170 +70,348 @@ def settings(broker):
     broker.run("ALTER ROLE airflow RESET ALL")
 
 
-async def soon(task, seconds=15):
-    return await asyncio.wait_for(asyncio.shield(task), seconds)
+# Everybody reads every row, and the inbox decides.
 
 
-async def nothing(task, seconds=1.0):
-    with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(asyncio.shield(task), seconds)
+def id_and_content(event):
+    """Return what the inbox knows an event by."""
+    told = recording(PostgresListener, "scope", Wait("dag", "run", "task"), event)
+    return told["identity"], told["content"]
 
 
-async def ended(task):
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+@contextlib.contextmanager
+def silent_proxy(to):
+    """Yield the port of a proxy, and an event: while it is set, what was connected before gets no answer."""
+    listener, is_silent = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def pass_on(one, other, is_answer):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                if not (is_answer and is_silent.is_set()):
+                    other.sendall(data)
+        with contextlib.suppress(OSError):
+            other.shutdown(socket.SHUT_RDWR)
+
+    def run():
+        with contextlib.suppress(OSError):
+            while True:
+                taken, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", to))
+                for one, other, is_answer in ((taken, server, False), (server, taken, True)):
+                    threading.Thread(target=pass_on, args=(one, other, is_answer), daemon=True).start()
+
+    threading.Thread(target=run, daemon=True).start()
+    yield listener.getsockname()[1], is_silent
+    listener.close()
 
 
-# One claim for each wait.
+def acknowledged_at(broker):
+    return [at for (at,) in broker.run(f"SELECT acknowledged_at FROM {broker.queue} ORDER BY id")]
 
 
-def test_triggerers_that_poll_for_the_same_waits_at_once_have_the_same_claims(broker):
-    """Each of four threads has a loop and connections of its own, as a triggerer has; a claim takes a while."""
-    broker.run(
-        "CREATE OR REPLACE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.03);"
-        f"RETURN new; END $$; CREATE TRIGGER dawdle BEFORE UPDATE ON {broker.queue} FOR EACH ROW "
-        "EXECUTE FUNCTION dawdle()"
-    )
-    numbers = range(15)
-    barrier = threading.Barrier(4)
-    found = []
-
-    async def poll_all():
-        tasks = []
-        for number in numbers:
-            with working_for(Wait("dag", f"run{number}", "task")):
-                args, kwargs = broker.arguments(poll_interval=1)
-                tasks.append(asyncio.create_task(PostgresListener().poll_for_event(*args, **kwargs)))
-        found.append(await asyncio.wait_for(asyncio.gather(*tasks), 60))
-
-    def triggerer():
-        barrier.wait()
-        asyncio.run(poll_all())
-
-    broker.send(*range(5))
-    threads = [threading.Thread(target=triggerer) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    broker.send(*range(5, 40))
-    for thread in threads:
-        thread.join()
-
-    assert len(found) == 4
-    assert found[0] == found[1] == found[2] == found[3]
-    assert len({event["id"] for event in found[0]}) == len(numbers)
-    [(claimed,)] = broker.run(f"SELECT count(*) FROM {broker.queue} WHERE claimed_by IS NOT NULL")
-    assert claimed == len(numbers)
-
-
-@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
-async def test_a_claim_that_is_being_made_elsewhere_for_the_same_wait_is_waited_for(broker, waits, end):
-    broker.send("a", "b")
-    with broker.server.connect() as other:
-        other.execute("BEGIN")
-        other.execute(
-            f"UPDATE {broker.queue} SET claimed_by = 'dag/run0/task/-1', claimed_at = now() "
-            f"WHERE id = (SELECT max(id) FROM {broker.queue})"
-        )
-        task = waits.poll()
-        await nothing(task)  # it would take "a", and may not know yet
-        other.execute(end)
+async def test_another_triggerer_is_given_the_same_event_and_may_acknowledge_it(broker, waits):
+    task = waits.poll()
+    broker.send({"n": 1})
     event = await soon(task)
-    assert event["value"] == ("b" if end == "COMMIT" else "a")
-    assert broker.run(f"SELECT count(*) FROM {broker.queue} WHERE claimed_by IS NOT NULL") == [(1,)]
+    with another_triggerer(broker) as process:
+        other = await asyncio.to_thread(polled, process)
+    assert id_and_content(other) == id_and_content(event)
+    await waits.commit(event)
+    [at] = acknowledged_at(broker)
+    await waits.commit(other, 1)  # whose record says that it is another's
+    assert acknowledged_at(broker) == [at]
 
 
-async def test_a_claim_made_by_another_triggerer_is_found_beside_waits_that_find_nothing(broker, waits):
-    first, second = waits.poll(0, poll_interval=2), waits.poll(1, poll_interval=2)
-    await nothing(second)
-    broker.run(f"ALTER TABLE {broker.queue} DISABLE TRIGGER ALL")
-    broker.run(
-        f"INSERT INTO {broker.queue} (value, claimed_by, claimed_at) VALUES ('1', 'dag/run1/task/-1', now())"
-    )
-    assert (await soon(second))["value"] == 1
-    assert not first.done()
+async def test_by_whatever_connection_and_name_it_is_the_same_row(broker, waits, connect):
+    connect("again", host="localhost")
+    broker.send("a")
+    event = await soon(waits.poll())
+    broker.queue = f"public.{broker.queue}"
+    with another_triggerer(broker, postgres_conn_id="again", columns={"value": "value"}) as process:
+        again = await asyncio.to_thread(polled, process)
+    assert again != event
+    assert id_and_content(again) == id_and_content(event)
 
 
-async def test_a_row_that_somebody_has_locked_is_passed_over_until_it_is_free(broker, waits):
+async def test_waits_of_one_triggerer_that_look_otherwise_have_other_rows(broker, waits):
     broker.send("a", "b")
+    first, second = waits.poll(0), waits.poll(1, poll_interval=1, order_by="id")
+    assert {(await soon(first))["value"], (await soon(second))["value"]} == {"a", "b"}
+    third = waits.poll(2, poll_interval=1)
+    await nothing(third, 2)
+    await waits.release(first.result())
+    assert await soon(third) == first.result()
+
+
+async def test_nothing_is_held_open_at_the_server_while_a_row_is_in_hand(broker, waits):
+    broker.send("a")
+    event = await soon(waits.poll())
+    ours = "FROM pg_stat_activity WHERE application_name = 'airflow-events'"
+    assert broker.run(f"SELECT DISTINCT state, backend_xid IS NULL, backend_xmin IS NULL {ours}") == [
+        ("idle", True, True)
+    ]
+    await waits.commit(event)
+
+
+async def test_a_row_that_took_its_number_early_and_was_committed_late_is_found(broker, waits):
     with broker.server.connect() as other:
         other.execute("BEGIN")
-        other.execute(f"SELECT FROM {broker.queue} ORDER BY id LIMIT 1 FOR UPDATE")
-        assert (await soon(waits.poll(0)))["value"] == "b"
-        task = waits.poll(1, poll_interval=1)
-        await nothing(task)
+        other.execute(f"INSERT INTO {broker.queue} (value) VALUES ('1')")
+        broker.send(2)
+        event = await soon(waits.poll())
+        await waits.commit(event)
+        task = waits.poll(1)
+        await nothing(task, 0.5)
+        other.execute("COMMIT")
+    assert ((await soon(task))["id"], event["id"]) == (1, 2)
+
+
+async def test_more_waits_than_a_look_takes(broker, waits):
+    tasks = [waits.poll(number, poll_interval=600) for number in range(1200)]
+    broker.run(f"INSERT INTO {broker.queue} (value) SELECT to_jsonb(n) FROM generate_series(1, 1300) n")
+    events = await soon(asyncio.gather(*tasks), 60)
+    assert {event["value"] for event in events} == set(range(1, 1201))
+    await asyncio.gather(*(waits.commit(event, number) for number, event in enumerate(events)))
+    assert broker.unacknowledged() == 100
+
+
+async def test_a_row_that_somebody_has_locked_is_read_and_does_not_stop_the_others(broker, waits):
+    broker.send("a", "b", "c")
+    with broker.server.connect() as other:
+        other.execute("BEGIN")
+        other.execute(f"SELECT FROM {broker.queue} WHERE id = 2 FOR UPDATE")
+        events = [await soon(waits.poll(number)) for number in range(3)]
+        results = await asyncio.gather(*map(waits.commit, events, range(3)), return_exceptions=True)
+        assert [type(result) for result in results] == [
+            type(None), psycopg.errors.LockNotAvailable, type(None)
+        ]  # fmt: skip
+        assert "somebody has locked the row" in str(results[1])
         other.execute("ROLLBACK")
-    assert (await soon(task))["value"] == "a"
+    assert broker.unacknowledged() == 1
+    await waits.commit(events[1], 1)  # as whoever called it does
+    assert broker.unacknowledged() == 0
 
 
-async def test_a_lock_on_the_claim_of_one_wait_does_not_stop_the_others(broker, waits, caplog):
-    first = waits.poll(0)
+async def test_a_row_that_another_triggerer_had_and_somebody_has_locked(broker, waits):
     broker.send("a")
-    event = await soon(first)
+    with another_triggerer(broker) as process:
+        event = await asyncio.to_thread(polled, process)
     with broker.server.connect() as other:
         other.execute("BEGIN")
         other.execute(f"SELECT FROM {broker.queue} FOR UPDATE")
-        stuck, free = waits.poll(0), waits.poll(1)
-        await nothing(stuck)
-        broker.send("b")
-        assert (await soon(free))["value"] == "b"
-        assert not stuck.done()
-        with pytest.raises(psycopg.errors.LockNotAvailable):
-            await waits.commit(event)  # which is tried again by whoever called it
-        assert broker.unacknowledged() == 2
-    assert await soon(stuck) == event
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="somebody has locked the row 1"):
+            await waits.commit(event)
+        other.execute("ROLLBACK")
     await waits.commit(event)
-    assert "is tried again" in caplog.text
+    assert broker.unacknowledged() == 0
 
 
-async def test_the_claim_is_renewed_by_another_poll_of_the_wait(broker, waits):
+async def test_a_table_that_is_locked_is_waited_for(broker, waits, caplog):
+    task = waits.poll()
+    await nothing(task, 0.5)
     broker.send("a")
-    event = await soon(waits.poll(0))
-    [(before,)] = broker.run(f"SELECT claimed_at FROM {broker.queue}")
-    assert await soon(waits.poll(0)) == event
-    [(after,)] = broker.run(f"SELECT claimed_at FROM {broker.queue}")
-    assert after > before
+    first = await soon(task)
+    with broker.server.connect() as other:
+        other.execute("BEGIN")
+        other.execute(f"LOCK TABLE {broker.queue}")
+        other.execute(f"INSERT INTO {broker.queue} (value) VALUES ('1')")
+        late = waits.poll(1)
+        await until_told(caplog, "canceling statement due to lock timeout")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await waits.commit(first)
+        other.execute("COMMIT")
+    assert (await soon(late, 30))["value"] == 1
+    await waits.commit(first)
 
 
-async def test_waits_with_other_timeouts_are_not_held_up_by_one_that_finds_nothing(broker, waits):
-    broker.send("a")
-    await soon(waits.poll(0))
-    broker.run(f"UPDATE {broker.queue} SET claimed_at = now() - interval '100 s'")
-    patient = waits.poll(1, claim_timeout=1000)
-    await nothing(patient, 0.5)
-    assert (await soon(waits.poll(2, claim_timeout=10)))["value"] == "a"
-    assert not patient.done()
+async def test_an_acknowledgement_without_an_answer_is_tried_over_another_connection(
+    broker, waits, connect, monkeypatch
+):
+    monkeypatch.setattr(client, "ANSWER", 1.0)
+    broker.send("a", "b")
+    with silent_proxy(broker.server.port) as (port, is_silent):
+        connect(port=port)
+        events = [await soon(waits.poll(number)) for number in range(2)]
+        await waits.commit(events[0])
+        is_silent.set()
+        with pytest.raises(psycopg.OperationalError):
+            await soon(waits.commit(events[1], 1))
+        is_silent.clear()
+        await waits.commit(events[1], 1)
+    assert broker.unacknowledged() == 0
 
 
-async def test_a_row_that_is_gone_or_was_given_away_by_hand_is_lost(broker, waits):
+async def test_a_row_that_is_gone_or_was_acknowledged_by_hand_is_the_waits_all_the_same(broker, waits):
     broker.send("a", "b", "c")
     events = [await soon(waits.poll(number)) for number in range(3)]
     broker.run(f"DELETE FROM {broker.queue} WHERE id = %s", events[0]["id"])
-    with pytest.raises(EventLost, match=r"nobody \(it was deleted\)"):
-        await waits.commit(events[0], 0)
-    broker.run(f"UPDATE {broker.queue} SET claimed_by = NULL WHERE id = %s", events[1]["id"])
-    with pytest.raises(EventLost, match=r"nobody \(its claim was taken back\)"):
-        await waits.commit(events[1], 1)
-    broker.run(f"UPDATE {broker.queue} SET committed_by = 'me' WHERE id = %s", events[2]["id"])
-    with pytest.raises(EventLost, match="held by me"):
-        await waits.commit(events[2], 2)
-    assert (await soon(waits.poll(2)))["value"] == "b"  # its claim on "c" stands in nobody's way
-
-
-async def test_a_wait_that_has_committed_takes_another_row_if_it_waits_anew(broker, waits):
-    broker.send("a", "b")
-    first = await soon(waits.poll(0))
-    await waits.commit(first)
-    second = await soon(waits.poll(0))
-    assert second["value"] == "b"
-    await waits.release(first)  # not that which it has now
-    assert broker.run(f"SELECT claimed_by FROM {broker.queue} WHERE committed_by IS NULL") == [
-        ("dag/run0/task/-1",)
-    ]
-    assert await soon(waits.poll(0)) == second
-    await waits.commit(second)
-    await waits.commit(first)
+    broker.run(f"UPDATE {broker.queue} SET acknowledged_at = '2026-01-01Z' WHERE id = %s", events[1]["id"])
+    for number, event in enumerate(events):
+        await waits.commit(event, number)
     assert broker.unacknowledged() == 0
+    assert acknowledged_at(broker)[0] == datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+async def test_rows_are_deleted_by_choice_and_marked_ones_are_not_delivered(broker, waits):
+    broker.send("before", "a", "b")
+    broker.run(f"UPDATE {broker.queue} SET acknowledged_at = now() WHERE id = 1")
+    event = await soon(waits.poll(on_commit="delete"))
+    await waits.commit(event)
+    assert event["value"] == "a"
+    assert broker.run(f"SELECT id FROM {broker.queue} ORDER BY id") == [(1,), (3,)]
+    broker.run(f"DROP TABLE {broker.queue}")
+    broker.run(create_table(broker.queue, on_commit="delete"))
+    broker.send("c")
+    with another_triggerer(broker, on_commit="delete") as process:
+        event = await asyncio.to_thread(polled, process)
+    for _ in range(2):
+        await waits.commit(event)
+    assert event["value"] == "c"
+    assert broker.run(f"SELECT FROM {broker.queue}") == []
+    with pytest.raises(SourceUnfit, match="it has no column 'acknowledged_at'"):
+        await soon(waits.poll(1))
+
+
+# What tells a row from another.
+
+
+async def test_a_table_that_is_made_anew_has_other_rows(broker, waits):
+    broker.send("a")
+    event = await soon(waits.poll(0))
+    task = waits.poll(1)
+    await nothing(task, 0.5)
+    broker.run(f"BEGIN; DROP TABLE {broker.queue}; {create_table(broker.queue)} COMMIT")
+    broker.send("a")
+    again = await soon(task)
+    assert (event["id"], again["id"]) == (1, 1)
+    assert PostgresListener().event_id(again) != PostgresListener().event_id(event)
+    await waits.commit(event)
+    assert broker.unacknowledged() == 1
+    await waits.commit(again, 1)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_table_that_is_truncated_has_rows_of_the_same_ids_and_of_another_content(broker, waits):
+    broker.send("a")
+    event = await soon(waits.poll(0))
+    await waits.commit(event)
+    broker.run(f"TRUNCATE {broker.queue} RESTART IDENTITY")
+    broker.send("a")
+    (id, content), (another_id, another_content) = map(id_and_content, [event, await soon(waits.poll(1))])
+    assert id == another_id
+    assert content != another_content
+
+
+async def test_without_the_right_to_ask_who_the_server_is_the_connection_says_it(broker, waits, connect):
+    broker.run("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+    broker.run(f"CREATE ROLE asker LOGIN; GRANT SELECT, UPDATE ON {broker.queue} TO asker")
+    broker.send("a")
+    try:
+        connect(login="asker")
+        event = await soon(waits.poll())
+        await waits.commit(event)
+    finally:
+        broker.run("GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC; DROP OWNED BY asker; DROP ROLE asker")
+    [(oid,)] = broker.run("SELECT %s::regclass::oid", broker.queue)
+    server = f"127.0.0.1:{broker.server.port}"
+    assert event["source"] == [server, "postgres", f"public.{broker.queue}", oid]
+    assert broker.unacknowledged() == 0
+
+
+@pytest.fixture
+def standby(broker):
+    """A server that follows the broker's."""
+    server, folder = broker.server, broker.server.folder / "standby"
+    options = ["-D", str(folder), "-h", "127.0.0.1", "-p", str(server.port), "-U", "airflow", "-R", "--no-sync"]
+    copied = subprocess.run([server.programs / "pg_basebackup", *options], capture_output=True, **server.user)
+    assert copied.returncode == 0, copied.stderr
+    standby = copy.copy(server)
+    standby.port = free_port()
+    listening = ["-p", str(standby.port), "-h", "127.0.0.1", "-k", str(folder), "-c", "max_connections=300"]
+    with (server.folder / "standby.log").open("ab") as log:
+        command = [server.programs / "postgres", "-D", str(folder), *listening]
+        standby.process = subprocess.Popen(command, stdout=log, stderr=log, **server.user)
+    until(standby._lets_in, "the standby follows", 30)
+    yield standby
+    standby.kill()
+    shutil.rmtree(folder)
+
+
+async def test_after_a_failover_a_row_is_the_same(broker, waits, connect, standby, caplog):
+    connect(host="127.0.0.1,127.0.0.1", port=None, extra={"port": f"{broker.server.port},{standby.port}"})
+    broker.send("a", "b")
+    event = await soon(waits.poll(0))
+
+    def copied():
+        with standby.connect() as client:
+            return client.execute(f"SELECT count(*) FROM {broker.queue}").fetchone() == (2,)
+
+    until(copied, "it is at the standby", 10)
+    broker.server.kill()
+    connect("late", port=standby.port)
+    late = waits.poll(1, postgres_conn_id="late")  # whose first server is a standby
+    await until_told(caplog, "in recovery (a read-only standby)")
+    with standby.connect() as client:
+        client.execute("SELECT pg_promote()")
+    again = await soon(late, 60)
+    assert (again["value"], again["source"]) == ("b", event["source"])
+    await committed(waits, event)
+    with standby.connect() as client:
+        left = client.execute(f"SELECT id FROM {broker.queue} WHERE acknowledged_at IS NULL").fetchall()
+    assert left == [(2,)]
+
+
+OF_FIRST_EDITION = """
+CREATE TABLE {0} (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, payload jsonb, created_at timestamptz DEFAULT now(),
+    claimed_by text, claimed_at timestamptz, committed_by text, committed_at timestamptz
+);
+CREATE UNIQUE INDEX ON {0} (claimed_by) WHERE committed_by IS NULL;
+INSERT INTO {0} (payload, claimed_by, claimed_at, committed_by, committed_at) VALUES
+    ('1', 'w', now(), 'w', now()), ('2', 'dag/run0/task/-1', now(), NULL, NULL), ('3', NULL, NULL, NULL, NULL);
+"""
+
+
+async def test_a_table_of_the_first_edition_and_what_was_recorded_by_it(broker, waits):
+    broker.run(f"DROP TABLE {broker.queue}; {OF_FIRST_EDITION.format(broker.queue)}")
+    columns = {"value": "payload", "acknowledged_at": "committed_at"}
+    event = await soon(waits.poll(columns=columns))
+    assert event["value"] == 2  # also if a wait had claimed it
+    of_old = {"table": broker.queue, "id": 2, "timestamp": None, "value": 2, "postgres_conn_id": "source"}
+    await waits.commit({**of_old, "columns": {"value": "payload", "claimed_by": "claimed_by"}})
+    [left] = broker.run(f"SELECT id FROM {broker.queue} WHERE committed_at IS NULL")
+    assert left == (3,)
+    await waits.commit(event)
+
+
+# What cannot be read.
+
+
+async def test_what_one_wait_cannot_read_another_format_may(broker, waits):
+    broker.run(f"ALTER TABLE {broker.queue} ALTER COLUMN value TYPE text")
+    broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json')")
+    with pytest.raises(EventUndecodable, match=f"the row 1 of the table '{broker.queue}'"):
+        await soon(waits.poll())
+    await nothing(waits.poll(1))
+    event = await soon(waits.poll(2, values="text"))
+    assert event["value"] == "{no json"
+    await waits.commit(event, 2)
+    assert broker.unacknowledged() == 0
+
+
+async def test_dead_letters_that_are_no_text_and_those_that_have_no_place(broker, waits):
+    broker.run(f"ALTER TABLE {broker.queue} ALTER COLUMN value TYPE bytea USING NULL")
+    broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('\\xff00'), ('{{}}')")
+    by_choice = {"on_undecodable": "dead_letter", "dead_letter": f"public.{broker.dead_letter}"}
+    event = await soon(waits.poll(0, **by_choice))
+    assert event["value"] == {}
+    assert broker.dead_letters() == [b"\\xff00"]
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
+    broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json')")
+    with pytest.raises(SourceUnfit, match=r"its dead letters in 'nowhere'.*\"nowhere\" does not exist"):
+        await soon(waits.poll(1, on_undecodable="dead_letter", dead_letter="nowhere"))
+    assert broker.unacknowledged() == 1
 
 
 async def test_defaults_of_the_user_do_not_weaken_a_commit(broker, waits, settings):
@@ -256,11 +448,33 @@ async def test_without_notifications_the_next_look_finds_it(broker, waits):
     other_channel = waits.poll(1, channel="Another \"channel\" of 'ours'", poll_interval=600)
     await nothing(deaf)
     broker.send("a")
-    assert (await soon(deaf))["value"] == "a"
+    event = await soon(deaf)
+    assert event["value"] == "a"
+    await waits.commit(event)
     broker.send("b")
     await nothing(other_channel)
     broker.run("SELECT pg_notify(%s, '')", "Another \"channel\" of 'ours'")
     assert (await soon(other_channel))["value"] == "b"
+
+
+async def test_a_new_wait_is_looked_for_at_once(broker, waits):
+    broker.run(f"ALTER TABLE {broker.queue} DISABLE TRIGGER ALL")
+    first = waits.poll(0, poll_interval=600)
+    await nothing(first)
+    broker.send("a")
+    second = waits.poll(1, poll_interval=600)
+    done, _ = await asyncio.wait([first, second], timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    assert len(done) == 1
+
+
+async def test_a_long_time_between_two_looks_is_not_taken_for_silence(broker, waits, watch, monkeypatch, caplog):
+    for hub, module in ((TableHub, consume), (QueryHub, watching)):
+        monkeypatch.setattr(hub, "serve_within", 1.0)
+        monkeypatch.setattr(module, "LONGEST_PAUSE", 0.3)
+    task = waits.poll(poll_interval=600, channel=None)
+    watched = watch(f"SELECT id FROM {broker.queue}", interval=600)
+    await nothing(asyncio.gather(task, watched), 3)
+    assert "cannot be reached" not in caplog.text
 
 
 async def test_notifications_of_another_table_are_not_looked_after(broker, waits, settings):
@@ -268,26 +482,14 @@ async def test_notifications_of_another_table_are_not_looked_after(broker, waits
     task = waits.poll(poll_interval=600)
     await nothing(task)
     log = broker.server.folder / "postgres.log"
-    before = log.read_text().count("SKIP LOCKED")
+    before = log.read_text().count("<> ALL")
     assert before > 0
     broker.run("SELECT pg_notify('airflow_events', 'public.another')")
     await nothing(task)
-    assert log.read_text().count("SKIP LOCKED") == before
+    assert log.read_text().count("<> ALL") == before
     broker.run(f"SELECT pg_notify('airflow_events', 'public.{broker.queue}')")
     await nothing(task)
-    assert log.read_text().count("SKIP LOCKED") == before + 1
-
-
-async def test_a_release_is_notified(broker, waits):
-    event = waits.poll(0)
-    broker.send("a")
-    event = await soon(event)
-    other = waits.poll(1, poll_interval=600)
-    await nothing(other)
-    await waits.release(event, columns={}, channel="airflow_events")
-    await soon(other, 2)
-    await waits.release(None, 1)
-    assert broker.run(f"SELECT claimed_by FROM {broker.queue}") == [(None,)]
+    assert log.read_text().count("<> ALL") == before + 1
 
 
 # Tables of other forms.
@@ -295,31 +497,26 @@ async def test_a_release_is_notified(broker, waits):
 
 async def test_a_table_of_other_names(broker, waits):
     table = 'My.Out"box; DROP'
-    names = {"id": "Nr.", "value": 'pay"load', "created_at": None, "claimed_by": "c b", "committed_by": "select"}
+    names = {"id": "Nr.", "value": 'pay"load', "created_at": None, "acknowledged_at": "select"}
     broker.run(
         'CREATE SCHEMA IF NOT EXISTS "My"; DROP TABLE IF EXISTS "My"."Out""box; DROP";'
         'CREATE TABLE "My"."Out""box; DROP" ("Nr." uuid PRIMARY KEY DEFAULT gen_random_uuid(), "pay""load" text,'
-        '"c b" varchar, claimed_at timestamptz, "select" text, committed_at timestamptz);'
-        'CREATE UNIQUE INDEX ON "My"."Out""box; DROP" ("c b") WHERE "select" IS NULL;'
+        '"select" timestamp);'
         'INSERT INTO "My"."Out""box; DROP" ("pay""load") VALUES (\'{"a": 1}\')'
     )
     broker.queue = table
     event = await soon(waits.poll(columns=names))
     serde.check(event)
-    assert event["value"] == {"a": 1}
-    assert event["timestamp"] is None
-    assert await soon(waits.poll(columns=names)) == event
-    with pytest.raises(EventLost):
-        await waits.commit(event, 1)
+    assert (event["value"], event["timestamp"]) == ({"a": 1}, None)
     await waits.release(event, columns=names)
     assert await soon(waits.poll(1, columns=names)) == event
-    await waits.commit(event, 1)
-    await waits.commit(event, 1)
-    assert broker.run('SELECT "c b", "select" FROM "My"."Out""box; DROP"') == [("dag/run1/task/-1",) * 2]
+    for _ in range(2):
+        await waits.commit(event, 1)
+    assert broker.run('SELECT "select" IS NULL FROM "My"."Out""box; DROP"') == [(False,)]
 
 
 def test_create_table_takes_other_names(broker):
-    columns = {"value": "Payload", "claimed_by": "taken by"}
+    columns = {"value": "Payload", "acknowledged_at": "taken at"}
     broker.run('DROP SCHEMA IF EXISTS "S p" CASCADE; CREATE SCHEMA "S p"')
     broker.run(create_table("S p.T", columns=columns, value_type="text", channel="it's"))
     with broker.server.connect() as other:
@@ -351,14 +548,6 @@ async def test_values(broker, waits, type, values, stored, value):
     assert (await soon(waits.poll(values=values)))["value"] == value
 
 
-async def test_a_text_that_is_no_json_is_refused_and_free_again(broker, waits):
-    broker.run(f"ALTER TABLE {broker.queue} ALTER COLUMN value TYPE text")
-    broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json')")
-    with pytest.raises(EventUndecodable, match="the row 1 of the table"):
-        await soon(waits.poll())
-    assert broker.run(f"SELECT claimed_by, committed_by FROM {broker.queue}") == [(None, None)]
-
-
 @pytest.mark.parametrize("type", ["text", "uuid", "smallint"])
 async def test_ids(broker, waits, type):
     one = {"text": "x'1", "uuid": "6f1c1cf3-0000-4000-8000-000000000001", "smallint": 7}[type]
@@ -386,7 +575,7 @@ async def test_the_time_stamp_is_in_utc_whatever_the_users_zone(broker, waits, s
     broker.run(f"INSERT INTO {broker.queue} (value, created_at) VALUES ('1', '2026-03-04T05:06:07.5+00')")
     event = await soon(waits.poll())
     assert event["timestamp"] == datetime(2026, 3, 4, 5, 6, 7, 500000, timezone.utc)
-    assert event["timestamp"].tzinfo is timezone.utc
+    assert event["timestamp"].utcoffset() == timedelta(0)
 
 
 async def test_the_order_is_to_be_chosen(broker, waits):
@@ -406,20 +595,18 @@ _ALTER = "ALTER TABLE {table} "
     ("change", "message"),
     [
         ("DROP TABLE {table}", r"there is no such table.*create_table\('queue"),
-        (_ALTER + "DROP COLUMN committed_at", "it has no column 'committed_at', only 'id', 'value', 'created_at'"),
-        (_ALTER + "ALTER COLUMN claimed_at TYPE timestamp", "'claimed_at' is of type timestamp without time zone"),
+        (_ALTER + "DROP COLUMN acknowledged_at", "no column 'acknowledged_at', only 'id', 'value', 'created_at'"),
+        (_ALTER + "ALTER COLUMN acknowledged_at TYPE date", "'acknowledged_at' is of type date; timestamp with"),
         (_ALTER + "ALTER COLUMN value TYPE int USING NULL", "'value' is of type integer; json or"),
         (
             _ALTER + "ALTER COLUMN id DROP IDENTITY;" + _ALTER + "ALTER COLUMN id TYPE numeric",
             "'id' is of type numeric",
         ),
-        (_ALTER + "ALTER COLUMN claimed_by SET NOT NULL", "'claimed_by' is NOT NULL"),
-        (_ALTER + "ALTER COLUMN committed_by TYPE varchar(20)", "'committed_by' is limited in length"),
+        (_ALTER + "ALTER COLUMN acknowledged_at SET NOT NULL", "'acknowledged_at' is NOT NULL"),
         (_ALTER + "DROP CONSTRAINT {table}_pkey", "'id' needs a PRIMARY KEY"),
-        ("DROP INDEX {table}_claimed_by_idx", 'CREATE UNIQUE INDEX ON "queue.*WHERE "committed_by" IS NULL'),
         (
-            "DROP INDEX {table}_claimed_by_idx; CREATE UNIQUE INDEX ON {table} (claimed_by)",
-            "nothing keeps a wait from having two claims",
+            _ALTER + "DROP CONSTRAINT {table}_pkey; CREATE UNIQUE INDEX ON {table} (id) WHERE id > 1",
+            "'id' needs a PRIMARY KEY",
         ),
         (_ALTER + "SET UNLOGGED", "UNLOGGED"),
         (_ALTER + "RENAME TO {table}_old; CREATE VIEW {table} AS SELECT * FROM {table}_old", "relkind 'v'"),
@@ -450,53 +637,81 @@ async def test_a_table_that_is_made_fit_is_taken_by_those_who_come_later(broker,
         await soon(later)
 
 
-async def test_rights(broker, waits, connect):
-    broker.run("DROP ROLE IF EXISTS taker")
+@pytest.fixture
+def taker(broker, connect):
+    """Be a user without any rights; yield what gives it one."""
     broker.run("CREATE ROLE taker LOGIN")
     connect(login="taker")
-    try:
-        needed = "UPDATE on 'claimed_by', 'committed_by', 'claimed_at', 'committed_at'"
-        with pytest.raises(SourceUnfit, match=f"to SELECT the column 'id'; needed are.*{needed}"):
-            await soon(waits.poll())
-        broker.run(f"GRANT SELECT ON {broker.queue} TO taker")
-        with pytest.raises(SourceUnfit, match="to UPDATE the column 'claimed_by'"):
-            await soon(waits.poll())
-        ours = "claimed_by, claimed_at, committed_by, committed_at"
-        broker.run(f"GRANT UPDATE ({ours}) ON {broker.queue} TO taker")
-        broker.send("a")
-        event = await soon(waits.poll())  # that is all it takes
-        await waits.commit(event)
-        broker.run(f"CREATE SCHEMA IF NOT EXISTS closed; DROP TABLE IF EXISTS closed.{broker.queue}")
-        broker.run(f"CREATE TABLE closed.{broker.queue} ()")
-        broker.queue = f"closed.{broker.queue}"
-        with pytest.raises(SourceUnfit, match="may not use it: permission denied for schema closed"):
-            await soon(waits.poll())
-    finally:
-        broker.run("DROP OWNED BY taker; DROP ROLE taker")
+    yield lambda right, on: broker.run(f"GRANT {right} ON {on} TO taker")
+    broker.run("DROP OWNED BY taker; DROP ROLE taker")
 
 
-async def test_a_standby_is_refused_and_a_primary_that_fails_over_is_waited_for(broker, waits):
+async def test_a_user_with_what_it_takes_to_mark(broker, waits, taker):
+    broker.send("a")
+    with pytest.raises(SourceUnfit, match=r"to SELECT the column 'id'; needed are.*UPDATE on 'acknowledged_at'"):
+        await soon(waits.poll())
+    taker("SELECT (id, value, created_at, acknowledged_at)", broker.queue)
+    with pytest.raises(SourceUnfit, match="to UPDATE the column 'acknowledged_at'"):
+        await soon(waits.poll())
+    taker("UPDATE (acknowledged_at)", broker.queue)
+    event = await soon(waits.poll())
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_user_with_what_it_takes_to_delete_and_to_add_dead_letters(broker, waits, taker):
+    broker.run(f"ALTER TABLE {broker.queue} DROP COLUMN acknowledged_at, ALTER COLUMN value TYPE text")
+    broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json'), ('1')")
+    by_choice = {"on_commit": "delete", "on_undecodable": "dead_letter", "dead_letter": broker.dead_letter}
+    taker("SELECT (id, value, created_at)", broker.queue)
+    with pytest.raises(SourceUnfit, match="the right to DELETE, for on_commit='delete'"):
+        await soon(waits.poll(**by_choice))
+    taker("DELETE", broker.queue)
+    with pytest.raises(SourceUnfit, match=f"may not use it: permission denied for table {broker.dead_letter}"):
+        await soon(waits.poll(**by_choice))
+    taker("INSERT", broker.dead_letter)
+    event = await soon(waits.poll(**by_choice))
+    await waits.commit(event)
+    assert event["value"] == 1
+    assert broker.dead_letters() == [b"{no json"]
+    assert broker.run(f"SELECT FROM {broker.queue}") == []
+
+
+async def test_a_schema_that_is_closed(broker, waits, taker):
+    broker.run(f"CREATE SCHEMA IF NOT EXISTS closed; DROP TABLE IF EXISTS closed.{broker.queue}")
+    broker.run(f"CREATE TABLE closed.{broker.queue} ()")
+    broker.queue = f"closed.{broker.queue}"
+    with pytest.raises(SourceUnfit, match="may not use it: permission denied for schema closed"):
+        await soon(waits.poll())
+
+
+async def test_a_standby_is_waited_for_until_it_is_the_primary_and_not_for_ever(broker, waits, monkeypatch):
+    async def watch(query, **changes):
+        poll = PostgresWatchListener().poll_for_event(query, postgres_conn_id="source", **changes)
+        return await soon(asyncio.create_task(poll))
+
     task = waits.poll(0)
-    watch = asyncio.create_task(PostgresWatchListener().poll_for_event("SELECT 1", postgres_conn_id="source"))
     await nothing(task)
-    assert await soon(watch) == {"?column?": 1}
+    assert await watch("SELECT 1") == {"?column?": 1}
     broker.server.kill()
     (broker.server.folder / "data" / "standby.signal").touch()
     broker.server.start()
     try:
         assert broker.run("SELECT pg_is_in_recovery()") == [(True,)]
         await nothing(task, 2)
-        other = waits.poll(1, poll_interval=5)  # through a hub that has not seen a primary there
-        with pytest.raises(SourceUnfit, match=r"in recovery \(a read-only standby\)"):
-            await soon(other)
-        listener = PostgresWatchListener()
-        assert await soon(asyncio.create_task(listener.poll_for_event("SELECT 2 AS n", postgres_conn_id="source")))
+        assert await watch("SELECT 2 AS n") == {"n": 2}
         with pytest.raises(SourceUnfit, match="cannot execute LISTEN during recovery"):
-            await listener.poll_for_event("SELECT 2", channel="c", postgres_conn_id="source")
+            await watch("SELECT 2", channel="c")
+        monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
+        with pytest.raises(SourceUnreachable, match=r"in recovery \(a read-only standby\)"):
+            await soon(waits.poll(1, poll_interval=5))  # through a hub of its own
+        monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "60")
+        late = waits.poll(2, poll_interval=6)
+        await nothing(late)
     finally:
         broker.run("SELECT pg_promote()")
     broker.send("a")
-    assert (await soon(task, 40))["value"] == "a"
+    assert (await soon(late, 40))["value"] == "a"
 
 
 @pytest.mark.parametrize(
@@ -505,8 +720,10 @@ async def test_a_standby_is_refused_and_a_primary_that_fails_over_is_waited_for(
         ({"columns": {"payload": "value"}}, "columns maps 'id', .* not 'payload'"),
         ({"columns": {"value": None}}, "needs a column for 'value'"),
         ({"columns": {"value": "100%"}}, "percent sign"),
-        ({"poll_interval": 0}, "poll_interval is a number of seconds above 0, not 0"),
-        ({"claim_timeout": -1}, "claim_timeout is a number of seconds above 0, not -1"),
+        ({"poll_interval": 0}, "poll_interval is a time above zero, not 0"),
+        ({"columns": {"claimed_by": "c"}}, "columns maps 'id', .*, not 'claimed_by'"),
+        ({"on_commit": "drop"}, "on_commit is 'mark' or 'delete', not 'drop'"),
+        ({"on_undecodable": "dead_letter", "dead_letter": "a.b.c"}, "dead_letter is 'table' or 'schema.table'"),
         ({"order_by": "-"}, "order_by is a column"),
         ({"channel": "x" * 64}, "1 to 63 bytes"),
     ],
@@ -545,8 +762,8 @@ async def test_extras(broker, waits, connect):
     broker.run("INSERT INTO elsewhere.found (value) VALUES ('1')")
     await soon(task, 2)  # by a notification, which has the schema's name
     connect(extra={"ssl_mode": "verify-full"})
-    with pytest.raises(SourceUnfit, match="'source' has an extra 'ssl_mode', which is no option of libpq"):
-        await soon(waits.poll(1))
+    with pytest.raises(SourceUnfit, match=r"'source' has an extra 'ssl_mode', .*did you mean 'sslmode'"):
+        await soon(waits.poll(1, poll_interval=5))  # over a connection of its own
 
 
 @pytest.fixture
@@ -572,7 +789,7 @@ async def test_a_password_is_used_and_not_told(broker, waits, connect, guarded, 
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     connect(**{**guarded, "password": "Geheim!"})
     with pytest.raises(SourceUnreachable, match="password authentication failed") as refused:
-        await soon(waits.poll(1))
+        await soon(waits.poll(1, poll_interval=5))
     seen = caplog.text + str(event) + str(refused.value) + repr(refused.value.__cause__)
     assert "Geheim!" not in seen
     assert "w'ord" not in seen
@@ -635,14 +852,14 @@ async def test_tls(broker, waits, connect, guarded, tmp_path, monkeypatch):
 
     connect(**there, extra={**trusted, "sslrootcert": str(stranger.certificate)})
     with pytest.raises(SourceUnreachable, match="certificate verify failed"):
-        await soon(waits.poll(1))
+        await soon(waits.poll(1, poll_interval=5))
     elsewhere = {"sslmode": "verify-full", "sslrootcert": str(stranger.certificate)}
     connect(**{**there, "port": stranger.port}, extra=elsewhere)
     with pytest.raises(SourceUnreachable, match="does not match host name"):
-        await soon(waits.poll(1))
+        await soon(waits.poll(1, poll_interval=6))
     connect(**guarded, extra={"sslmode": "require"})
     with pytest.raises(SourceUnreachable, match="server does not support SSL"):
-        await soon(waits.poll(2))
+        await soon(waits.poll(2, poll_interval=7))
 
 
 # Questions.
@@ -739,7 +956,7 @@ async def test_one_question_is_asked_once_for_all_and_all_share_a_connection(bro
     sooner = watch(query, parameters=["1"], interval=0.5)
     for task in [*same, later, sooner]:
         assert await soon(task) == {"id": 1}
-    until(lambda: broker.clients() == before, "the connection has ended", 10)
+    await asyncio.to_thread(until, lambda: broker.clients() == before, "the connection has ended", 10)
 
 
 async def test_parameters_are_bound(broker, watch):
@@ -773,6 +990,14 @@ async def test_a_query_that_would_not_do_fails_its_own_waits(broker, watch, quer
     await soon(good)
 
 
+async def test_a_row_that_cannot_be_read_fails_its_own_waits(broker, watch):
+    good = watch(f"SELECT id FROM {broker.queue}", interval=0.5)
+    with pytest.raises(EventUndecodable, match=r"the row of the query .* is not readable"):
+        await soon(watch("SELECT (repeat('[', 3000) || repeat(']', 3000))::json AS deep"))
+    broker.send("a")
+    assert await soon(good) == {"id": 1}
+
+
 async def test_parameters_that_are_no_parameters(watch):
     with pytest.raises(TypeError, match="a mapping, a sequence or None, not 'x'"):
         await soon(watch("SELECT 1", parameters="x"))
@@ -788,6 +1013,17 @@ async def test_a_query_that_takes_too_long_is_asked_again(broker, watch, setting
     assert "statement timeout" in caplog.text
     broker.send(1)
     assert (await soon(task))["id"] == 1
+
+
+async def test_the_longest_that_a_query_may_take(watch, settings):
+    """The hub gives up a server that does not answer for longer than that."""
+    query = "SELECT current_setting('statement_timeout') AS s"
+    assert await soon(watch(query)) == {"s": "5min"}
+    assert QueryHub.serve_within > LONGEST
+    for given, found in (("20s", "20s"), ("1h", "5min")):
+        settings(f"statement_timeout = '{given}'")
+        await asyncio.sleep(3)  # until the connection of before has ended
+        assert await soon(watch(query)) == {"s": found}
 
 
 async def test_a_watch_outlives_the_server(broker, watch):

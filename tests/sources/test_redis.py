@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 import servers
-from airflow_events.errors import EventLost, EventUndecodable, SourceUnfit
+from airflow_events.errors import EventUndecodable, SourceUnfit
 from broker import nothing, soon
 from of_redis import Redis6, Valkey
 
@@ -27,6 +27,7 @@ async def test_an_entry_of_several_fields_is_a_dict_of_texts(broker, waits):
         "id": "1700000000000-0",
         "timestamp": datetime(2023, 11, 14, 22, 13, 20, tzinfo=timezone.utc),
         "value": {"order_id": "42", "text": "ä"},
+        "server": f"127.0.0.1:{broker.server.port}/0",
         "redis_conn_id": "source",
     }
     watched = await soon(waits.watch(field=None, match={"order_id": 42}, since="2023-11-14T00:00:00Z"))
@@ -41,22 +42,33 @@ async def test_an_entry_without_the_field(broker, waits):
         await soon(task)
 
 
-async def test_consumers_do_not_pile_up(broker, waits):
+async def test_all_read_as_one_consumer(broker, waits):
     tasks = [waits.poll(number) for number in range(20)]
     await asyncio.sleep(1)
     with broker.client as client:
-        assert client.xinfo_consumers(broker.queue, "airflow") == []
         broker.send(*range(5))
         done, _ = await asyncio.wait(tasks, timeout=3)
         assert len(done) == 5
-        assert len(client.xinfo_consumers(broker.queue, "airflow")) == 5
+        [consumer] = client.xinfo_consumers(broker.queue, "airflow")
+        assert (consumer["name"], consumer["pending"]) == (b"airflow", 5)
         for number, task in enumerate(tasks):
             if task.done():
                 await waits.commit(task.result(), number)
-        assert client.xinfo_consumers(broker.queue, "airflow") == []
+        [consumer] = client.xinfo_consumers(broker.queue, "airflow")
+        assert consumer["pending"] == 0
 
 
-async def test_an_entry_that_is_trimmed_while_it_is_claimed(broker, waits):
+async def test_what_claims_of_the_first_edition_hold_is_delivered_when_nobody_keeps_it(broker, waits):
+    broker.send("a")
+    with broker.client as client:
+        client.xgroup_create(broker.queue, "airflow", "0")
+        client.xreadgroup("airflow", "dag/run0/task/-1", {broker.queue: ">"})
+    event = await soon(waits.poll(lease=1))
+    await waits.commit(event)
+    assert (event["value"], broker.unacknowledged()) == ("a", 0)
+
+
+async def test_an_entry_that_is_trimmed_while_it_is_in_hand(broker, waits):
     task = waits.poll()
     broker.send("a")
     event = await soon(task)
@@ -66,16 +78,15 @@ async def test_an_entry_that_is_trimmed_while_it_is_claimed(broker, waits):
     assert broker.unacknowledged() == 0
 
 
-async def test_an_entry_that_is_trimmed_before_its_wait_polls_again_is_passed_over(broker, waits):
-    task = waits.poll()
-    broker.send("a")
-    event = await soon(task)
+async def test_an_entry_that_is_trimmed_while_nobody_has_it_is_passed_over(broker, waits):
     with broker.client as client:
+        broker.send("a")
+        client.xgroup_create(broker.queue, "airflow", "0")
+        client.xreadgroup("airflow", "airflow", {broker.queue: ">"})
         client.xtrim(broker.queue, maxlen=0, approximate=False)
     broker.send("b")
-    assert (await soon(waits.poll()))["value"] == "b"
-    with pytest.raises(EventLost):
-        await waits.commit(event)
+    await asyncio.sleep(1.1)
+    assert (await soon(waits.poll(lease=1)))["value"] == "b"
 
 
 async def test_an_entry_that_somebody_else_acknowledged(broker, waits):
@@ -84,8 +95,35 @@ async def test_an_entry_that_somebody_else_acknowledged(broker, waits):
     event = await soon(task)
     with broker.client as client:
         client.xack(broker.queue, "airflow", event["id"])
-    with pytest.raises(EventLost, match=r"held by nobody \(it was acknowledged by others, or trimmed\)"):
-        await waits.commit(event)
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_stream_that_is_deleted_and_made_again_while_waits_wait(broker, waits):
+    task = waits.poll()
+    await nothing(task, 0.5)
+    with broker.client as client:
+        client.delete(broker.queue)
+    broker.send("a")
+    event = await soon(task)
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_user_with_what_a_consumer_needs(broker, waits, monkeypatch):
+    commands = ["+xreadgroup", "+xack", "+xclaim", "+xautoclaim", "+client|setinfo", "+client|setname"]
+    with broker.client as client:
+        client.xgroup_create(broker.queue, "airflow", "0", mkstream=True)
+        if isinstance(broker, Redis6):
+            commands = [*commands[:4], "+client"]
+        client.acl_setuser("consumer", enabled=True, passwords=["+secret"], keys=[broker.queue], commands=commands)
+    login = broker.connection(login="consumer", password="secret")
+    monkeypatch.setenv("AIRFLOW_CONN_CONSUMER", json.dumps(login))
+    task = waits.poll(redis_conn_id="consumer")
+    broker.send("a")
+    event = await soon(task)
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
 
 
 async def test_groups_are_independent_and_may_begin_at_the_end(broker, waits):
@@ -117,9 +155,11 @@ async def test_a_login_that_is_refused(broker, waits, monkeypatch):
         assert password not in str(caught.value)
 
 
-async def test_a_cluster(broker, waits, monkeypatch):
+async def test_a_server_that_is_of_no_cluster(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_CLUSTER", json.dumps(broker.connection(extra={"cluster": True})))
-    with pytest.raises(SourceUnfit, match="'cluster' is of a cluster"):
+    with pytest.raises(
+        SourceUnfit, match="'cluster': the connection says that it is of a cluster, and the server is none"
+    ):
         await soon(waits.poll(redis_conn_id="cluster"))
 
 
@@ -159,3 +199,53 @@ async def test_a_watch_that_looks_from_before_what_is_kept_is_warned(broker, wai
         broker.send(1)
         await soon(waits.watch(since=datetime.now(timezone.utc) - timedelta(seconds=0.2)))
         assert "has dropped messages" not in caplog.text
+
+
+async def test_a_primary_that_is_demoted_for_a_while(broker, waits):
+    waiting, watching = waits.poll(), waits.watch(since="2023-11-14T00:00:00Z")
+    await asyncio.sleep(1)
+    with broker.client as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        try:
+            await asyncio.sleep(3)
+            late = waits.poll(1)
+            await asyncio.sleep(0.5)
+        finally:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+    assert not waiting.done()
+    assert not watching.done()
+    broker.send(1, 2)
+    events = [await soon(task) for task in (waiting, late)]
+    assert {event["value"] for event in events} == {1, 2}
+    assert (await soon(watching))["value"] == 1
+
+
+async def test_a_watch_of_entries_whose_metadata_is_odd(broker, waits, caplog):
+    start = datetime.now(timezone.utc) - timedelta(minutes=1)
+    task = waits.watch(match={"id": 3}, since=start, values="json")
+    fields = waits.watch(1, field=None, match={"id": "4"}, since=start)
+    await nothing(task, 0.5)
+    with broker.client as client:
+        client.xadd(broker.queue, {"v": b'{"id": 1, "text": "a\\u0000b"}'})
+        client.xadd(broker.queue, {b"\xff": b"x"})
+        client.xadd(broker.queue, {"v": b'{"id": 3}'}, id=f"{2**63}-1")
+        client.xadd(broker.queue, {"id": b"4"}, id=f"{2**63}-2")
+    event = await soon(task)
+    assert (event["id"], event["timestamp"]) == (f"{2**63}-1", None)
+    assert (await soon(fields))["id"] == f"{2**63}-2"
+    assert "passed over" in caplog.text
+
+
+async def test_large_entries_are_read_a_few_at_once(broker, waits, monkeypatch):
+    from airflow_events.listeners.redis import watch
+
+    monkeypatch.setattr(watch, "READ_BYTES", 100_000)
+    asked = []
+    read = watch.Redis.xread
+    monkeypatch.setattr(
+        watch.Redis, "xread", lambda *args, **kwargs: asked.append(kwargs) or read(*args, **kwargs)
+    )
+    broker.send(*({"id": number, "pad": "x" * 10_000} for number in range(200)))
+    last = waits.watch(match={"id": 199}, since=datetime.now(timezone.utc) - timedelta(minutes=1))
+    assert (await soon(last))["value"]["id"] == 199
+    assert [each["count"] for each in asked][1:3] == [9, 9]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from airflow_events.errors import EventUndecodable
-from broker import nothing, soon, until_told
-
-from deployment import until
+from airflow_events.listeners import log
+from broker import clients_at_rest, nothing, soon, until_clients_are, until_told
 
 
 @pytest.fixture
@@ -55,8 +55,33 @@ async def test_a_later_watch_that_looks_from_further_back_is_served_beside_the_o
     assert (await soon(waits.watch(2, match={"id": "old"}, since=start)))["value"] == {"id": "old"}
     broker.send({"id": "new"})
     assert (await soon(other))["value"] == {"id": "new"}
-    # What has just been read is not read again.
     assert (await soon(waits.watch(3, match={"id": "old"}, since=start)))["value"] == {"id": "old"}
+
+
+async def test_waits_with_an_old_since_do_not_send_the_others_back(broker, waits, monkeypatch):
+    reads = Counter()
+    read = log._Reading.read
+
+    async def counted(reading, hub, seconds):
+        before, messages = reading.position, await read(reading, hub, seconds)
+        assert before is None or hub.reached(reading.position, before)
+        reads[reading] += len(messages)
+        return messages
+
+    monkeypatch.setattr(log._Reading, "read", counted)
+    start = ago(seconds=3)
+    broker.send(*({"id": number} for number in range(700)))
+    await asyncio.sleep(1.5)  # a timestamp may be of whole seconds
+    staying = waits.watch(1000, match={"id": "new"}, since=ago(seconds=0))
+    await nothing(staying, 1)
+    for number in range(0, 700, 100):
+        tasks = [waits.watch(number + n, match={"id": number + n}, since=start) for n in range(10)]
+        assert [(await soon(task))["value"]["id"] for task in tasks] == list(range(number, number + 10))
+    broker.send({"id": "new"})
+    assert (await soon(staying))["value"] == {"id": "new"}
+    [at_end] = [count for reading, count in reads.items() if isinstance(reading, log._End)]
+    assert at_end < 700
+    assert len(reads) > 1
 
 
 async def test_what_was_published_while_the_server_was_lost_is_found(broker, waits):
@@ -96,14 +121,15 @@ async def test_an_undecodable_message_is_passed_over_or_fails_by_choice(broker, 
 
 
 async def test_a_thousand_watches_are_one_connection(broker, waits):
-    before = broker.clients()
+    before = await clients_at_rest(broker)
     tasks = [waits.watch(number, match={"id": number}, since=ago(minutes=1)) for number in range(1000)]
     await asyncio.sleep(1.5)
-    assert broker.clients() - before == broker.clients_of_watches
+    shared = broker.clients_of_watches
+    assert shared <= broker.clients() <= before + shared
     broker.send(*({"id": number} for number in reversed(range(1000))))
     events = [await soon(task, 60) for task in tasks]
     assert [event["value"]["id"] for event in events] == list(range(1000))
-    until(lambda: broker.clients() == before, "the connection has ended", 10)
+    await until_clients_are(broker, 0, before)
 
 
 async def test_matches_that_are_none(broker, waits):

@@ -145,6 +145,163 @@ async def test_what_does_not_go_away_fails_the_waits_at_once_and_later_ones_try_
     assert await soon(take(hub)) == "a"
 
 
+async def test_who_joins_while_it_is_away_is_told_too_and_each_once(hub, caplog):
+    hub.source.there = False
+    first = take(hub)
+    while caplog.text.count("cannot be reached") < 2:  # in the log of the triggerer and of the task
+        await asyncio.sleep(0.02)
+    second = take(hub)
+    await asyncio.sleep(0)
+    assert caplog.text.count("cannot be reached") == 3
+    caplog.set_level(logging.INFO)
+    hub.source.there = True
+    while "there again" not in caplog.text:
+        await asyncio.sleep(0.02)
+    assert caplog.text.count("cannot be reached") == 3
+    assert caplog.text.count("there again") == 3
+    third = take(hub)
+    await asyncio.sleep(0)
+    assert caplog.text.count("cannot be reached") == 3
+    hub.source.events += ["a", "b", "c"]
+    assert [await soon(task) for task in (first, second, third)] == ["a", "b", "c"]
+
+
+class Proxy:
+    """What stands before a server that echoes lines: it takes each connection, and is silent if it is told so."""
+
+    def __init__(self):
+        self.silent = True
+        self.connections = 0
+
+    async def __aenter__(self):
+        self._writers = []
+        self._server = await asyncio.start_server(self._talk, "127.0.0.1")
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _talk(self, reader, writer):
+        self.connections += 1
+        self._writers.append(writer)
+        while line := await reader.readline():
+            if not self.silent:
+                writer.write(line)
+
+
+class EchoHub(Hub):
+    """Over a real socket, with a client that knows no time-outs."""
+
+    connect_within = 0.3
+    serve_within = 0.3
+    asks_first = True
+
+    def __init__(self, port):
+        self._port = port
+        self._writer = None
+        super().__init__("the proxy")
+
+    async def connect(self):
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        if self.asks_first:
+            await self.ask()
+
+    async def serve(self):
+        answer = await self.ask()
+        for seeker in self.seekers:
+            seeker.give(answer)
+
+    async def disconnect(self):
+        if self._writer is not None:
+            self._writer.close()
+
+    async def ask(self):
+        self._writer.write(b"hello\n")
+        return await self._reader.readline()
+
+
+class AsksLate(EchoHub):
+    asks_first = False
+
+
+@pytest.mark.parametrize("kind", [EchoHub, AsksLate])
+async def test_a_server_that_takes_the_connection_and_says_nothing_is_away(kind, monkeypatch, caplog):
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
+    async with Proxy() as proxy:
+        hub = kind(proxy.port)
+        try:
+            with pytest.raises(SourceUnreachable, match=r"the proxy could not be reached for .* not answered"):
+                await soon(take(hub))
+            assert caplog.text.count("the proxy cannot be reached, which is tried again") == 2
+            assert proxy.connections > 1
+        finally:
+            await soon(asyncio.create_task(hub.close()))
+
+
+@pytest.mark.parametrize("kind", [EchoHub, AsksLate])
+async def test_a_server_that_says_nothing_for_a_while(kind, caplog):
+    caplog.set_level(logging.INFO)
+    async with Proxy() as proxy:
+        hub = kind(proxy.port)
+        try:
+            task = take(hub)
+            while "cannot be reached" not in caplog.text:
+                await asyncio.sleep(0.02)
+            proxy.silent = False
+            assert await soon(task) == b"hello\n"
+        finally:
+            await soon(asyncio.create_task(hub.close()))
+
+
+class Long(MemoryHub):
+    """Its serve makes many requests."""
+
+    serve_within = 0.3
+
+    async def serve(self):
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            self.heard()
+        await super().serve()
+
+
+async def test_a_serve_that_is_long_and_hears_of_its_source_is_not_cut(caplog):
+    hub = Long(Source())
+    hub.source.events.append("a")
+    try:
+        assert await soon(take(hub)) == "a"
+        assert "cannot be reached" not in caplog.text
+        assert hub.source.connections == 1
+    finally:
+        await hub.close()
+
+
+class Cancels(MemoryHub):
+    """Its client cancels whoever uses it when the connection is lost, as that of RabbitMQ does."""
+
+    async def serve(self):
+        if not self.source.serves:
+            raise asyncio.CancelledError
+        await super().serve()
+
+
+async def test_a_client_that_cancels_its_user_does_not_end_the_hub(caplog):
+    hub = Cancels(Source())
+    hub.source.serves = False
+    try:
+        task = take(hub)
+        while "its client has given up" not in caplog.text:
+            await asyncio.sleep(0.02)
+        hub.source.serves = True
+        hub.source.events.append("a")
+        assert await soon(task) == "a"
+    finally:
+        await hub.close()
+
+
 class Stubborn(MemoryHub):
     """Its client swallows the first cancellation."""
 

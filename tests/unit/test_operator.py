@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 from airflow.sdk import DAG, Asset, BaseOperator, task
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
-from airflow.sdk.exceptions import AirflowSensorTimeout
+from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
 from airflow_events import EventListener, wait_for_event
-from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.timer import TimerListener
-from airflow_events.operators.route import needs_worker_to_finish, needs_worker_to_start
+from airflow_events.operators.placement import placement
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 
 
@@ -145,19 +143,20 @@ ROUTES = {
     "naive datetime": (lambda: operator(TimerListener, datetime(2026, 1, 1)), True, True),
     "directory": (lambda: operator(DirectoryListener, "d"), True, True),
     "directory watch": (lambda: operator(DirectoryWatchListener, "d"), True, True),
-    "committing, not repeatable": (lambda: operator(Committing, "p"), True, False),
-    "outlets": (lambda: operator(outlets=[Asset("a")]), True, False),
+    "committing": (lambda: operator(Committing, "p"), True, True),
+    "outlets": (lambda: operator(outlets=[Asset("a")]), True, True),
     "post_execute": (lambda: operator(post_execute=lambda context, result: None), True, False),
-    "multiple outputs": (lambda: operator(multiple_outputs=True), True, False),
+    "on_success_callback": (lambda: operator(on_success_callback=lambda context: None), True, False),
+    "multiple outputs": (lambda: operator(multiple_outputs=True), True, True),
     "pre_execute": (lambda: operator(pre_execute=lambda context: None), False, True),
     "on_execute_callback": (lambda: operator(on_execute_callback=lambda context: None), False, True),
     "upstream output, timer": (lambda: operator(TimerListener, upstream()), False, True),
-    "upstream output, nested": (lambda: operator(DirectoryListener, "d", [upstream()]), False, False),
-    "upstream output, directory": (lambda: operator(DirectoryListener, upstream()), False, False),
-    "upstream output, watch": (lambda: operator(DirectoryWatchListener, upstream()), False, False),
+    "upstream output, nested": (lambda: operator(DirectoryListener, "d", [upstream()]), False, True),
+    "upstream output, directory": (lambda: operator(DirectoryListener, upstream()), False, True),
+    "upstream output, watch": (lambda: operator(DirectoryWatchListener, upstream()), False, True),
     "not kept by the serialized DAG": (lambda: operator(TimerListener, uuid.UUID(int=1)), False, True),
-    "replay=False": (lambda: operator(DirectoryListener, "d", replay=False), False, False),
-    "from the DAG file": (lambda: operator(Local, "d"), False, False),
+    "replay=False": (lambda: operator(DirectoryListener, "d", replay=False), True, True),
+    "from the DAG file": (lambda: operator(Local, "d"), True, True),
 }
 
 
@@ -172,9 +171,9 @@ Local.__module__ = "__main__"
 def test_where_a_wait_starts_and_finishes(dag, way):
     make, starts_in_triggerer, finishes_in_triggerer = ROUTES[way]
     wait = make()
-    start = needs_worker_to_start(wait)
-    finish = needs_worker_to_finish(wait, started_on_worker=start is not None)
-    assert (start is None, finish is None) == (starts_in_triggerer, finishes_in_triggerer), (start, finish)
+    found = placement(wait)
+    reasons = (found.starts_on_worker_because, found.finishes_on_worker_because)
+    assert tuple(why is None for why in reasons) == (starts_in_triggerer, finishes_in_triggerer), reasons
     assert wait.start_from_trigger is starts_in_triggerer
     if starts_in_triggerer:
         assert wait.start_trigger_args.trigger_kwargs["finish_on_worker"] is not finishes_in_triggerer
@@ -191,7 +190,8 @@ def test_macros_of_the_dag_make_templates_start_on_a_worker():
 def test_outlets_added_later_count(dag):
     wait = operator()
     wait.outlets.append(Asset("a"))
-    assert wait.start_trigger_args.trigger_kwargs["finish_on_worker"] is True
+    [outlet] = wait.start_trigger_args.trigger_kwargs["outlets"]
+    assert outlet == {"name": "a", "uri": "a", "type": "Asset"}
 
 
 def test_naive_datetimes_are_in_the_dags_time_zone():
@@ -227,26 +227,24 @@ def test_airflow_shows_a_wait_by_the_name_of_its_listener(dag):
     assert mapped.operator_name == "WaitForEventOperator"
 
 
-async def test_what_a_triggerer_claimed_that_stood_still_until_the_time_was_up_is_given_back(dag, tmp_path):
-    async def take():
-        with working_for(Wait("d", "run", "wait")):
-            return await DirectoryListener().poll_for_event(str(tmp_path), settle=0)
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [({"default": "late"}, "late"), ({"soft_fail": True}, AirflowSkipException), ({}, AirflowSensorTimeout)],
+)
+def test_no_triggerer_until_the_time_is_up(dag, arguments, result):
+    """It ends as a wait whose trigger says so: never with TaskDeferralTimeout, which would be tried again."""
+    ti = SimpleNamespace(dag_id="d", run_id="run", task_id="wait", map_index=-1)
+    context = {"ti": ti, "dag_run": SimpleNamespace(start_date=None)}
+    wait = operator(timeout=10, **arguments)
+    told = {"error": TriggerFailureReason.TRIGGER_TIMEOUT}
+    if isinstance(result, str):
+        assert wait.resume_execution(TRIGGER_FAIL_REPR, told, context) == result
+    else:
+        with pytest.raises(result):
+            wait.resume_execution(TRIGGER_FAIL_REPR, told, context)
 
-    async def time_is_up(noted):
-        ti = SimpleNamespace(dag_id="d", run_id="run", task_id="wait", map_index=-1, max_tries=0)
-        ti.xcom_pull = lambda *, key, **_: noted.get(key)
-        context = {
-            "ti": ti,
-            "dag_run": SimpleNamespace(start_date=None),
-            "task_state_store": SimpleNamespace(get=lambda key: None),
-        }
-        output = wait_for_event.override(task_id="wait", timeout=1)(DirectoryListener, str(tmp_path), settle=0)
-        next_kwargs = {"error": TriggerFailureReason.TRIGGER_TIMEOUT}
-        with pytest.raises(AirflowSensorTimeout):
-            await asyncio.to_thread(output.operator.resume_execution, TRIGGER_FAIL_REPR, next_kwargs, context)
 
-    (tmp_path / "a").write_text("")
-    await take()
-    assert not (tmp_path / "a").exists()
-    await time_is_up({"event_deadline": {"at": datetime(2026, 1, 1, tzinfo=timezone.utc)}})
-    assert (tmp_path / "a").exists()
+def test_the_tasks_own_execution_timeout_is_another_error(dag):
+    wait = operator(timeout=100, execution_timeout=timedelta(seconds=10))
+    with pytest.raises(TaskDeferralTimeout):
+        wait.resume_execution(TRIGGER_FAIL_REPR, {"error": TriggerFailureReason.TRIGGER_TIMEOUT}, {})

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import airflow_events.example_dags
+import pytest
 
 TESTS = Path(__file__).parents[1]
 PARSE = """
@@ -29,6 +30,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_fresh_parses_leave_one_version_of_each_dag():
     folders = [str(TESTS / "dags"), str(Path(airflow_events.example_dags.__file__).parent)]
 
@@ -36,7 +38,11 @@ def test_fresh_parses_leave_one_version_of_each_dag():
         path = os.pathsep.join([str(TESTS / "plugins"), *folders])
         done = subprocess.run(
             [sys.executable, "-c", PARSE, *folders],
-            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": str(number)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]),
+                "PYTHONHASHSEED": str(number),
+            },
             capture_output=True,
             text=True,
         )
@@ -46,6 +52,7 @@ def test_fresh_parses_leave_one_version_of_each_dag():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         versions = set(pool.map(parse, range(8)))
     assert len(versions) == 1
-    for folder, (parsed, hashes, pickled) in zip(folders, json.loads(versions.pop()), strict=True):
-        assert (parsed, pickled) == (folder, False)
-        assert len(hashes) >= 3
+    # Both have listeners of a DAG file, which stand there as pickles: the same at each parse.
+    found = json.loads(versions.pop())
+    assert [(folder, pickled) for folder, _, pickled in found] == [(folder, True) for folder in folders]
+    assert all(len(hashes) >= 3 for _, hashes, _ in found)

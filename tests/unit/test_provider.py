@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,10 @@ def test_the_provider_info_is_valid_against_airflows_schema():
 
 def test_every_module_that_it_names_is_there():
     info = get_provider_info()
-    for section in ("operators", "triggers"):
+    integrations = {integration["integration-name"] for integration in info["integrations"]}
+    for section in ("operators", "triggers", "hooks"):
         for entry in info[section]:
+            assert entry["integration-name"] in integrations
             for module in entry["python-modules"]:
                 importlib.import_module(module)
 
@@ -40,9 +43,17 @@ def test_airflow_finds_the_provider_and_its_version():
 def test_every_option_can_be_read_and_is_documented(monkeypatch):
     for name, option in OPTIONS.items():
         assert option["description"]
-        assert getattr(settings, name)() not in (None, "")
+        assert getattr(settings, name)() not in (None, "") or name in ("inbox_secret", "inbox_ca")
     monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "7")
     assert settings.commit_timeout() == 7
+
+
+def test_every_option_says_with_which_version_it_came():
+    version = tuple(int(part) for part in airflow_events.__version__.split("."))
+    for name, option in OPTIONS.items():
+        added = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", option["version_added"])
+        assert added, name
+        assert tuple(int(part) for part in added.groups()) <= version, name
 
 
 def test_the_face_imports_neither_operators_nor_clients_before_they_are_asked_for():

@@ -1,11 +1,25 @@
 from __future__ import annotations
 
+import asyncio
+import importlib
+import json
+import os
+import pickle
+import subprocess
 import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from airflow_events import EventListener
+from airflow.sdk import DAG
+from airflow.serialization.decoders import smart_decode_trigger_kwargs
+from airflow.serialization.serialized_objects import DagSerialization
+from airflow_events import EventListener, wait_for_event
 from airflow_events.errors import ListenerUnavailable
+from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.directory import DirectoryListener
+from airflow_events.operators.placement import placement
 from airflow_events.triggers import reference
 
 
@@ -81,3 +95,227 @@ def test_what_cannot_be_pickled_is_named(dag_file):
 def test_what_cannot_be_imported_is_named(name):
     with pytest.raises(ListenerUnavailable, match=name):
         reference.load(name)
+
+
+BESIDE = Path(__file__).parent / "beside"
+
+
+def fresh(folder, word, seed):
+    """Let a process of its own pickle the listeners, and return what it says of them."""
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": str(seed),
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)]),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(folder),
+    }
+    without = ["-B"] if seed % 3 == 0 else []  # compiles the source itself, if nobody has left that
+    command = [sys.executable, *without, str(folder / "pickled.py"), word]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A DAG folder of what people have in one."""
+    for file in BESIDE.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    monkeypatch.setenv("AIRFLOW__CORE__DAGS_FOLDER", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("dag_of_listeners", "helpers_of_dag"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_twenty_processes_pickle_a_listener_alike(beside):
+    def run(seed):
+        return fresh(beside, {1: "imports", 2: "dag", 8: "imports", 9: "dag"}.get(seed, "plain"), seed)
+
+    said = [run(0)]  # compiles, while there is nothing compiled yet
+    with ThreadPoolExecutor(2) as pool:
+        said += pool.map(run, range(1, 20))
+    assert {lines[0] for lines in said} == {said[0][0]}
+    assert [line.split()[:2] for line in said[0]] == [["Closing", "None"], ["Later", "None"], ["Closing", "None"]]
+    assert {tuple(lines[:3]) for lines in said} == {tuple(said[0][:3])}
+    assert said[0][0] != said[0][2]  # of another topic
+    [version] = {lines[3] for lines in said if len(lines) > 3}  # of the DAG
+    assert version.startswith("DAG ")
+
+
+async def test_what_was_pickled_does_in_another_process_what_it_did_here(beside):
+    import dag_of_listeners
+
+    listener, args = dag_of_listeners.Listener, ("one",)
+    with working_for(Wait("d", "r", "t")):
+        expected = await listener().poll_for_event(*args)
+    text = reference.by_value(listener)
+    script = textwrap.dedent("""
+        import asyncio, json, sys
+        from airflow_events.listeners.base import Wait, working_for
+        from airflow_events.triggers import reference
+        listener = reference.load(json.loads(sys.stdin.read()))
+        assert "dag_of_listeners" not in sys.modules and "helpers_of_dag" not in sys.modules
+        with working_for(Wait("d", "r", "t")):
+            event = asyncio.run(listener().poll_for_event("one"))
+            asyncio.run(listener().event_checkpointed(event))
+        print(json.dumps(event))
+    """)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path != str(beside))}
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", script],
+        input=json.dumps(text),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(json.dumps(expected))
+    assert expected["topic"] == "orders" and expected["normal"] == ["a", "b"]
+
+
+def test_a_listener_that_was_unpickled_is_pickled_alike(beside):
+    """What is written hangs on nothing but on values: in the copy all strings, tuples and sets are others."""
+    import dag_of_listeners
+
+    by_value = reference._Folders.configured().need_value
+    first = reference.pickling.pickled(dag_of_listeners.Listener, by_value).data
+    copy = pickle.loads(first)
+    assert copy is not dag_of_listeners.Listener
+    again = pickle.loads(reference.pickling.pickled(copy, by_value).data)
+    assert vars(again).keys() == vars(copy).keys()
+    assert again.poll_for_event.__code__ == copy.poll_for_event.__code__
+
+
+def test_a_listener_of_a_dag_file_starts_in_the_triggerer(beside):
+    import dag_of_listeners
+
+    with DAG("d", schedule=None) as dag:
+        wait = wait_for_event.override(task_id="wait")(dag_of_listeners.Listener, "{{ ds }}").operator
+    assert placement(wait).starts_on_worker_because is None
+    data = json.loads(json.dumps(DagSerialization.to_dict(dag)))
+    start = DagSerialization.from_dict(data).get_task("wait").start_trigger_args
+    sent = smart_decode_trigger_kwargs(start.trigger_kwargs)["listener"]
+    assert sent == reference.by_value(dag_of_listeners.Listener)
+    assert reference.load(sent).__doc__ == "It closes over a topic."
+
+
+def test_a_pickle_is_made_anew_as_soon_as_it_would_be_another(beside):
+    import dag_of_listeners
+
+    first = reference.by_value(dag_of_listeners.Listener)
+    assert reference.by_value(dag_of_listeners.Listener)["pickle"] is first["pickle"]
+    dag_of_listeners.some_task = object()  # which it does not use
+    assert reference.by_value(dag_of_listeners.Listener)["pickle"] is first["pickle"]
+    dag_of_listeners.LIMITS["c"] = 3
+    second = reference.by_value(dag_of_listeners.Listener)
+    assert second["pickle"] != first["pickle"]
+    dag_of_listeners.EVERY = dag_of_listeners.EVERY * 2
+    assert reference.by_value(dag_of_listeners.Listener)["pickle"] != second["pickle"]
+
+
+LISTENER = """
+from airflow_events import EventListener
+{before}
+class Listener(EventListener):
+    {within}
+    async def poll_for_event(self):
+        return {uses}
+{after}
+"""
+STEADY = {
+    "text": ("NAME = 'a' + 'b'", "NAME"),
+    "a list of sorted names": ("NAMES = sorted({'a', 'b'})", "NAMES"),
+    "a set of sets": ("NAMES = {frozenset({'a', 'b'}), frozenset({'c', 'd'})}", "NAMES"),
+    "environment": ("import os\nTOPIC = os.environ.get('TOPIC', 'orders').upper()", "TOPIC"),
+    "folder": ("from pathlib import Path\nHERE = Path(__file__).parent / 'a'", "HERE"),
+    "an object of its own": ("class C:\n    def __init__(self, a): self.a = a\nTHE = C([1])", "THE"),
+    "a moment": ("from datetime import *\nAT = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(1)", "AT"),
+    "of what is never used": ("import time\nNOW = time.time()", "1"),
+    "in a function": ("import time\ndef now(): return time.time()", "now()"),
+    "a comprehension": ("NAMES = [n.upper() for n in ('a', 'b')]", "NAMES"),
+    "in a loop": ("for I in range(3):\n    LAST = I", "LAST"),
+    "unpacked": ("A, B = 1, (2, 3)", "B"),
+    "logger": ("import logging\nlog = logging.getLogger('a.b')", "log.name"),
+}
+UNSTEADY = {
+    "time": ("import time\nSTARTED = time.time()", "STARTED", "STARTED = time.time()"),
+    "now": ("from datetime import datetime\nAT = str(datetime.now())", "AT", "AT = datetime.now()"),
+    "chance": ("import uuid\nID = f'{uuid.uuid4()}'", "ID", "ID = uuid.uuid4()"),
+    "process": ("import os\nPID = [os.getpid()]", "PID", "PID = os.getpid()"),
+    "by way of another": ("import random\nA = random.random()\nB = (A, 1)", "B", "B = random.random()"),
+    "in a function that is called": ("def f(): return 1\nB = f()", "B", "B = f()"),
+    "the order of a set": ("NAMES = list({'a', 'b'})", "NAMES", "NAMES = list({'a', 'b'})"),
+    "of a named set": ("S = {'a'}\nD = dict.fromkeys(S)", "D", "D = dict.fromkeys(S)"),
+    "joined": ("S = frozenset('ab')\nT = ','.join(S | {'c'})", "T", "T = ','.join(S | {'c'})"),
+    "of a comprehension": ("NAMES = [n for n in {'a', 'b'}]", "NAMES", "NAMES = [n for n in {'a', 'b'}]"),
+    "in a branch": ("import time\nif True:\n    T = time.time()", "T", "T = time.time()"),
+    "added": ("import time\nT = 1\nT += time.time()", "T", "T = time.time()"),
+}
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Write a module beside a DAG, and import it."""
+    monkeypatch.setenv("AIRFLOW__CORE__DAGS_FOLDER", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = []
+
+    def write(source, name=None):
+        names.append(name or f"written_{len(names)}")
+        (tmp_path / f"{names[-1]}.py").write_text(source)
+        importlib.invalidate_caches()
+        return importlib.import_module(names[-1])
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_what_is_the_same_at_every_parse(written, name):
+    before, uses = STEADY[name]
+    module = written(LISTENER.format(before=before, uses=uses, within="", after=""))
+    assert reference.unsteady(module.Listener) is None
+
+
+@pytest.mark.parametrize("name", UNSTEADY)
+def test_what_may_be_another_at_each_parse_is_named(written, name):
+    before, uses, said = UNSTEADY[name]
+    module = written(LISTENER.format(before=before, uses=uses, within="", after=""))
+    because = f"its pickle may be another one whenever the DAG is parsed, with {said}"
+    assert reference.unsteady(module.Listener) == because
+    with DAG("d", schedule=None):
+        wait = wait_for_event(module.Listener).operator
+    assert placement(wait).starts_on_worker_because == f"the triggerer cannot import Listener, and {because}"
+    assert wait.start_from_trigger is False and wait.start_trigger_args is None
+
+
+def test_attributes_of_classes_and_modules_beside_count_too(written):
+    written("import time\nAT = time.time()\nONE = 1\nTHE = dict(a=AT)", "beside_it")
+    module = written(LISTENER.format(before="import time", uses="1", within="at = time.time()", after=""))
+    assert "with at = time.time()" in reference.unsteady(module.Listener)
+    module = written(LISTENER.format(before="from beside_it import AT", uses="AT", within="", after=""))
+    assert "with AT = time.time()" in reference.unsteady(module.Listener)
+    module = written(LISTENER.format(before="from beside_it import ONE", uses="ONE", within="", after=""))
+    assert reference.unsteady(module.Listener) is None
+    # Of a module that is used as such, everything goes along.
+    module = written(LISTENER.format(before="import beside_it", uses="beside_it.ONE", within="", after=""))
+    assert "with AT = time.time()" in reference.unsteady(module.Listener)
+
+
+def test_a_long_pickle_stays_out_of_the_serialized_dag(written):
+    long = ", ".join(f"'{number:x<50}'" for number in range(2000))
+    module = written(LISTENER.format(before=f"NAMES = [{long}]", uses="NAMES", within="", after=""))
+    assert reference.unsteady(module.Listener) == "its pickle of 104 KiB is too long for a serialized DAG"
+
+
+def test_what_cannot_be_pickled_starts_on_a_worker_which_says_why(written):
+    module = written(
+        LISTENER.format(before="import threading\nL = threading.Lock()", uses="L", within="", after="")
+    )
+    with DAG("d", schedule=None):
+        wait = wait_for_event(module.Listener).operator
+    assert "it cannot be pickled: Listener is defined beside" in placement(wait).starts_on_worker_because

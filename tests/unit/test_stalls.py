@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from airflow_events.triggers import stalls
 
 STALLS = """
@@ -22,6 +23,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_begins_again_once():
     environment = {**os.environ, "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "6"}
     command = [sys.executable, "-c", STALLS]

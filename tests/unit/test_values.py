@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.values import Index, Match, decode
+from airflow_events.listeners.values import Index, Match, checked, decode
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,28 @@ def test_decode(raw, values, value):
 
 
 @pytest.mark.parametrize(
-    ("raw", "values"), [(b"{", "json"), (b"", "json"), (b"NaN", "json"), (b"\xff", "text"), (b"\xff", "json")]
+    ("raw", "values"),
+    [
+        (b"{", "json"),
+        (b"", "json"),
+        (b"NaN", "json"),
+        (b"\xff", "text"),
+        (b"\xff", "json"),
+        (b"[" * 100_000, "json"),
+    ],
 )
 def test_what_cannot_be_decoded_says_where(raw, values):
     with pytest.raises(EventUndecodable, match=f"the entry 7 is not {values}") as caught:
         decode(raw, values, "the entry 7")
     assert caught.value.where == "the entry 7"
+
+
+@pytest.mark.parametrize("event", [{"text": "a\0b"}, {"__type": "Order"}, [2**70], {1, 2**64}, object()])
+def test_what_cannot_be_stored_is_as_undecodable_as_what_cannot_be_read(event):
+    with pytest.raises(EventUndecodable, match="the entry 7 is not storable: event") as caught:
+        checked(event, "the entry 7")
+    assert caught.value.where == "the entry 7"
+    assert checked({"id": [1, None]}, "the entry 7") == {"id": [1, None]}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +77,7 @@ def test_what_cannot_be_decoded_says_where(raw, values):
         ("flag", {"flag": False}, False),
         ("missing", {}, False),
         ("starts_with(name, 'x')", {"name": 5}, False),
+        ("ceil(to_number(amount))", {"amount": "1e999"}, False),
         ({"day": "2026-03-01"}, {"day": date(2026, 3, 1)}, True),
         ({"day": "2026-03-02"}, {"day": date(2026, 3, 1)}, False),
         ({"at": "2026-03-01T12:00:00+00:00"}, {"at": datetime(2026, 3, 1, 12, tzinfo=timezone.utc)}, True),

@@ -190,8 +190,9 @@ function keepLooking(look) {
 
 /** How far a task has come that waits for many events; null for others. */
 function arrived(wait) {
-  return wait.wanted === null ? null
-    : h("div", { class: "quiet arrived" }, `${wait.arrived.toLocaleString("en")} of ${wait.wanted.toLocaleString("en")} arrived`);
+  if (wait.arrived === null) return null;
+  const of = wait.wanted === null ? "" : ` of ${wait.wanted.toLocaleString("en")}`;
+  return h("div", { class: "quiet arrived" }, `${wait.arrived.toLocaleString("en")}${of} arrived`);
 }
 
 const LONG_WITHOUT = 60_000; // milliseconds that a wait may be without a triggerer before that is marked
@@ -200,7 +201,11 @@ const LONG_WITHOUT = 60_000; // milliseconds that a wait may be without a trigge
 function triggerer(wait) {
   if (wait.triggerer) {
     return h("span", { class: wait.triggerer.alive ? null : "late", title: `job ${wait.triggerer.id}` }, wait.triggerer.hostname,
-      wait.triggerer.alive ? null : h("small", {}, "no sign of life"));
+      wait.triggerer.alive ? null : h("small", {}, "no sign of life"),
+      wait.hosted ? h("small", { title: "It shares the trigger that polls for it with other waits of its kind" }, "hosted") : null);
+  }
+  if (wait.parked) {
+    return h("span", { class: "quiet", title: "Nobody has to poll for its event: it waits in Airflow's database, and the API server ends it" }, "parked");
   }
   if (wait.state !== "deferred") return null;
   return h("span", { class: Date.now() - new Date(wait.since) > LONG_WITHOUT ? "late" : "quiet" }, "none has it");
@@ -340,7 +345,7 @@ function detail(query) {
     } catch (error) {
       const none = error.status === 404;
       shown = "";
-      show(h("div", { class: "stack" }, back(), none ? empty("There is no such wait", "The task is no wait_for_event task, or its run, or its DAG, has been deleted.") : notice(error)));
+      show(h("div", { class: "stack" }, back(), none ? empty("There is no such wait", "The task does not wait for an event, or its run, or its DAG, has been deleted.") : notice(error)));
       return;
     }
     const news = JSON.stringify(answer);
@@ -389,7 +394,7 @@ function detail(query) {
 
   function steps({ steps, summary }) {
     return h("ol", { class: "steps" }, steps.map((step) => {
-      const failed = step.done && step.name.startsWith("Ended") && summary.state !== "skipped";
+      const failed = step.done && step.name.startsWith("Ended") && !["skipped", "success"].includes(summary.state);
       const here = step.name === "Committed" && summary.stage === "recorded";
       const kind = failed ? "bad" : here ? "stuck-here" : step.name === "Waiting" ? "now" : step.done ? "done" : "";
       return h("li", { class: kind }, h("strong", {}, step.name),
@@ -406,7 +411,8 @@ function detail(query) {
       ["Deadline", summary.deadline ? [moment(summary.deadline), " · ", relative(summary.deadline)] : "none"],
       ["Triggerer", triggerer(summary)],
       ["Sign of life", summary.sign_of_life && relative(summary.sign_of_life)],
-      ["Ends", told && (told.finish_on_worker ? "on a worker" : `${summary.listener === "HttpListener" ? "with the request" : "in the triggerer"}, without a worker`)],
+      ["Process", summary.holder && h("code", {}, summary.holder)],
+      ["Ends", told && (told.finish_on_worker ? "on a worker" : `${summary.listener === "HttpListener" ? "with the request" : summary.parked ? "in the API server" : "in the triggerer"}, without a worker`)],
       ["Ended", summary.ended && [moment(summary.ended), " · ", relative(summary.ended)]],
     ].filter(([, value]) => value);
     return h("section", { class: "card" }, h("header", {}, h("h2", {}, "The wait")),
@@ -416,11 +422,13 @@ function detail(query) {
   function eventCard({ record }, may_see_event) {
     let content;
     if (!record) content = h("div", { class: "body quiet" }, "No event has been recorded.");
+    else if (record.phase === "rejected") content = h("div", { class: "body" }, `${record.sent_by} has rejected the wait${record.reason === null ? "." : `: ${record.reason}`}`);
     else if (!may_see_event) content = h("div", { class: "body quiet" }, "You may not read this DAG's XComs.");
     else content = h("pre", { id: "event" }, record.preview === null ? JSON.stringify(record.event, null, 2) : `${record.preview}…`);
     const cut = record?.preview && h("span", { class: "quiet" },
       `the first ${record.preview.length.toLocaleString("en")} of ${record.length.toLocaleString("en")} characters`);
-    const phase = record && h("span", { class: `badge is-${record.phase === "committed" ? "success" : "recorded"}` }, record.phase);
+    const look = { committed: "success", rejected: "failed" };
+    const phase = record && h("span", { class: `badge is-${look[record.phase] ?? "recorded"}` }, record.phase);
     return h("section", { class: "card" }, h("header", {}, h("h2", {}, "The event"), phase, cut), content);
   }
 
@@ -485,7 +493,8 @@ function detail(query) {
     ask("forget", "Forget this event?", [
       h("p", {}, "The record and the task's return value are deleted. When the task is cleared, it waits for another event and does not get this one again."),
       ...(summary.stage === "recorded" ? [h("p", { class: "late" }, "This event is not committed: its source will give it out again, to this wait or to another.")] : []),
-    ], { text: "Forget it", properties: { class: "danger" } }, () => call(new URL(`waits/${path(wait, "forget")}`, API), { method: "POST" }));
+      ...(summary.phase === "committed" ? [h("p", { class: "quiet" }, "The event itself is done: sent again with the same event id, it goes to no wait. If it is to go to one, send it with another id.")] : []),
+    ], { text: "Forget it", properties: { class: "danger" } }, () => post(new URL(`waits/${path(wait, "forget")}`, API), {}));
   }
 
   function send(summary) {
@@ -515,7 +524,7 @@ function detail(query) {
   function reject() {
     const reason = h("textarea", { id: "reason", required: true, maxlength: 2000, "aria-label": "Why" });
     ask("reject", "Reject this wait?", [
-      h("p", {}, "The task fails without another try, with this reason in its log. A clear makes it wait anew."), reason,
+      h("p", {}, "The task fails without another try, with this reason in its log. After a clear it waits again."), reason,
     ], { text: "Reject", properties: { class: "danger" } }, () => post(httpAddress("reject"), { reason: reason.value }));
   }
 

@@ -1,0 +1,173 @@
+"""
+What is done to the files of a directory, all of it by renames, and all of it blocking.
+
+    drops/orders.csv
+    drops/.airflow-events/archive/<id>/orders.csv    committed
+    drops/.airflow-events/removal/<id>/orders.csv    being deleted, if it is not to be archived
+
+``<id>`` is the file's identity, so a commit moves this very event or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import glob
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from airflow_events import settings
+from airflow_events.errors import EventLost
+
+log = logging.getLogger(__name__)
+
+OURS = ".airflow-events"
+
+
+def coordinates(directory: str, name: str, identity: str) -> str:
+    """Return what tells a dropped file from every other. Its form is frozen: whose an event is, hangs on it."""
+    return json.dumps([directory, name, identity], ensure_ascii=False)
+
+
+def identity_of(stat: os.stat_result) -> str:
+    """
+    Name a file by what a rename leaves as it is.
+
+    Frozen, since events and the archive bear it.
+    """
+    return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"
+
+
+@dataclass(frozen=True)
+class Drops:
+    """A directory of dropped files, and where those go that are committed: ``archive`` is None if nowhere."""
+
+    root: Path
+    archive: Path | None = None
+
+    @classmethod
+    def of(cls, directory: str, archive: str | None = None, *, delete: bool = False) -> Drops:
+        """Return the directory that a user names, below ``[events] directory_root``."""
+        root = Path(os.path.abspath(Path(settings.directory_root(), os.path.expanduser(directory))))
+        return cls(root, None if delete else root / archive if archive else root / OURS / "archive")
+
+    def check(self) -> None:
+        """
+        See that the directory is there, and that files can be moved to the archive by a rename.
+
+        :raises FileNotFoundError: it is not there.
+        :raises ValueError: the archive is on another file system.
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such directory to watch", str(self.root))
+        if self.archive is None:
+            return
+        self.archive.mkdir(parents=True, exist_ok=True)
+        if self.archive.stat().st_dev != self.root.stat().st_dev:
+            raise ValueError(
+                f"{self.archive} is on another file system than {self.root}; "
+                "a file can be moved there only by copying, which is not exactly once"
+            )
+
+    def path_of(self, name: str, identity: str) -> str | None:
+        """Return where a file is once it is committed; None if it is deleted then."""
+        return None if self.archive is None else str(self.archive / identity / name)
+
+
+def commit(event: dict[str, Any]) -> None:
+    """
+    Move an event's file to where the event says that it is, or delete it. Again, it changes nothing.
+
+    :raises EventLost: it was written to again before it was moved, so that the event tells of half a file, say.
+    """
+    root, name, identity = Path(event["directory"]), event["name"], event["id"]
+    marker = event.get("marker")
+    if event["path"] is not None:
+        _move(root, name, identity, marker, Path(event["path"]))
+        return
+    done = root / OURS / "removal" / identity / name
+    with contextlib.suppress(EventLost):  # or a commit before this one has deleted it, and it is the next file
+        _move(root, name, identity, marker, done)
+    for file in (done, done.parent / (marker or name)):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        done.parent.rmdir()
+
+
+def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) -> None:
+    file = root / name
+    there = _identity_at(file)
+    if done.exists():
+        return
+    if there is None:
+        claimed = next((root / OURS).glob(f"[cs]*/*/{identity}/{glob.escape(name)}"), None)  # by the first edition
+        if claimed is None:  # deleted by the commit before this one, or taken away by somebody else
+            return
+        file, there = claimed, identity
+    if there != identity:
+        raise EventLost(f"{file} was written to after it was taken: it is {there} now, and was {identity}")
+    done.parent.mkdir(parents=True, exist_ok=True)
+    if marker:  # first, so that the next file of that name is not taken for complete by this marker
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(root / marker, done.parent / marker)
+    with contextlib.suppress(FileNotFoundError):  # another process does the same; or NFS says so of a rename again
+        os.rename(file, done)
+    if (moved := _identity_at(done)) is not None and moved != identity:  # overwritten in that moment
+        for again in filter(None, (name, marker)):
+            with contextlib.suppress(FileNotFoundError):
+                put_back(done.parent / again, root / again)
+        raise EventLost(f"{file} was written to again while it was moved")
+
+
+def _identity_at(file: Path) -> str | None:
+    try:
+        return identity_of(file.stat())
+    except FileNotFoundError:
+        return None
+
+
+def put_back(file: Path, free: Path) -> None:
+    """Rename a file, but never onto another, whose name it then has to wait for."""
+    try:
+        rename_if_free(file, free)
+    except FileExistsError:
+        log.warning("%s is kept as %s until its name is free again", free.name, file)
+
+
+def put_back_claims(root: Path) -> None:
+    """Put back the files that waits of the first edition had claimed, and not committed for a long while."""
+    before = time.time() - settings.directory_claim_timeout()
+    for where in ("claims", "staging"):
+        for claim in (root / OURS / where).glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if claim.stat().st_mtime < before:
+                    for file in claim.glob("*/*"):
+                        log.warning("The claim %s has lapsed; %s goes back to %s", claim.name, file.name, root)
+                        put_back(file, root / file.name)
+                    for folder in (*claim.glob("*"), claim):
+                        with contextlib.suppress(OSError):  # it is not empty
+                            folder.rmdir()
+
+
+def rename_if_free(old: Path, new: Path) -> None:
+    """
+    Rename, but never onto an existing file.
+
+    :raises FileExistsError: there is one.
+    """
+    with contextlib.suppress(AttributeError):
+        at_fdcwd, no_replace = -100, 1
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        if not rename(at_fdcwd, os.fsencode(old), at_fdcwd, os.fsencode(new), no_replace):
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(number, os.strerror(number), str(new))
+    os.link(old, new)  # a file system that cannot do it in one step
+    os.unlink(old)

@@ -1,0 +1,423 @@
+"""
+Queues: each message goes to one wait, and stays unacknowledged at its source until the inbox has it.
+
+A source that delivers at least once derives from `QueueHub`: it says how to receive, acknowledge and give back.
+Which wait gets a message is decided here as long as it is in this process, and by the inbox in the end: a message
+is known by its `EventListener.event_id`, however often and wherever it is delivered.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+from airflow_events.errors import AtRedelivery, EventUndecodable
+from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.hub import Hub, Seeker
+from airflow_events.listeners.shared import OnePerLoop, background, shared
+from airflow_events.listeners.values import checked, unreadable
+
+log = logging.getLogger(__name__)
+
+# How many ids of messages that could not be read a hub remembers.
+_REMEMBERED = 10_000
+# How many messages are acknowledged, or given back, at once.
+_AT_ONCE = 500
+# What a dead letter says besides what it was, where its source has names for that: why, and where it came from.
+REASON, SOURCE = "airflow-events-reason", "airflow-events-source"
+# Seconds that giving back may take; after that the source has to notice by itself.
+_LONGEST_RETURN = 5.0
+
+_H = TypeVar("_H", bound="QueueHub")
+
+
+class Delivery:
+    """
+    A message that this process has received.
+
+    :param id: its `EventListener.event_id`, the same at each redelivery.
+    :param message: as the source's client has it, with all that it takes to acknowledge it.
+    :ivar wait: which was given it, by its `Wait.id`.
+    :ivar is_stale: whether it came over a connection that is gone, so that it can be acknowledged only when it
+        comes again.
+    """
+
+    __slots__ = ("id", "is_stale", "message", "wait")
+
+    def __init__(self, id: str, message: Any) -> None:
+        self.id, self.message, self.is_stale, self.wait = id, message, False, ""
+
+
+class QueueHub(Hub[Seeker]):
+    """
+    Receives messages for the waits of a triggerer, and holds each until it is acknowledged or given back.
+
+    A subclass receives in `serve`, at most `wanted` messages, and calls `offer` for each.
+
+    :ivar in_hand: by id, the messages that a wait has, and that are neither acknowledged nor given back.
+    :ivar aside: by id, the messages that no wait of this hub can read. The source still waits to hear about them.
+    """
+
+    keep_every: float | None = None
+    """Seconds after which `keep` is called, again and again; None if nothing need be done to keep a message."""
+
+    def __init__(self, name: str) -> None:
+        self.in_hand: dict[str, Delivery] = {}
+        self.aside: dict[str, Delivery] = {}
+        self._open: dict[Seeker, None] = {}  # those that were given nothing yet, in the order in which they came
+        self._unreadable: OrderedDict[str, None] = OrderedDict()
+        self._acknowledging = _Batches(self._acknowledge)
+        self._returning = _Batches(self._give_back)
+        super().__init__(name)
+        self._keeper = None if self.keep_every is None else background(self._keep(), f"keeping of {name}")
+
+    @abc.abstractmethod
+    async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
+        """
+        Tell the source that it may forget these, by their ids; return once it has confirmed that it has.
+
+        None of them is stale. What it raises is told to those who wait for it, and they come again.
+        """
+
+    @abc.abstractmethod
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Let the source deliver these again at once, to whoever waits, without counting it as a failure."""
+
+    async def keep(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Tell the source that these are still being worked on."""
+
+    @property
+    def wanted(self) -> int:
+        """How many messages the waits still want."""
+        return len(self._open)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the source waits to hear of a message that a wait has."""
+        return bool(self.in_hand)
+
+    def offer(self, id: str, message: Any) -> None:
+        """Give a message to the wait that has waited longest; give it back if none wants it."""
+        if (delivery := self.hold(id, message)) is not None:
+            self.pass_on(delivery)
+
+    def hold(self, id: str, message: Any) -> Delivery | None:
+        """Have a message in hand; return None if a wait has it already, or none can read it."""
+        delivery = Delivery(id, message)
+        if id in self._unreadable:
+            self.aside[id] = delivery
+            return None
+        InHand.of_loop().note(id, self)
+        before = self.in_hand.get(id)
+        self.in_hand[id] = delivery
+        if before is None:
+            return delivery
+        delivery.wait = before.wait  # the source thinks that nobody works on it any more
+        return None
+
+    def connection_lost(self) -> None:
+        """Note that the connection is gone, of a source whose deliveries end with it."""
+        for delivery in self.in_hand.values():
+            delivery.is_stale = True
+        self.aside.clear()
+
+    def set_aside(self, delivery: Delivery) -> None:
+        """Give the message to no wait of this hub any more, since none of them can read it."""
+        self.forget(delivery.id)
+        self._unreadable[delivery.id] = None
+        while len(self._unreadable) > _REMEMBERED:
+            self._unreadable.popitem(last=False)
+        self.aside[delivery.id] = delivery
+
+    async def settle(self, id: str) -> None:
+        """
+        Acknowledge a message.
+
+        :raises AtRedelivery: it can be acknowledged only when it comes again.
+        """
+        if not self._is_stale(id):  # if it is, there need be no connection to say so
+            await self._acknowledging.add(id)
+        is_stale = self._is_stale(id)
+        self.forget(id)
+        if is_stale:
+            raise AtRedelivery(f"{self.name}: the connection over which {id} came is gone")
+
+    def _is_stale(self, id: str) -> bool:
+        return id in self.in_hand and self.in_hand[id].is_stale
+
+    async def release(self, id: str) -> None:
+        """Let another wait have a message: one of this process if there is any, or else one of another."""
+        if (delivery := self.in_hand.get(id)) is None:
+            return
+        if self.wanted:
+            self.pass_on(delivery)
+        else:
+            await self._return(delivery)
+
+    async def take(self, seeker: Seeker) -> Delivery:
+        """Return a message, which is the wait's to acknowledge or to give back."""
+        self._open[seeker] = None
+        try:
+            delivery: Delivery = await super().take(seeker)
+        except BaseException:
+            found = seeker.found
+            given = found.result() if found.done() and not found.cancelled() and not found.exception() else None
+            if isinstance(given, Delivery):  # it came too late
+                self.pass_on(given)
+            raise
+        if isinstance(delivery, Delivery):  # and not what a watch was given, which is nobody's
+            InHand.of_loop().given(delivery)
+        return delivery
+
+    def _let_go(self, seeker: Seeker) -> None:
+        super()._let_go(seeker)
+        self._open.pop(seeker, None)
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+        held = {**self.in_hand, **self.aside}
+        if held:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self.give_back(held), _LONGEST_RETURN)
+        for id in list(self.in_hand):
+            self.forget(id)
+        await super().close()
+
+    def pass_on(self, delivery: Delivery) -> None:
+        """Let another wait have a message that is in hand."""
+        delivery.wait = ""
+        while self._open:
+            seeker = next(iter(self._open))
+            del self._open[seeker]
+            if not seeker.done:
+                seeker.give(delivery)
+                return
+        background(self._return(delivery), f"giving back {delivery.id}")
+
+    async def _return(self, delivery: Delivery) -> None:
+        try:
+            await asyncio.wait_for(self._returning.add(delivery.id), _LONGEST_RETURN)
+        except Exception as error:
+            log.info("%s could not be given back, so its source has to notice by itself: %r", delivery.id, error)
+        self.forget(delivery.id)
+
+    def forget(self, id: str) -> None:
+        """Have a message in hand no longer."""
+        self.in_hand.pop(id, None)
+        InHand.of_loop().forget(id, self)
+
+    async def _acknowledge(self, ids: list[str]) -> None:
+        await self.connected()
+        await self.acknowledge(self._fresh(ids))
+
+    async def _give_back(self, ids: list[str]) -> None:
+        await self.connected()
+        await self.give_back(self._fresh(ids))
+
+    def _fresh(self, ids: list[str]) -> dict[str, Delivery]:
+        return {id: self.in_hand[id] for id in ids if id in self.in_hand and not self.in_hand[id].is_stale}
+
+    async def _keep(self) -> None:
+        assert self.keep_every is not None
+        while True:
+            await asyncio.sleep(self.keep_every)
+            held = {**self._fresh(list(self.in_hand)), **self.aside}
+            if not held:
+                continue
+            try:
+                await self.keep(held)
+            except Exception as error:
+                log.warning("%s could not be told that %d messages are in hand: %s", self.name, len(held), error)
+
+
+class InHand(OnePerLoop):
+    """Which hub has which message."""
+
+    def __init__(self) -> None:
+        self.hubs: dict[str, QueueHub] = {}
+        self.of_waits: dict[str, set[str]] = {}
+
+    def given(self, delivery: Delivery) -> None:
+        """Note that a wait was given it."""
+        delivery.wait = current_wait().id
+        self.of_waits.setdefault(delivery.wait, set()).add(delivery.id)
+
+    def note(self, id: str, hub: QueueHub) -> None:
+        """Note that a hub has it now, and another one no longer, to which the source had delivered it before."""
+        before = self.hubs.get(id)
+        if before is not None and before is not hub:
+            before.forget(id)
+        self.hubs[id] = hub
+
+    def forget(self, id: str, hub: QueueHub) -> None:
+        """Note that a hub has it no longer."""
+        if self.hubs.get(id) is hub:
+            del self.hubs[id]
+
+    async def poll_ended(self, listener: type[EventListener], wait: str, event: Any | None) -> None:
+        """
+        Give back what a wait was given by a poll that has ended, besides the event that it returned.
+
+        It may have been cancelled in a listener that does something with what it received before it returns it.
+        """
+        if wait not in self.of_waits:
+            return
+        returned = None if event is None else listener().event_id(event)
+        for id in self.of_waits.pop(wait):
+            hub = self.hubs.get(id)
+            if hub is not None and id != returned and hub.in_hand[id].wait == wait:
+                await hub.release(id)
+
+
+class QueueListener(EventListener):
+    """
+    A listener of a queue: its `poll_for_event` calls `receive`, and the rest follows from `event_id`.
+
+    A source where a message can be acknowledged by its coordinates, over any connection, defines `acknowledge`.
+    """
+
+    @abc.abstractmethod
+    def event_id(self, event: Any) -> str:
+        """Return the coordinates of the message at its source, as one text: see `EventListener.event_id`."""
+
+    def event_content(self, event: Any) -> Any:
+        """Return the event without the connection over which it came: another one may deliver it again."""
+        return {name: said for name, said in event.items() if not name.endswith(("_conn_id", "_config_id"))}
+
+    async def acknowledge(self, event: Any) -> None:
+        """
+        Acknowledge the event's message, which this process does not have.
+
+        :raises AtRedelivery: it can be acknowledged only when it comes again.
+        """
+        raise AtRedelivery(f"another process received {self.event_id(event)}")
+
+    async def event_checkpointed(self, event: Any) -> None:
+        """Acknowledge the message."""
+        id = self.event_id(event)
+        hub = InHand.of_loop().hubs.get(id)
+        if hub is None:
+            await self.acknowledge(event)
+        else:
+            await hub.settle(id)
+
+    async def event_released(self, event: Any | None, *args: Any, **kwargs: Any) -> None:
+        """Let another wait have the message at once."""
+        id = None if event is None else self.event_id(event)
+        if id is not None and (hub := InHand.of_loop().hubs.get(id)) is not None:
+            await hub.release(id)
+
+
+class FinalIdListener(QueueListener):
+    """A listener of a queue that never gives an id to another message: the id says all of an event's content."""
+
+    def event_content(self, event: Any) -> str:
+        """Return the id: by which format and connection a message was read, makes no other event of it."""
+        return self.event_id(event)
+
+
+async def receive(
+    key: Hashable,
+    make: Callable[[], _H],
+    read: Callable[[Any], dict[str, Any]],
+    otherwise: Callable[[_H, Delivery, EventUndecodable], Awaitable[None]] | None = None,
+    seek: Callable[[], Seeker] = Seeker,
+) -> dict[str, Any]:
+    """
+    Return the event of the next message that can be read and stored.
+
+    :param key: of the hub, as of `shared`; with all that ``read`` depends on.
+    :param make: the hub.
+    :param read: makes an event of a message.
+    :param otherwise: what becomes of a message that cannot be read; it is acknowledged afterwards. None fails the
+        wait for it, and the message stays unacknowledged.
+    :param seek: says what the wait wants, of a hub that can tell messages apart.
+    :raises EventUndecodable: a message cannot be read, or not be stored.
+    """
+    while True:
+        async with shared(key, make) as hub:
+            delivery = await hub.take(seek())
+            try:
+                return _readable(read, delivery)
+            except EventUndecodable as error:
+                if otherwise is None:
+                    hub.set_aside(delivery)
+                    raise
+                try:
+                    await otherwise(hub, delivery, error)
+                    with contextlib.suppress(AtRedelivery):
+                        await hub.settle(delivery.id)
+                except hub.lost as gone:  # it is done again when there is a connection
+                    log.warning("%s: not done yet, as the connection is gone (%r): %s", hub.name, gone, error)
+                    await hub.release(delivery.id)
+                except BaseException:
+                    await hub.release(delivery.id)
+                    raise
+
+
+def _readable(read: Callable[[Any], dict[str, Any]], delivery: Delivery) -> dict[str, Any]:
+    """
+    Return a message's event, checked.
+
+    :raises EventUndecodable: there is none, whatever the reason: one message must not stop a queue.
+    """
+    try:
+        event: dict[str, Any] = checked(read(delivery.message), delivery.id)
+        return event
+    except EventUndecodable as error:
+        error.event_id = delivery.id
+        raise
+    except Exception as error:
+        failed = unreadable(delivery.id, error)
+        failed.event_id = delivery.id
+        raise failed from error
+
+
+async def skip(hub: QueueHub, delivery: Delivery, error: EventUndecodable) -> None:
+    """Pass over a message that cannot be read; it is acknowledged."""
+    log.warning("Passed over, and acknowledged: %s", error)
+
+
+class _Batches:
+    """Does for many at once what is asked for each: while one batch is under way, the next one gathers."""
+
+    def __init__(self, work: Callable[[list[str]], Awaitable[None]]) -> None:
+        self._work = work
+        self._asked: dict[str, asyncio.Future[None]] = {}
+        self._running: asyncio.Task[None] | None = None
+
+    async def add(self, id: str) -> None:
+        """Return once it is done for ``id``; raise what the work for its batch raised."""
+        if id not in self._asked:
+            self._asked[id] = asyncio.get_running_loop().create_future()
+        asked = self._asked[id]
+        if self._running is None or self._running.done():
+            self._running = background(self._run(), "a batch")
+        await asyncio.shield(asked)
+
+    async def _run(self) -> None:
+        while self._asked:
+            ids = list(self._asked)[:_AT_ONCE]
+            batch = {id: self._asked.pop(id) for id in ids}
+            error: BaseException | None = None
+            try:
+                await self._work(ids)
+            except BaseException as raised:
+                error = raised
+            for asked in batch.values():
+                if asked.done():
+                    continue
+                if error is None:
+                    asked.set_result(None)
+                elif isinstance(error, Exception):
+                    asked.set_exception(error)
+                else:
+                    asked.cancel()
+            if error is not None and not isinstance(error, Exception):
+                raise error

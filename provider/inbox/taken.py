@@ -1,0 +1,65 @@
+"""Whose an event of a source is, by its identity: the rows of ``event_taken``, read and written for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from airflow_events.inbox.models import EventTaken
+from sqlalchemy import insert, select, update
+from sqlalchemy.orm import Session
+
+
+@dataclass
+class Taken:
+    """
+    Whose an event is.
+
+    :param wait: for whoever looks.
+    :param set_aside: why ``wait`` could not read it; None of an event that is recorded.
+    :param is_new: whether it has no row yet; ``changed`` whether the row is to be written.
+    :param committed: whether its source has nothing to be told.
+    """
+
+    content: bytes
+    record_id: str
+    wait: str
+    set_aside: str | None = None
+    is_new: bool = True
+    changed: bool = False
+    committed: bool = False
+
+
+def taken_of(session: Session, identities: Iterable[str | None]) -> dict[bytes, Taken]:
+    """Return whose events of these identities are."""
+    wanted = sorted({bytes.fromhex(one) for one in identities if one})
+    if not wanted:
+        return {}
+    columns = (EventTaken.content, EventTaken.record_id, EventTaken.wait, EventTaken.set_aside)
+    rows = session.execute(select(EventTaken.identity, *columns).where(EventTaken.identity.in_(wanted)))
+    return {row.identity: Taken(row.content, row.record_id, row.wait, row.set_aside, is_new=False) for row in rows}
+
+
+def write_taken(session: Session, taken: Mapping[bytes, Taken], now: datetime) -> None:
+    """Write whose events are, in the order of their keys, so that of two batches one waits for the other."""
+    new: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
+    for identity, one in sorted(taken.items()):
+        row = {
+            "identity": identity,
+            "content": one.content,
+            "record_id": one.record_id,
+            "wait": one.wait,
+            "taken_at": now,
+            "acknowledged_at": now if one.committed else None,
+            "set_aside": one.set_aside,
+        }
+        if one.changed:
+            (new if one.is_new else changed).append(row)
+    if new:
+        session.execute(insert(EventTaken), new)
+    for row in changed:
+        statement = update(EventTaken).where(EventTaken.identity == row["identity"]).values(row)
+        session.execute(statement.execution_options(synchronize_session=False))

@@ -1,0 +1,117 @@
+"""What starts runs: by which events, whether there is room for more, and which was the last."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from airflow.jobs.job import Job
+from airflow.models.asset import AssetModel, AssetWatcherModel, DagScheduleAssetReference
+from airflow.models.dag import DagModel
+from airflow.models.dagrun import DagRun
+from airflow.models.trigger import Trigger
+from airflow_events.inbox.entries import RUN_ID_PREFIX, START_GROUP
+from airflow_events.inbox.starts import Dag
+from airflow_events.waits.listing import Triggerer, triggerer_of
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    Events that start runs of a DAG.
+
+    :param asset: its name, which is the listener and its arguments unless the author gave one.
+    :param state: ``open``, ``full``, ``paused``, ``broken``, ``no trigger`` or ``no triggerer``.
+    :param active: how many runs of the DAG are queued or running.
+    :param up_to: how many there may be.
+    :param last_event: when the last event started a run that is still there; None if none has.
+    :param last_run: the id of that run.
+    """
+
+    dag_id: str
+    asset: str
+    state: str
+    active: int
+    up_to: int
+    last_event: datetime | None
+    last_run: str | None
+    triggerer: Triggerer | None
+
+
+def starts(session: Session, *, dag_id: str | None = None) -> list[Start]:
+    """Return what starts runs, by DAG."""
+    query = (
+        select(
+            AssetModel.name,
+            DagModel.dag_id,
+            DagModel.is_paused,
+            DagModel.has_import_errors,
+            DagModel.max_active_runs,
+            Trigger.id.label("trigger_id"),
+            Trigger.encrypted_kwargs,
+            Job.id.label("job_id"),
+            Job.hostname.label("job_hostname"),
+            Job.state.label("job_state"),
+            Job.latest_heartbeat,
+        )
+        .join(DagScheduleAssetReference, DagScheduleAssetReference.asset_id == AssetModel.id)
+        .join(DagModel, DagModel.dag_id == DagScheduleAssetReference.dag_id)
+        .outerjoin(AssetWatcherModel, AssetWatcherModel.asset_id == AssetModel.id)
+        .outerjoin(Trigger, Trigger.id == AssetWatcherModel.trigger_id)
+        .outerjoin(Job, Job.id == Trigger.triggerer_id)
+        .where(AssetModel.group == START_GROUP, DagModel.is_stale.is_(False))
+        .order_by(DagModel.dag_id, AssetModel.name, Trigger.id)
+    )
+    if dag_id is not None:
+        query = query.where(DagModel.dag_id == dag_id)
+    rows = session.execute(query).all()
+    dag_ids = sorted({row.dag_id for row in rows})
+    active: dict[str, int] = {}
+    if dag_ids:
+        active = DagRun.active_runs_of_dags(dag_ids=dag_ids, exclude_backfill=True, session=session)
+    last = _last(session, dag_ids)
+    return [_start(row, active.get(row.dag_id, 0), last[row.dag_id]) for row in rows]
+
+
+def _start(row: Any, active: int, last: Any) -> Start:
+    dag = Dag.of(row, active)
+    up_to = None if row.trigger_id is None else Trigger._decrypt_kwargs(row.encrypted_kwargs).get("up_to")
+    triggerer = triggerer_of(row)
+    return Start(
+        dag_id=row.dag_id,
+        asset=row.name,
+        state=_state(dag, up_to, row.trigger_id is not None, triggerer),
+        active=active,
+        up_to=dag.max_active_runs if up_to is None else up_to,
+        last_event=None if last is None else last.created_at or last.run_after,
+        last_run=None if last is None else last.run_id,
+        triggerer=triggerer,
+    )
+
+
+def _state(dag: Dag, up_to: int | None, has_trigger: bool, triggerer: Triggerer | None) -> str:
+    if dag.is_paused:
+        return "paused"
+    if dag.is_broken:
+        return "broken"
+    if not has_trigger:
+        return "no trigger"
+    if triggerer is None or not triggerer.alive:
+        return "no triggerer"
+    return "open" if dag.left(up_to) else "full"
+
+
+def _last(session: Session, dag_ids: list[str]) -> defaultdict[str, Any]:
+    """Return the last run of each DAG that an event started, by the DAG's id; None if there is none."""
+    found: defaultdict[str, Any] = defaultdict(lambda: None)
+    if dag_ids:
+        started = DagRun.run_id.startswith(RUN_ID_PREFIX, autoescape=True)
+        latest = select(func.max(DagRun.id)).where(DagRun.dag_id.in_(dag_ids), started).group_by(DagRun.dag_id)
+        columns = (DagRun.dag_id, DagRun.run_id, DagRun.created_at, DagRun.run_after)
+        for row in session.execute(select(*columns).where(DagRun.id.in_(latest))):
+            found[row.dag_id] = row
+    return found

@@ -1,0 +1,97 @@
+"""Waits that share a trigger, in a real Airflow: one row, one anchor, and what becomes of them when that goes."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from deployment import until
+
+TASKS = tuple(f"wait_{number}" for number in range(6))
+HOST = "airflow_events.triggers.host.HostTrigger"
+
+
+@pytest.fixture
+def triggers(airflow):
+    """Read which triggers the task instances of a run have, and of what class they are."""
+    engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
+
+    def read(run):
+        query = text(
+            "SELECT ti.task_id, t.classpath FROM task_instance ti JOIN trigger t ON t.id = ti.trigger_id "
+            "WHERE ti.run_id = :run AND ti.state = 'deferred'"
+        )
+        with engine.connect() as connection:
+            return {row.task_id: row.classpath for row in connection.execute(query, {"run": run.run_id})}
+
+    yield read
+    engine.dispose()
+
+
+@pytest.fixture
+def run(airflow, inbox, tmp_path, triggers):
+    """A run whose waits have all joined their host and are polled for."""
+    run = airflow.run("hosted", {"base": str(tmp_path), "of": tmp_path.name})
+    for task in TASKS:
+        until(
+            lambda task=task: (row := inbox(run, task)) and row.host and row.generation == 2, f"{task} is hosted"
+        )
+    return run
+
+
+def drop(tmp_path, number):
+    (tmp_path / f"{tmp_path.name}-{number}").write_text("here")
+
+
+def test_they_have_one_trigger_and_each_gets_its_event(airflow, run, tmp_path, triggers):
+    """Also after a SIGKILL of the triggerer, and of the API server as the anchor ends."""
+    [(anchor, kind)] = triggers(run).items()
+    assert kind == HOST
+    other = next(task for task in TASKS if task != anchor)
+    drop(tmp_path, other[-1])
+    run.until_task(other, "success")
+    assert triggers(run) == {anchor: HOST}
+
+    airflow.components["triggerer"].kill()
+    assert not airflow.components["triggerer"].alive
+    drop(tmp_path, anchor[-1])
+    airflow.restart("triggerer")
+    run.until_task(anchor, "success")
+    [(heir, kind)] = triggers(run).items()
+    assert kind == HOST and heir not in (anchor, other)
+
+    airflow.components["api-server"].kill()
+    for task in TASKS:
+        drop(tmp_path, task[-1])
+    airflow.restart("api-server")
+    until(airflow.answers, "the API server answers")
+    for task in TASKS:
+        run.until_task(task, "success")
+        assert run.worker_starts(task) == 0
+    assert run.xcom(anchor)["name"] == f"{tmp_path.name}-{anchor[-1]}"
+    until(lambda: not triggers(run), "nobody has it any more")
+
+
+@pytest.mark.parametrize("end", ["clear", "mark"])
+def test_where_the_anchor_goes_another_is_found(airflow, run, tmp_path, triggers, inbox, end):
+    [(anchor, _)] = triggers(run).items()
+    if end == "clear":
+        run.clear(anchor)
+        until(lambda: inbox(run, anchor).generation >= 4 and inbox(run, anchor).host, "it has joined again")
+    else:
+        run.mark(anchor, "failed")
+    until(lambda: list(triggers(run).values()) == [HOST], "there is a host again")
+    for task in TASKS:
+        drop(tmp_path, task[-1])
+    for task in TASKS:
+        run.until_task(task, "failed" if (task, end) == (anchor, "mark") else "success")
+
+
+def test_a_poll_that_raises_fails_its_own_wait_alone(airflow, run, inbox, triggers):
+    assert run.until_task("fails", "failed") == "failed"
+    log = run.logs("fails", "attempt=1.log")  # of the worker that failed it
+    assert "Trigger failed" in log and "Traceback (most recent call last)" in log and "settle" in log
+    assert list(triggers(run).values()) == [HOST]
+    assert {run.task_state(task) for task in TASKS} == {"deferred"}
+    for task in TASKS:
+        run.mark(task, "failed")

@@ -1,0 +1,79 @@
+"""Waits that nobody polls for, in a real Airflow: they have no trigger, and end though no triggerer is there."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from deployment import until
+
+TASKS = ("timer", "event", "skips", "default", "late")
+
+
+@pytest.fixture
+def triggers(airflow):
+    """Count the trigger rows of a run, and those of all."""
+    engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
+
+    def count(run=None):
+        of_run = "WHERE id IN (SELECT trigger_id FROM task_instance WHERE run_id = :run)"
+        with engine.connect() as connection:
+            query = text(f"SELECT count(*) FROM trigger {of_run if run else ''}")
+            return connection.execute(query, {"run": run.run_id} if run else {}).scalar()
+
+    yield count
+    engine.dispose()
+
+
+def test_without_a_trigger_they_get_their_events_and_keep_their_deadlines(airflow, inbox, triggers):
+    """The API server and the triggerer are killed meanwhile, and the triggerer stays away."""
+    due = datetime.now(timezone.utc) + timedelta(seconds=60)
+    conf = {"due": due.isoformat(), "key": "parked"}
+    run = airflow.run("parked", conf)
+    for task in TASKS:
+        until(lambda task=task: (row := inbox(run, task)) and row.parked, f"{task} is parked")
+    assert (triggers(run), {run.task_state(task) for task in TASKS}) == (0, {"deferred"})
+    until(lambda: triggers() == 0, "Airflow has deleted the triggers")
+
+    airflow.components["triggerer"].kill()
+    assert not airflow.components["triggerer"].alive
+    run.clear("event")  # there is nobody who could begin it again
+    airflow.components["api-server"].kill()
+    assert not airflow.components["api-server"].alive
+    until(lambda: datetime.now(timezone.utc) > due, "the moment passes while no API server is there")
+    airflow.restart("api-server")
+    until(airflow.answers, "the API server answers")
+
+    states = {"timer": "success", "skips": "skipped", "default": "success", "late": "failed"}
+    for task, state in states.items():
+        run.until_task(task, state)
+    assert run.xcom("timer")["__data__"]["timestamp"] == due.timestamp()
+    assert run.xcom("default") == {"of": "default"}
+    assert {task: run.worker_starts(task) for task in states} == {"timer": 0, "skips": 0, "default": 0, "late": 1}
+    assert "No event of HttpListener came" in run.logs("late")
+    assert "goes on in Airflow's database" in run.logs("timer")
+
+    airflow.restart("triggerer")
+    until(lambda: inbox(run, "event").parked and inbox(run, "event").generation == 2, "the cleared wait is parked")
+    airflow.components["triggerer"].kill()
+    sent = airflow._request("POST", f"{airflow.url}/events/keys/parked", {"n": 1})
+    assert sent["status"] == "delivered"
+    run.until_task("event", "success")
+    assert run.xcom("event") == {"n": 1}
+
+
+def test_a_user_ends_and_clears_a_parked_wait(airflow, inbox, triggers):
+    due = datetime.now(timezone.utc) + timedelta(hours=1)
+    run = airflow.run("parked", {"due": due.isoformat(), "key": "nobody's"})
+    for task in TASKS:
+        until(lambda task=task: (row := inbox(run, task)) and row.parked, f"{task} is parked")
+    run.mark("timer", "success")
+    run.mark("event", "failed")
+    run.clear("late")
+    until(lambda: inbox(run, "late").generation == 2 and inbox(run, "late").parked, "it is parked again")
+    for task in ("skips", "default", "late"):
+        run.mark(task, "failed")
+    assert run.finished() == "failed"
+    assert triggers(run) == 0

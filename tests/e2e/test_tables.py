@@ -1,0 +1,99 @@
+"""Airflow's own commands make, check and drop our tables too, and an API server makes them where it may."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime, timezone
+
+import pytest
+from airflow_events.inbox.models import Base, EventSent
+from sqlalchemy import create_engine, func, insert, inspect, select
+
+from deployment import Deployment, until
+from mysql import Mysql, missing
+from postgres import Postgres
+
+MANAGER = "airflow_events.inbox.manager.InboxDBManager"
+NOW = datetime.now(timezone.utc)
+OURS = {*Base.metadata.tables, "alembic_version_events"}
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mysql"])
+def deployment(request, tmp_path):
+    """An Airflow whose database is empty."""
+    with contextlib.ExitStack() as stack:
+        url = None
+        if request.param == "postgres":
+            url = stack.enter_context(Postgres()).url
+        elif request.param == "mysql":
+            if problem := missing():
+                pytest.skip(problem)
+            url = stack.enter_context(Mysql()).url
+        # Nobody has to list the manager; the command that is for one manager wants it.
+        settings = {"database.external_db_managers": MANAGER}
+        yield stack.enter_context(Deployment(tmp_path / "airflow", database=url, settings=settings))
+
+
+@pytest.fixture
+def database(deployment):
+    engine = create_engine(deployment.database or f"sqlite:///{deployment.home}/airflow.db")
+    yield engine
+    engine.dispose()
+
+
+def tables(database):
+    return set(inspect(database).get_table_names())
+
+
+def drop_ours(deployment):
+    """As an Airflow has it that was migrated before this package was installed into it."""
+    deployment.airflow("db-manager", "downgrade", MANAGER, "--to-revision", "base", "--yes")
+
+
+def check(deployment):
+    deployment.airflow("db", "check-migrations", "--migration-wait-timeout", "1")
+
+
+def test_airflows_commands_see_to_them(deployment, database):
+    deployment.prepare()
+    check(deployment)
+    made = tables(database)
+    assert made > OURS
+
+    drop_ours(deployment)
+    assert tables(database) == made - set(Base.metadata.tables)
+    with pytest.raises(RuntimeError, match="unapplied migrations"):
+        check(deployment)
+    deployment.airflow("db", "migrate")
+    check(deployment)
+
+    with database.begin() as connection:
+        connection.execute(
+            insert(EventSent).values(identity=b"i" * 32, content=b"c" * 32, receipt="", expires=NOW)
+        )
+    deployment.airflow("db", "reset", "--yes")
+    check(deployment)
+    assert tables(database) == made
+    with database.connect() as connection:
+        assert connection.scalar(select(func.count()).select_from(EventSent)) == 0
+    deployment.airflow("db", "reset", "--yes", "--skip-init")
+    assert not tables(database) & (OURS | {"task_instance"})
+
+
+@pytest.mark.parametrize("deployment", ["postgres"], indirect=True)
+def test_an_api_server_goes_on_without_them_and_makes_them_where_it_may(deployment, database):
+    deployment.prepare()
+    drop_ours(deployment)
+    deployment.start("api-server")
+    log = deployment.components["api-server"].log
+    until(lambda: "set [events] migrate_on_start = True" in log.read_text(), "the API server says what is missing")
+    assert deployment.answers()
+    assert "event_wait" not in tables(database)
+    deployment.stop()
+
+    deployment.settings["events.migrate_on_start"] = "True"
+    deployment.start("api-server")
+    until(lambda: tables(database) >= OURS, "the API server has made the tables")
+    until(lambda: "were migrated from revision None" in log.read_text(), "it says so")
+    assert deployment.answers()
+    check(deployment)

@@ -1,0 +1,85 @@
+"""That nobody's request keeps a database connection for longer than its transaction, and few are taken at once."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+
+import pytest
+from airflow_events import doors
+from airflow_events.api.app import create_app
+from sqlalchemy import event
+
+pytestmark = pytest.mark.slow
+
+
+def dependencies(dependant):
+    for each in dependant.dependencies:
+        yield each.call
+        yield from dependencies(each)
+
+
+def test_no_route_is_given_a_session_for_as_long_as_it_is_answered():
+    """FastAPI ends what a dependency yields when the event loop comes to it; until then its connection is out."""
+    for route in create_app().routes:
+        if dependant := getattr(route, "dependant", None):
+            yielding = [
+                call
+                for call in dependencies(dependant)
+                if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call)
+            ]
+            assert not yielding, f"{route.path}: {yielding}"
+
+
+@pytest.fixture
+def out(server):
+    """How many connections are out at once, at most, while they are asked for in our threads."""
+    now, most, lock = set(), [0], threading.Lock()
+
+    def taken(connection, record, proxy):
+        with lock:
+            now.add(record)
+            most[0] = max(most[0], len(now))
+
+    def given_back(connection, record):
+        with lock:
+            now.discard(record)
+
+    event.listen(server.engine, "checkout", taken)
+    event.listen(server.engine, "checkin", given_back)
+    yield most
+    event.remove(server.engine, "checkout", taken)
+    event.remove(server.engine, "checkin", given_back)
+    assert not now
+
+
+async def test_sixty_viewers_at_once_leave_connections_to_airflow(server, out):
+    server.waits.add("key")
+    server.session.commit()
+    async with server.many(server.token("VIEWER")) as client:
+        answers = await asyncio.gather(*(client.get("/events/api/waits") for _ in range(60)))
+    assert {answer.status_code for answer in answers} == {200}
+    # Some more for who is logged in, and in which team: each in a moment of its own.
+    assert out[0] <= doors._AT_ONCE + 4
+
+
+@pytest.mark.parametrize("same", ["wait", "key", "nothing"])
+async def test_two_hundred_senders_at_once_are_each_told_what_became_of_it(server, out, same):
+    if same == "wait":
+        wait = server.waits.add()
+        addresses = [f"/events/dags/shop/runs/{wait.run_id}/tasks/{wait.task_id}"] * 200
+    else:
+        waits = [server.waits.add(f"{same}-{number if same == 'nothing' else 0}") for number in range(20)]
+        addresses = [f"/events/keys/{same}-{number if same == 'nothing' else 0}" for number in range(200)]
+    server.session.commit()
+    async with server.many(server.token("USER")) as client:
+        answers = await asyncio.gather(*(client.post(address, json=1) for address in addresses))
+    said = [answer.status_code for answer in answers]
+    if same == "wait":
+        assert sorted(said) == [200] + [409] * 199
+    else:
+        assert said.count(200) == 20 and said.count(202) == 180
+        assert {server.waits.state(wait).state for wait in waits} == {"success"}
+        server.session.rollback()
+    assert out[0] <= doors._AT_ONCE + 4

@@ -1,0 +1,311 @@
+"""Watching a log in memory, by the hub that all sources use: what is read, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+
+import pendulum
+import pytest
+from airflow_events.errors import EventUndecodable
+from airflow_events.listeners import log
+from airflow_events.listeners.base import Wait
+from airflow_events.listeners.log import LogHub, Reader, Watcher, message_of, since_of
+from airflow_events.listeners.values import Match
+
+NOW = datetime.now(timezone.utc)
+
+
+class MemoryReader(Reader):
+    def __init__(self, hub, position):
+        self.hub = hub
+        self.position = position
+        hub.open += 1
+
+    async def read(self, seconds):
+        while self.hub.reads_left <= 0:
+            await asyncio.sleep(0.001)
+        self.hub.reads_left -= 1
+        if (trouble := self.hub.trouble) is not None:
+            self.hub.trouble = None
+            raise trouble
+        found = self.hub.messages[self.position : self.position + 10]
+        self.hub.reads.append((self, self.position, len(found)))
+        self.position += len(found)
+        if not found:
+            await asyncio.sleep(seconds / 50)
+        return found
+
+    async def close(self):
+        self.hub.open -= 1
+
+
+class MemoryHub(LogHub):
+    """
+    A log in memory, of which ten messages are read at once.
+
+    :ivar reads_left: how many it may still make.
+    :ivar reads: each read: by which reader, from where, how many.
+    """
+
+    def __init__(self):
+        self.messages = []
+        self.reads = []
+        self.open = 0
+        self.trouble = None
+        self.made_anew = False
+        self.reads_left = math.inf
+        super().__init__("the log")
+
+    def send(self, value, at=None, size=10):
+        number = len(self.messages)
+        event = value if callable(value) else lambda: {"number": number, "value": value}
+        self.messages.append(message_of(at or datetime.now(timezone.utc), size, f"the message {number}", event))
+
+    async def connect(self):
+        self.open = 0
+        if self.made_anew:
+            self.start_over("was made anew")
+
+    async def disconnect(self):
+        pass
+
+    async def reader(self, since, position):
+        if position is None:
+            young = (number for number, each in enumerate(self.messages) if each.timestamp >= since)
+            position = next(young, len(self.messages))
+        return MemoryReader(self, position)
+
+    async def dropped_until(self):
+        return None
+
+    def watch(self, match=None, since=NOW, on_undecodable="skip"):
+        return asyncio.create_task(self.take(Watcher(Match(match), since, on_undecodable)))
+
+    def read_by(self):
+        """Return how many messages each reader has read."""
+        found = Counter()
+        for reader, _, count in self.reads:
+            found[reader] += count
+        return sorted(found.values())
+
+
+@pytest.fixture
+async def hub():
+    hub = MemoryHub()
+    yield hub
+    await asyncio.wait_for(hub.close(), 5)
+
+
+async def soon(task):
+    return await asyncio.wait_for(task, 10)
+
+
+async def until(condition):
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise TimeoutError
+
+
+def fill(hub, count, span):
+    """Send messages without a match, evenly over the time that ``span`` has until a minute ago."""
+    for number in range(count):
+        hub.send({"id": "old"}, datetime.now(timezone.utc) - timedelta(minutes=1) - span * (1 - number / count))
+
+
+def ago(**kwargs):
+    return datetime.now(timezone.utc) - timedelta(**kwargs)
+
+
+async def at_the_end(hub):
+    """Open a wait that stays, at the log's end."""
+    task = hub.watch({"id": "never"}, ago(seconds=1))
+    await until(lambda: hub._end is not None and hub._end.position == len(hub.messages))
+    return task
+
+
+async def test_an_old_since_does_not_send_the_reader_at_the_end_back(hub):
+    fill(hub, 1000, timedelta(hours=1))
+    staying = await at_the_end(hub)
+    old = [hub.watch({"id": "never"}, ago(hours=2)) for _ in range(5)]
+    await until(lambda: len(hub.reads) > 50)
+    hub.send({"id": "new"})
+    assert (await soon(hub.watch({"id": "new"}, ago(seconds=0.5))))["value"] == {"id": "new"}
+    await until(lambda: hub._end.watchers.keys() >= set(hub.seekers))
+    at_end, catching_up = hub.read_by()
+    assert (at_end, catching_up) == (1, 1000)
+    assert hub.open == 1
+    assert not any(task.done() for task in (*old, staying))
+
+
+async def test_many_that_come_one_after_another_are_caught_up_together(hub):
+    """A hundred waits that look from an hour before, each when a tenth of that was read since the last one."""
+    fill(hub, 1000, timedelta(hours=1))
+    await at_the_end(hub)
+    hub.reads_left = 0
+    tasks = []
+    for number in range(100):
+        tasks.append(hub.watch({"id": "new", "n": number}, ago(hours=2)))
+        hub.reads_left = 20  # of which the reader at the end makes half
+        await until(lambda: hub.reads_left == 0)
+    hub.reads_left = math.inf
+    await until(lambda: hub._end.watchers.keys() >= set(hub.seekers))
+    at_end, *catching_up = hub.read_by()
+    assert at_end == 0
+    assert catching_up == [1000] * len(catching_up)
+    assert 10 <= len(catching_up) <= 13
+    for number in range(100):
+        hub.send({"id": "new", "n": number})
+    assert [(await soon(task))["number"] for task in tasks] == list(range(1000, 1100))
+
+
+async def test_who_has_little_to_catch_up_does_not_wait_for_who_has_much(hub):
+    fill(hub, 5000, timedelta(days=30))
+    fill(hub, 100, timedelta(minutes=10))
+    hub.send({"id": "late"}, ago(seconds=50))
+    await at_the_end(hub)
+    months = [hub.watch({"id": "late"}, ago(days=days)) for days in (32, 31)]
+    await until(lambda: len(hub.reads) > 10)
+    await soon(hub.watch({"id": "late"}, ago(minutes=12)))
+    assert not any(task.done() for task in months)
+    assert max(hub.read_by()) < 1000
+    for task in months:
+        await soon(task)
+
+
+async def test_who_joins_those_at_the_end_misses_nothing_and_gets_the_first(hub):
+    """While the readers go on, messages are sent: each wait gets the first of its own, whoever reads it for it."""
+    fill(hub, 500, timedelta(hours=1))
+    await at_the_end(hub)
+    tasks = []
+    for number in range(300):
+        hub.send({"id": number, "time": 1})
+        if number % 3 == 0:
+            tasks.append((number, hub.watch({"id": number}, ago(hours=2))))
+        if number % 7 == 0:
+            await asyncio.sleep(0)
+        hub.send({"id": number, "time": 2})
+    for number in range(300, 400):
+        tasks.append((number, hub.watch({"id": number}, ago(hours=2))))
+    for number in range(300, 400):
+        hub.send({"id": number, "time": 1})
+        hub.send({"id": number, "time": 2})
+        await asyncio.sleep(0)
+    for number, task in tasks:
+        assert (await soon(task))["value"] == {"id": number, "time": 1}
+
+
+async def test_a_connection_that_is_lost_while_some_catch_up_loses_nothing(hub):
+    fill(hub, 300, timedelta(hours=1))
+    hub.messages[200] = message_of(hub.messages[200].timestamp, 1, "it", lambda: {"value": {"id": "it"}})
+    staying = await at_the_end(hub)
+    task = hub.watch({"id": "it"}, ago(hours=2))
+    for reads in (5, 10, 15):
+        await until(lambda: len(hub.reads) > reads)  # noqa: B023
+        hub.trouble = ConnectionError("lost")
+    assert (await soon(task))["value"] == {"id": "it"}
+    hub.send({"id": "never"})
+    await soon(staying)
+
+
+async def test_the_kept_messages_are_bounded_by_number_and_by_bytes(hub, monkeypatch):
+    monkeypatch.setattr(log, "_KEPT", 100)
+    monkeypatch.setattr(log, "_KEPT_BYTES", 1000)
+    await at_the_end(hub)
+    for size, kept in ((1, 100), (50, 20), (5000, 0)):
+        for _ in range(200):
+            hub.send({"id": size}, size=size)
+        await until(lambda: hub._end.position == len(hub.messages))
+        await asyncio.sleep(0.01)
+        assert len(hub._end.kept()) == kept
+        # What is not kept any more is read again.
+        assert (await soon(hub.watch({"id": size}, ago(minutes=1))))["value"] == {"id": size}
+
+
+async def test_a_log_that_was_made_anew_is_read_from_its_beginning(hub):
+    for _ in range(50):
+        hub.send({"id": "old"})
+    task = await at_the_end(hub)
+    hub.messages.clear()
+    hub.send({"id": "never"})
+    for _ in range(100):
+        hub.send({"id": "old"})
+    hub.made_anew, hub.trouble = True, ConnectionError("the log is gone")
+    assert (await soon(task))["number"] == 0
+
+
+def fails(error):
+    def event():
+        raise error
+
+    return event
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        fails(OverflowError("date value out of range")),
+        fails(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no")),
+        fails(RecursionError("too deep")),
+        fails(KeyError("x")),
+        {"id": 1, "text": "a\0b"},
+        {"id": 1, "__type": "Order"},
+        {"id": 1, "number": 2**70},
+        {"id": 1, "": "\ud800"},
+    ],
+)
+async def test_one_message_fails_nobody_but_those_that_want_it_to(hub, bad, caplog):
+    patient = hub.watch({"id": 1})
+    strict = hub.watch(None, on_undecodable="fail")
+    hub.send(bad)
+    hub.send({"id": 1})
+    with pytest.raises(EventUndecodable, match="the message 0 is not"):
+        await soon(strict)
+    assert (await soon(patient))["number"] == 1
+    assert "passed over: the message 0" in caplog.text
+
+
+async def test_a_message_that_cannot_be_stored_is_of_no_concern_to_those_that_do_not_want_it(hub):
+    strict = hub.watch({"id": 2}, on_undecodable="fail")
+    hub.send({"id": 1, "__type": "Order"})
+    hub.send({"id": 2})
+    assert (await soon(strict))["number"] == 1
+
+
+async def test_a_message_without_a_moment_counts_as_published_now(hub):
+    task = hub.watch(None, ago(seconds=0))
+    hub.messages.append(message_of(None, 1, "it", lambda: {"value": 1}))
+    assert await soon(task) == {"value": 1}
+
+
+def test_since_when_a_watch_looks():
+    start = datetime(2026, 5, 1, 8, tzinfo=timezone.utc)
+    wait = Wait("dag", "run", "task", run_start=start, timezone="Europe/Berlin")
+    assert since_of(None, wait) == start
+    assert since_of(timedelta(hours=-1), wait) == start - timedelta(hours=1)
+    # As {{ data_interval_start }} is rendered for a backfill, as text and as it is.
+    interval = pendulum.datetime(2026, 1, 1, tz="Europe/Berlin")
+    for since in (str(interval), interval, interval.isoformat()):
+        assert since_of(since, wait) == datetime(2025, 12, 31, 23, tzinfo=timezone.utc)
+    with pytest.raises(ValueError, match=r"counts from the start of the run, and .* has none"):
+        since_of(None, Wait("dag", "run", "task"))
+
+
+async def test_waits_that_have_left_are_not_held(hub):
+    fill(hub, 100, timedelta(hours=1))
+    await at_the_end(hub)
+    tasks = [hub.watch({"id": number}, ago(hours=number % 3)) for number in range(100)]
+    await asyncio.sleep(0)
+    for task in tasks[:50]:  # before they are read for
+        task.cancel()
+    await until(lambda: len(hub._end.watchers) == 51)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    hub.watch({"id": "other"}, ago(seconds=0))
+    await until(lambda: len(hub._end.watchers) == 2)
+    assert (len(hub._places), hub._new, hub._late, hub._catching) == (2, [], {}, {})

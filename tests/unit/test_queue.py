@@ -1,0 +1,287 @@
+"""What a hub of a queue does with its messages, whatever the source."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from airflow_events.errors import AtRedelivery, EventUndecodable
+from airflow_events.listeners.base import Wait, working_for
+from airflow_events.listeners.hub import Seeker
+from airflow_events.listeners.queue import InHand, QueueHub, QueueListener, receive, skip
+from airflow_events.listeners.shared import shared
+from airflow_events.triggers.event import recording
+from airflow_events.triggers.polling import Poll, TimeIsUp
+
+
+class Box:
+    """A source in this process: what is to be delivered, and what it was told."""
+
+    def __init__(self):
+        self.waiting = []
+        self.changed = asyncio.Event()
+        self.told = []
+        self.fails = None
+        self.breaks = None
+
+    def put(self, *messages):
+        self.waiting += messages
+        self.changed.set()
+
+
+class BoxHub(QueueHub):
+    def __init__(self, box):
+        self.box = box
+        super().__init__("the box")
+
+    async def connect(self): ...
+
+    async def disconnect(self): ...
+
+    async def serve(self):
+        if self.box.breaks is not None:
+            raise self.box.breaks
+        self.box.changed.clear()
+        while self.wanted and self.box.waiting:
+            message = self.box.waiting.pop(0)
+            self.offer(message, message)
+            await asyncio.sleep(0)
+        await asyncio.wait({asyncio.ensure_future(self.box.changed.wait())}, timeout=0.05)
+
+    async def acknowledge(self, deliveries):
+        if self.box.fails:
+            raise self.box.fails
+        self.box.told.append(("acknowledge", *deliveries))
+
+    async def give_back(self, deliveries):
+        self.box.told.append(("give back", *deliveries))
+        self.box.waiting += [delivery.message for delivery in deliveries.values()]
+
+
+class BoxListener(QueueListener):
+    box = None
+
+    async def poll_for_event(self, on_undecodable="fail"):
+        def read(message):
+            return {"id": message, "value": json.loads(message)}
+
+        return await receive("box", lambda: BoxHub(self.box), read, {"skip": skip}.get(on_undecodable))
+
+    def event_id(self, event):
+        return event["id"]
+
+
+class Slow(BoxListener):
+    """It does something with what it received before it returns it."""
+
+    async def poll_for_event(self):
+        event = await super().poll_for_event()
+        while event["value"] == 1:
+            await asyncio.sleep(0.01)
+        return event
+
+
+class Choosy(BoxListener):
+    """It wants only some of what it receives."""
+
+    async def poll_for_event(self):
+        while (event := await super().poll_for_event())["value"] < 3:
+            pass
+        return event
+
+
+@pytest.fixture
+async def box():
+    BoxListener.box = Box()
+    return BoxListener.box
+
+
+def wait(number=0):
+    return Wait("dag", f"run{number}", "task")
+
+
+def poll(number=0, listener=BoxListener, **kwargs):
+    return Poll(listener, wait(number), [], kwargs, None)
+
+
+async def soon(awaitable):
+    return await asyncio.wait_for(awaitable, 5)
+
+
+async def commit(event, number=0):
+    with working_for(wait(number)):
+        await BoxListener().event_checkpointed(event)
+
+
+async def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not in time")
+
+
+def test_a_redelivery_over_another_connection_is_the_same_event():
+    event = {"id": "1", "value": 1, "box_conn_id": "one"}
+    contents = {
+        recording(BoxListener, "box", wait(), {**event, "box_conn_id": conn_id, **more})["content"]
+        for conn_id, more in (("one", {}), ("other", {}), ("one", {"value": 2}))
+    }
+    assert len(contents) == 2
+
+
+async def test_no_more_is_received_than_waits_want(box):
+    box.put("1", "2", "3")
+    event = await soon(poll().run())
+    await asyncio.sleep(0.2)
+    assert box.waiting == ["2", "3"]
+    await commit(event)
+    assert box.told == [("acknowledge", "1")]
+
+
+async def test_what_is_acknowledged_at_once_goes_in_few_batches(box):
+    tasks = [asyncio.create_task(poll(number).run()) for number in range(200)]
+    await asyncio.sleep(0)
+    box.put(*(str(number) for number in range(200)))
+    events = await soon(asyncio.gather(*tasks))
+    await asyncio.gather(*(commit(event, number) for number, event in enumerate(events)))
+    assert sorted(int(id) for _, *ids in box.told for id in ids) == list(range(200))
+    assert len(box.told) < 10
+
+
+async def test_what_comes_at_once_costs_a_look_or_two_each(box, monkeypatch):
+    looks = []
+    done = Seeker.done.fget
+    monkeypatch.setattr(Seeker, "done", property(lambda seeker: looks.append(1) or done(seeker)))
+    tasks = [asyncio.create_task(poll(number).run()) for number in range(1000)]
+    async with shared("box", lambda: BoxHub(box)) as hub:
+        await until(lambda: hub.wanted == 1000)
+    looks.clear()
+    for number in range(1000):
+        hub.offer(str(number), str(number))
+    assert len(looks) < 5000
+    await soon(asyncio.gather(*tasks))
+
+
+async def test_a_batch_that_fails_fails_those_in_it_and_they_may_come_again(box):
+    box.put("1")
+    event = await soon(poll().run())
+    box.fails = OSError("the connection is gone")
+    with pytest.raises(OSError, match="is gone"):
+        await commit(event)
+    box.fails = None
+    await commit(event)
+    assert box.told == [("acknowledge", "1")]
+    with pytest.raises(AtRedelivery):  # it is in hand no longer, so another process may have had it
+        await commit(event)
+
+
+async def test_a_poll_that_is_cancelled_in_its_listener_keeps_nothing(box):
+    box.put("1")
+    task = asyncio.create_task(poll(listener=Slow).run())
+    await until(lambda: InHand.of_loop().hubs)
+    other = asyncio.create_task(poll(1).run())
+    await asyncio.sleep(0.1)
+    assert not other.done()
+    task.cancel()
+    assert (await soon(other))["value"] == 1
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_a_listener_received_and_does_not_return_is_given_back(box):
+    box.put("1", "2", "3")
+    event = await soon(poll(listener=Choosy).run())
+    assert event["value"] == 3
+    await until(lambda: sorted(box.waiting) == ["1", "2"])
+    assert list(InHand.of_loop().hubs) == ["3"]
+
+
+async def test_the_time_is_up_while_a_listener_holds_something(box):
+    box.put("1")
+    late = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    with pytest.raises(TimeIsUp):
+        await soon(Poll(Slow, wait(), [], {}, late).run())
+    await until(lambda: box.waiting == ["1"])
+
+
+async def test_a_redelivery_of_what_is_in_hand_is_given_to_nobody(box):
+    box.put("1")
+    event = await soon(poll().run())
+    other = asyncio.create_task(poll(1).run())
+    box.put("1")
+    await asyncio.sleep(0.2)
+    assert not other.done()
+    await commit(event)
+    box.put("2")
+    assert (await soon(other))["value"] == 2
+
+
+async def test_over_a_new_connection_it_is_acknowledged_when_it_comes_again(box):
+    box.put("1")
+    event = await soon(poll().run())
+    hub = InHand.of_loop().hubs["1"]
+    hub.connection_lost()
+    other = asyncio.create_task(poll(1).run())
+    box.put("1")  # the redelivery, over the new one
+    await asyncio.sleep(0.2)
+    await commit(event)
+    assert box.told == [("acknowledge", "1")]
+    box.put("2")
+    event = await soon(other)
+    hub.connection_lost()
+    with pytest.raises(AtRedelivery, match="the connection over which 2 came is gone"):
+        await commit(event, 1)
+
+
+async def test_what_cannot_be_read_is_kept_from_the_waits_of_the_hub(box):
+    box.put("bad", "1")
+    with pytest.raises(EventUndecodable) as caught:
+        await soon(poll().run())
+    assert caught.value.event_id == "bad"
+    assert (await soon(poll(1).run()))["value"] == 1
+    box.put("bad", "2")  # a redelivery
+    assert (await soon(poll(2).run()))["value"] == 2
+    assert box.told == []
+
+
+async def test_what_is_skipped_is_acknowledged(box):
+    box.put("bad", "1")
+    assert (await soon(poll(on_undecodable="skip").run()))["value"] == 1
+    assert box.told == [("acknowledge", "bad")]
+
+
+async def test_what_is_in_hand_is_acknowledged_also_after_the_hub_gave_up(box, monkeypatch):
+    box.put("1")
+    event = await soon(poll().run())
+    hub = InHand.of_loop().hubs["1"]
+    box.breaks = ValueError("the source is set up in a way that somebody has to mend")
+    with pytest.raises(ValueError, match="somebody has to mend"):
+        await soon(poll(1).run())
+    box.breaks = None
+    assert not hub._up.is_set()
+    await soon(commit(event))
+    assert box.told == [("acknowledge", "1")]
+
+
+async def test_a_hub_stays_as_long_as_its_source_waits_to_hear(box, monkeypatch):
+    monkeypatch.setattr("airflow_events.listeners.shared._LINGER", 0.1)
+    box.put("1")
+    event = await soon(poll().run())
+    hub = InHand.of_loop().hubs["1"]
+    await asyncio.sleep(0.5)
+    assert not hub._work.done()
+    await commit(event)
+    await until(hub._work.done)
+
+
+async def test_a_hub_that_closes_gives_back_what_it_has(box):
+    box.put("bad", "1")
+    with pytest.raises(EventUndecodable):
+        await soon(poll().run())
+    await soon(poll(1).run())
+    hub = InHand.of_loop().hubs["1"]
+    await hub.close()
+    assert sorted(box.waiting) == ["1", "bad"]
+    assert not InHand.of_loop().hubs

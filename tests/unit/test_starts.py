@@ -1,0 +1,317 @@
+"""What starts runs: what a DAG author meets, and what a trigger does with events of a real directory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+
+import pytest
+from airflow.sdk import DAG, Asset, task
+from airflow_events import EventListener, start_on
+from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status
+from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
+from airflow_events.listeners.http import HttpListener
+from airflow_events.listeners.timer import TimerListener
+from airflow_events.triggers import starting
+from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.starting import shapes
+from airflow_events.triggers.starts import StartTrigger
+
+
+class WithoutId(EventListener):
+    async def poll_for_event(self): ...
+
+    async def event_checkpointed(self, event): ...
+
+
+@task
+def upstream(): ...
+
+
+@pytest.mark.parametrize(
+    ("listener", "arguments", "of_asset", "error", "message"),
+    [
+        (TimerListener, ["2030-01-01"], {}, TypeError, "nothing to acknowledge"),
+        (DirectoryWatchListener, ["d"], {}, TypeError, "nothing to acknowledge"),
+        (HttpListener, ["k"], {}, TypeError, "nothing to acknowledge"),
+        (WithoutId, [], {}, TypeError, "what tells an event from every other"),
+        (DirectoryListener, [], {}, TypeError, "does not take these arguments"),
+        (DirectoryListener, ["{{ var.value.folder }}"], {}, TypeError, "for which a template could be rendered"),
+        (DirectoryListener, [object()], {}, TypeError, "cannot be delivered"),
+        ("text", [], {}, TypeError, "a listener is a subclass"),
+        (DirectoryListener, ["d"], {"up_to": 0}, ValueError, "of at least 1, not 0"),
+        (DirectoryListener, ["d"], {"up_to": True}, ValueError, "not True"),
+        (DirectoryListener, ["d"], {"batch": 5}, ValueError, "give both"),
+        (DirectoryListener, ["d"], {"within": 5}, ValueError, "give both"),
+        (DirectoryListener, ["d"], {"batch": 1001, "within": 5}, ValueError, "at most 1000, not 1001"),
+        (DirectoryListener, ["d"], {"batch": 5, "within": timedelta()}, ValueError, "more than 0 seconds"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_the_dag_is_parsed(listener, arguments, of_asset, error, message):
+    with pytest.raises(error, match=message):
+        start_on.override(**of_asset)(listener, *arguments)
+
+
+def test_the_output_of_a_task_is_refused():
+    with DAG("d"), pytest.raises(TypeError, match="start_on takes literals"):
+        start_on(DirectoryListener, upstream())
+
+
+def test_another_asset_cannot_be_waited_for_and_may_start_runs_too():
+    started = start_on(DirectoryListener, "d")
+    for both in (lambda: started & Asset("a"), lambda: Asset("a") & started):
+        with pytest.raises(TypeError, match="starts a run for each event"):
+            both()
+    assert {asset.name for asset in (started | Asset("a")).objects} == {"DirectoryListener('d')", "a"}
+
+
+def test_the_name_says_what_it_is_and_never_means_two():
+    assert start_on(DirectoryListener, "d", settle=2).name == "DirectoryListener('d', settle=2)"
+    assert start_on.override(name="drops")(DirectoryListener, "d").name == "drops"
+    long = [start_on(DirectoryListener, "d", "x" * 300 + end).name for end in "ab"]
+    assert len(set(long)) == 2 and len(long[0]) < 600
+    assert start_on(DirectoryListener, "größe").name.isascii()
+
+
+def test_an_event_becomes_plain_json():
+    at = datetime(2026, 11, 29, 1, 2, 3, tzinfo=timezone.utc)
+    event = {
+        "at": at, "day": date(2026, 1, 2), "time": time(1, 2), "took": timedelta(minutes=1), "some": {3, 1},
+        "pair": (1, [None, True]), "price": Decimal("1.50"), "text": "größe",
+    }  # fmt: skip
+    assert shapes(event) == {
+        "at": "2026-11-29T01:02:03+00:00", "day": "2026-01-02", "time": "01:02:00", "took": 60.0, "some": [1, 3],
+        "pair": [1, [None, True]], "price": "1.50", "text": "größe",
+    }  # fmt: skip
+
+
+class Room:
+    """The inbox, as far as a trigger that starts runs sees it; a test says what it answers to a file's name."""
+
+    def __init__(self):
+        self.room, self.answers, self.asked, self.looks = 0, {}, [], 0
+        self.settled = []
+        self.hold = None  # until when answers are held back
+
+    async def ask(self, entry):
+        if isinstance(entry, StartRoom):
+            self.looks += 1
+            return Answer(Status.DONE, room=self.room, dags=("order",))
+        if isinstance(entry, Settle):
+            self.settled.append(entry.identity)
+            return Answer(Status.DONE)
+        assert isinstance(entry, StartRun)
+        names = [json.loads(told.event)["name"] for told in entry.events]
+        self.asked.append(names[0] if entry.makes == "run" else names)
+        if self.hold is not None:
+            await self.hold.wait()
+        status = self.answers.get(names[0], Status.DONE)
+        self.room -= status == Status.DONE
+        return Answer(status, "why", room=self.room, dags=("order",))
+
+
+@pytest.fixture
+def inbox(monkeypatch):
+    room = Room()
+    monkeypatch.setattr(Inbox, "of_loop", lambda: room)
+    for name, seconds in (("_LOOK_WHEN_FULL", 0.05), ("_LOOK_WHILE_OPEN", 0.1), ("_FIRST_PAUSE", 0.2)):
+        monkeypatch.setattr(starting, name, seconds)
+    return room
+
+
+@pytest.fixture
+def drops(tmp_path):
+    folder = tmp_path / "drops"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+async def running(drops):
+    """Let triggers run, as a triggerer has them."""
+    started = set()
+
+    def start(**what):
+        trigger = StartTrigger.of(DirectoryListener, (str(drops),), {"settle": 0}, **what)
+        _, arguments = trigger.serialize()
+        trigger = StartTrigger(**json.loads(json.dumps(arguments)))
+        trigger.trigger_id = 7
+
+        async def run():
+            async for _ in trigger.run():
+                raise AssertionError("it does not yield")
+
+        one = asyncio.create_task(run())
+        started.add(one)
+        return one
+
+    yield start
+    for one in started:
+        one.cancel()
+    await asyncio.wait(started)
+
+
+@pytest.fixture
+async def trigger(running):
+    return running()
+
+
+async def until(condition):
+    async def look():
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(look(), 20)
+
+
+def drop(drops, *names):
+    for name in names:
+        (drops / name).write_text(name)
+
+
+def archived(drops):
+    return sorted(p.name for p in (drops / ".airflow-events/archive").glob("*/*"))
+
+
+async def test_each_event_is_told_once_and_acknowledged(inbox, drops, trigger):
+    inbox.room = 10
+    drop(drops, "a", "b", "c")
+    await until(lambda: len(inbox.settled) == 3)
+    assert archived(drops) == sorted(inbox.asked) == ["a", "b", "c"]
+
+
+async def test_without_room_nothing_is_polled(inbox, drops, trigger):
+    await until(lambda: inbox.looks > 2)
+    drop(drops, "a", "b", "c")
+    looks = inbox.looks
+    await until(lambda: inbox.looks > looks + 5)
+    assert inbox.asked == []
+    inbox.room = 2
+    await until(lambda: len(archived(drops)) == 2)
+    looks = inbox.looks
+    await until(lambda: inbox.looks > looks + 5)
+    assert len(inbox.asked) == 2 and inbox.room == 0
+
+
+async def test_no_more_events_are_in_hand_than_there_is_room(inbox, drops, trigger):
+    inbox.room, inbox.hold = 2, asyncio.Event()
+    drop(drops, "a", "b", "c")
+    await until(lambda: len(inbox.asked) == 2)
+    looks = inbox.looks
+    await until(lambda: inbox.looks > looks + 5)
+    assert len(inbox.asked) == 2
+    inbox.hold.set()
+
+
+async def test_what_is_taken_already_is_acknowledged(inbox, drops, trigger):
+    inbox.room = 10
+    inbox.answers["a"] = Status.TAKEN
+    drop(drops, "a")
+    await until(lambda: inbox.settled)
+    assert archived(drops) == ["a"]
+
+
+@pytest.mark.parametrize("status", [Status.FULL, Status.INVALID, Status.OUTLIVED])
+async def test_what_is_not_taken_is_given_back_and_comes_again(inbox, drops, trigger, status):
+    inbox.room = 10
+    inbox.answers["a"] = status
+    drop(drops, "a")
+    await until(lambda: inbox.asked.count("a") >= 2)
+    assert archived(drops) == [] and (drops / "a").exists()
+    inbox.answers.clear()
+    await until(lambda: archived(drops) == ["a"])
+
+
+async def test_what_the_params_refuse_stays_and_others_go_on(inbox, drops, trigger):
+    inbox.room = 10
+    inbox.answers["a"] = Status.REJECTED
+    drop(drops, "a")
+    await until(lambda: "a" in inbox.asked)
+    drop(drops, "b")
+    await until(lambda: archived(drops) == ["b"])
+    assert (drops / "a").exists() and inbox.asked.count("a") == 1
+
+
+async def test_what_has_begun_goes_on_when_the_trigger_is_cancelled(inbox, drops, trigger):
+    inbox.room, inbox.hold = 10, asyncio.Event()
+    drop(drops, "a")
+    await until(lambda: inbox.asked == ["a"])
+    trigger.cancel()
+    await asyncio.wait({trigger})
+    inbox.hold.set()
+    await until(lambda: archived(drops) == ["a"])
+
+
+async def test_a_source_that_fails_is_tried_again(inbox, drops, trigger, monkeypatch):
+    inbox.room = 10
+    failures = []
+
+    async def fail(self, *args, **kwargs):
+        failures.append(1)
+        raise OSError("no such source")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryListener, "poll_for_event", fail)
+        await until(lambda: failures)
+        before = len(failures)
+        await until(lambda: len(failures) > before)
+    drop(drops, "a")
+    await until(lambda: archived(drops) == ["a"])
+
+
+def batches(running, **more):
+    return running(makes="batch", **{"batch": 3, "within": 600.0, **more})
+
+
+async def test_a_full_batch_starts_a_run(inbox, drops, running):
+    inbox.room = 10
+    batches(running)
+    drop(drops, "a", "b")
+    await until(lambda: inbox.looks > 3)
+    assert inbox.asked == []
+    drop(drops, "c", "d")
+    await until(lambda: archived(drops) == ["a", "b", "c"])
+    assert [sorted(names) for names in inbox.asked] == [["a", "b", "c"]]
+    assert (drops / "d").exists()
+
+
+async def test_a_batch_starts_a_run_of_what_has_come_when_its_time_is_up(inbox, drops, running):
+    inbox.room = 10
+    batches(running, within=0.3)
+    await until(lambda: inbox.looks > 8)
+    assert inbox.asked == []  # never an empty one
+    drop(drops, "a", "b")
+    await until(lambda: archived(drops) == ["a", "b"])
+    assert sorted(name for names in inbox.asked for name in names) == ["a", "b"]
+
+
+async def test_what_is_gathered_is_given_back_when_there_is_no_room_any_more(inbox, drops, running):
+    inbox.room = 10
+    batches(running)
+    drop(drops, "a", "b")
+    await until(lambda: inbox.looks > 3)
+    inbox.room = 0
+    looks = inbox.looks
+    await until(lambda: inbox.looks > looks + 2)
+    drop(drops, "c")
+    inbox.room = 1
+    await until(lambda: archived(drops) == ["a", "b", "c"])
+    assert len(inbox.asked) == 1 and inbox.room == 0
+
+
+async def test_many_batches_follow_one_another(inbox, drops, running):
+    inbox.room = 100
+    batches(running, batch=70)
+    drop(drops, *(f"{number:03}" for number in range(210)))
+    await until(lambda: len(archived(drops)) == 210)
+    assert [len(names) for names in inbox.asked] == [70, 70, 70]
+    assert len({name for names in inbox.asked for name in names}) == 210
+
+
+async def test_a_source_that_fails_for_days_is_tried_each_minute():
+    loop = starting.Starts(starting.What(7, "m:L", [], {}, None, "run"))
+    loop._failures = 5000
+    loop._has_failed(OSError("no such source"))
+    assert loop._fails and loop._fails_until - loop._now() <= 60

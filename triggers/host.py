@@ -1,0 +1,144 @@
+"""
+The trigger of a host: it polls for many waits at once, each of which goes its own way.
+
+A host (`airflow_events.inbox.hosts`) learns from the inbox which waits are its own, also after it was moved to
+another triggerer. It never ends and never fails, since Airflow would end or fail the wait that it is anchored to:
+that it has none left Airflow finds out, deletes its row, and cancels it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import traceback
+import uuid
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import greenback
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+from airflow_events.inbox.entries import Begin, Finish, Hosted, Status
+from airflow_events.listeners import serde
+from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.commit import inherit_portal
+from airflow_events.listeners.shared import background
+from airflow_events.triggers.event import EventTrigger, by_a_worker_fails
+from airflow_events.triggers.inbox import Inbox
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks for waits that have joined, and between two for those that have left.
+_LOOK_EVERY = 0.5
+_LOOK_FOR_ALL_EVERY = 60.0
+# What has joined may become visible later than what has joined after it.
+_OVERLAP = timedelta(seconds=10)
+
+
+class HostTrigger(BaseTrigger):
+    """
+    Poll for all waits of a host.
+
+    :param host: which one, a digest in hex. It stands in trigger rows, and is frozen.
+    """
+
+    def __init__(self, *, host: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.host = host
+        self._waits: dict[str, asyncio.Task[None]] = {}
+        self._after = ""
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return f"{__name__}.{type(self).__name__}", {"host": self.host}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        loop, looked = asyncio.get_running_loop(), float("-inf")
+        try:
+            while True:
+                try:
+                    if loop.time() - looked > _LOOK_FOR_ALL_EVERY:
+                        await self._let_go_of_those_that_left()
+                        looked = loop.time()
+                    await self._take_in()
+                except Exception:
+                    log.exception("The waits of a host could not be looked for; this is tried again")
+                await asyncio.sleep(_LOOK_EVERY)
+        finally:
+            for wait in self._waits.values():
+                wait.cancel()
+        yield TriggerEvent({})  # never: it makes this a generator
+
+    async def _take_in(self) -> None:
+        """Begin with the waits that have joined since."""
+        after = self._after
+        while True:
+            page = await Inbox.of_loop().ask(Hosted(host=self.host, after=after))
+            for ti, kwargs in page.hosted:
+                if ti not in self._waits:
+                    wait = _HostedWait(**serde.decode(kwargs))
+                    wait.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id=wait.task_id, try_number=0)  # type: ignore[assignment]
+                    self._waits[ti] = background(self._serve(ti, wait), f"a hosted wait, {wait.name}")
+                    self._waits[ti].add_done_callback(functools.partial(self._forget, ti))
+            after = page.after
+            if page.next is None:
+                break
+        if after:
+            moment = datetime.fromisoformat(after.partition(" ")[0]) - _OVERLAP
+            self._after = moment.isoformat()
+
+    async def _let_go_of_those_that_left(self) -> None:
+        """Stop polling for waits that were cleared or ended by others, whose records would be refused."""
+        there: set[str] = set()
+        known, after = set(self._waits), ""
+        while True:
+            page = await Inbox.of_loop().ask(Hosted(host=self.host, after=after, brief=True))
+            there.update(ti for ti, _ in page.hosted)
+            after = page.after
+            if page.next is None:
+                break
+        for ti in known - there:
+            if (wait := self._waits.get(ti)) is not None:
+                wait.cancel()
+
+    async def _serve(self, ti: str, wait: _HostedWait) -> None:
+        await inherit_portal(greenback.has_portal())
+        try:
+            await wait.until_ended()
+        except Exception as error:
+            log.warning("The try of the hosted wait %s fails: %s", wait.name, error)
+            raised = traceback.format_exception(error)
+            await Inbox.of_loop().ask(Finish(ti, generation=wait.generation, end=by_a_worker_fails(raised)))
+
+    def _forget(self, ti: str, wait: asyncio.Task[None]) -> None:
+        self._waits.pop(ti, None)
+        with contextlib.suppress(asyncio.CancelledError):
+            if (error := wait.exception()) is not None:
+                log.error("A hosted wait could not be served", exc_info=error)
+
+
+class _HostedWait(EventTrigger):
+    """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
+
+    @property
+    def name(self) -> str:
+        """As `airflow_events.listeners.base.Wait.id`."""
+        assert self.wait is not None
+        return Wait(**self.wait).id
+
+    @property
+    def generation(self) -> int:
+        """Of the wait, as it began here."""
+        return self._generation
+
+    def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
+        return dataclasses.replace(super()._beginning(listener, wait), hosted=True)
+
+    async def _leave(self, listener: type[EventListener], wait: Wait) -> Status | None:
+        return None
+
+    def _announce(self, wait: Wait) -> None:
+        """Say nothing: its own trigger has."""

@@ -1,0 +1,341 @@
+"""
+How a trigger starts one run for each event of a source.
+
+It goes round: ask the inbox for room, poll for as many events as there is room for, have a run started for each,
+tell the source to forget the event. What a crash leaves:
+
+- before the run: the event is unacknowledged at its source, which delivers it again;
+- between run and acknowledgement: likewise, and the inbox knows that it has started a run. It is acknowledged, and
+  starts no other;
+- two triggerers on one trigger, for a while, get different events, or one of them is told that it is taken.
+
+So it does not matter which process has an event, and nothing has to be handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, time, timedelta
+from typing import Any
+
+import greenback
+from airflow_events import metrics
+from airflow_events.errors import CommitFailed, EventLost, EventUndecodable
+from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status, Told
+from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.commit import acknowledge, inherit_portal, recorded, release, tags
+from airflow_events.listeners.shared import background
+from airflow_events.triggers import reference
+from airflow_events.triggers.event import recording
+from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.polling import Poll
+
+log = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 64
+"""For how many events one trigger polls at once."""
+
+# Seconds from one look for room to the next, where there is none, and where there is some and no event comes.
+_LOOK_WHEN_FULL, _LOOK_WHILE_OPEN = 1.0, 5.0
+# Seconds after something went wrong; of each of a row twice as long.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+# Seconds without room after which that is said.
+_UNUSUAL = 30.0
+# Of how many messages that cannot be read a trigger remembers that it has said so.
+_REMEMBERED = 1000
+
+
+@dataclass(frozen=True)
+class What:
+    """
+    What a trigger polls for, and what is made of it.
+
+    :param reference: the listener, as `airflow_events.triggers.reference` reads it.
+    :param up_to: as of `StartRoom`; ``makes`` likewise.
+    """
+
+    trigger: int
+    reference: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    up_to: int | None
+    makes: str
+
+    @property
+    def scope(self) -> str:
+        """What an event's id is unique in, as of waits: the listener's class."""
+        return self.reference if isinstance(self.reference, str) else str(self.reference["name"])
+
+
+@dataclass(frozen=True)
+class Held:
+    """
+    An event in hand, that is unacknowledged at its source.
+
+    :param wait: in whose name it was polled.
+    :param arrived: in seconds since the epoch.
+    """
+
+    wait: Wait
+    event: Any
+    arrived: float | None
+
+
+class Starts:
+    """
+    Polls, and starts runs, for one trigger.
+
+    :ivar room: how many more runs there may be, by the last answer of the inbox.
+    :ivar wanting: how many polls and events count on it.
+    """
+
+    def __init__(self, what: What) -> None:
+        self._what = what
+        self._slots: dict[int, asyncio.Task[None]] = {}
+        self._polling: set[int] = set()
+        self._changed = asyncio.Event()
+        self._failures = 0
+        self._fails_until = 0.0  # of the loop's clock
+        self._unreadable: set[str | None] = set()
+        self._full_since: float | None = None
+        self._has_said = False  # that there is no room
+        self._portal = False
+        self._dags: tuple[str, ...] = ()
+        self.room = self.wanting = 0
+
+    async def run(self) -> None:
+        """Go round until it is cancelled; whatever fails is tried again."""
+        self._portal = greenback.has_portal()
+        try:
+            while True:
+                try:
+                    listener = reference.load(self._what.reference)
+                    await self._look()
+                    self._open(listener)
+                except Exception as error:
+                    self._has_failed(error)
+                await self._pause()
+        finally:
+            for slot in self._slots.values():
+                slot.cancel()
+            if self._slots:
+                await asyncio.wait(self._slots.values())
+
+    async def _look(self) -> None:
+        """Learn how much room there is."""
+        asked = StartRoom(trigger=self._what.trigger, up_to=self._what.up_to, makes=self._what.makes)
+        answer = await Inbox.of_loop().ask(asked)
+        self.room = answer.room
+        if answer.dags:
+            self._dags = answer.dags
+        self._say(answer.message)
+        self._close()
+
+    def _close(self) -> None:
+        """End polls that there is no room for any more."""
+        for number in sorted(self._polling, reverse=True)[: max(self.wanting - self.room, 0)]:
+            self._slots[number].cancel()
+
+    def _say(self, why_full: str) -> None:
+        """Tell the log of a lack of room that lasts, once."""
+        if self.room:
+            if self._has_said:
+                log.info("%s are taken again", self._name())
+            self._full_since, self._has_said = None, False
+            return
+        now = self._now()
+        self._full_since = now if self._full_since is None else self._full_since
+        if not self._has_said and now - self._full_since >= _UNUSUAL:
+            log.info("%s stay at their source, as there is no room: %s", self._name(), why_full)
+            self._has_said = True
+
+    def _open(self, listener: type[EventListener]) -> None:
+        """Begin as many polls as there is room for."""
+        if self._fails:
+            return
+        free = [number for number in range(MOST_AT_ONCE) if number not in self._slots]
+        for number in free[: max(self.room - self.wanting, 0)]:
+            serving = self._serve(listener, number)
+            self._slots[number] = asyncio.create_task(serving, name=f"{self._name()} {number}")
+
+    async def _pause(self) -> None:
+        """Wait until it is time to look again."""
+        if (left := self._fails_until - self._now()) > 0:
+            await asyncio.sleep(left)
+            return
+        seconds = _LOOK_WHILE_OPEN if self._polling else _LOOK_WHEN_FULL
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        self._changed.clear()
+
+    async def _serve(self, listener: type[EventListener], number: int) -> None:
+        """Take one event after another, as long as there is room."""
+        try:
+            while self.wanting < self.room and not self._fails:
+                self.wanting += 1
+                held = None
+                try:
+                    held = await self._polled(listener, number)
+                finally:
+                    if held is None:
+                        self.wanting -= 1
+                if held is not None:
+                    await self._take(listener, [held])
+        finally:
+            self._slots.pop(number, None)
+            self._changed.set()
+
+    async def _polled(self, listener: type[EventListener], number: int) -> Held | None:
+        """
+        Return an event; None if there is none.
+
+        :param number: of the poll, among those that are open and those whose events are in hand.
+        """
+        await inherit_portal(self._portal)
+        wait = Wait(", ".join(self._dags), f"trigger {self._what.trigger}", "start_on", index=number)
+        poll = Poll(listener, wait, self._what.args, self._what.kwargs, None)
+        event = None
+        self._polling.add(number)
+        try:
+            event = await poll.run()
+        except EventUndecodable as error:
+            await self._cannot_read(error)
+        except Exception as error:
+            self._has_failed(error)
+        finally:
+            self._polling.discard(number)
+            if event is None and poll.event is not None:  # it came as the poll was cancelled, or cannot be stored
+                self._let_go(listener, [Held(wait, poll.event, None)])
+        return None if event is None else Held(wait, event, poll.arrived)
+
+    async def _take(self, listener: type[EventListener], held: Sequence[Held]) -> None:
+        """
+        Have something made of events.
+
+        In a task of its own: what has begun with an event goes on if this trigger is cancelled.
+        """
+        await asyncio.shield(background(self._taken(listener, held), f"taking {held[0].wait.id}"))
+
+    async def _taken(self, listener: type[EventListener], held: Sequence[Held]) -> None:
+        """Have something made of events, and acknowledge them; give them back if it is not to be."""
+        await inherit_portal(self._portal)
+        told: list[Told] = []
+        try:
+            told = [self._told(listener, one) for one in held]
+            answer = await Inbox.of_loop().ask(
+                StartRun(
+                    trigger=self._what.trigger,
+                    up_to=self._what.up_to,
+                    makes=self._what.makes,
+                    record_id=uuid.uuid4().hex,
+                    events=tuple(told),
+                )
+            )
+            self.room = answer.room
+        except Exception as error:
+            answer = Answer(Status.INVALID, repr(error))
+        self.wanting -= 1
+        if answer.status in (Status.DONE, Status.TAKEN):
+            self._failures = 0
+            if answer.status == Status.TAKEN:
+                log.info("%s: %d have come again, of which there is %s", self._name(), len(held), answer.message)
+            else:
+                for one in held:
+                    recorded(listener, one.wait, one.arrived)
+            await asyncio.gather(
+                *(self._acknowledge(listener, one, of.identity) for one, of in zip(held, told, strict=True))
+            )
+            return
+        if answer.status == Status.REJECTED:  # they stay at their source, and others go on
+            log.error("%s: left at their source, as the params refuse them: %s", self._name(), answer.message)
+            return
+        if answer.status == Status.INVALID:
+            self._has_failed(RuntimeError(f"given back, as nothing can be made of them: {answer.message}"))
+        self._let_go(listener, held)
+
+    def _told(self, listener: type[EventListener], held: Held) -> Told:
+        told = recording(listener, self._what.scope, held.wait, held.event)
+        return Told(json.dumps(shapes(held.event)), told["identity"], told["content"])
+
+    async def _acknowledge(self, listener: type[EventListener], held: Held, identity: str | None) -> None:
+        await inherit_portal(self._portal)
+        try:
+            is_confirmed = await acknowledge(listener, held.wait, held.event)
+        except EventLost as lost:
+            log.warning("%s: one is taken, and another's at its source: %s", self._name(), lost)
+            metrics.count(metrics.LOST, **tags(listener, held.wait))
+            return
+        except CommitFailed as failed:
+            log.error("%s: one is taken, and will come again: %s", self._name(), failed)
+            return
+        metrics.count(metrics.COMMITTED, **tags(listener, held.wait))
+        if is_confirmed and identity:
+            await Inbox.of_loop().ask(Settle("", identity=identity))
+
+    def _let_go(self, listener: type[EventListener], held: Sequence[Held]) -> None:
+        """Give events back to their source, which delivers them again."""
+
+        async def give_back() -> None:
+            await inherit_portal(self._portal)
+            for one in held:
+                await release(listener, one.wait, one.event, self._what.args, self._what.kwargs)
+
+        background(give_back(), f"giving back of {self._name()}")
+
+    async def _cannot_read(self, error: EventUndecodable) -> None:
+        """Say so once; the source keeps the message, and others go on."""
+        if error.event_id in self._unreadable:
+            await asyncio.sleep(_FIRST_PAUSE)
+            return
+        if len(self._unreadable) >= _REMEMBERED:
+            self._unreadable.clear()
+        self._unreadable.add(error.event_id)
+        what = "one cannot be read, and stays at its source unless on_undecodable says otherwise"
+        log.error("%s: %s: %s", self._name(), what, error)
+
+    def _has_failed(self, error: Exception) -> None:
+        """Pause, longer each time, and say why, once for all that failed together."""
+        if self._fails:
+            return
+        pause = min(_FIRST_PAUSE * 2 ** min(self._failures, 10), _LONGEST_PAUSE)
+        self._failures += 1
+        self._fails_until = self._now() + pause
+        log.error("%s: tried again in %.0f s", self._name(), pause, exc_info=error)
+
+    @property
+    def _fails(self) -> bool:
+        """Whether something went wrong a moment ago."""
+        return self._now() < self._fails_until
+
+    def _name(self) -> str:
+        dags = ", ".join(self._dags) or "a DAG"
+        return f"Events of {reference.display_name(self._what.reference)} for {dags}"
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def shapes(value: Any) -> Any:
+    """
+    Return a checked event in JSON shapes for people and templates: a run's conf is plain JSON.
+
+    Datetimes, dates and times are ISO 8601, timedeltas seconds, sets and tuples lists, and all else text.
+    """
+    if isinstance(value, Mapping):
+        return {key: shapes(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((shapes(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
+    if isinstance(value, (list, tuple)):
+        return [shapes(item) for item in value]
+    if isinstance(value, (date, time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
