@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "sources"), str(BENC
 
 from parts import (  # noqa: E402
     Stage,
+    at_once,
     connections,
     database,
     imports,
@@ -47,6 +48,7 @@ PARTS = {
     **queues.PARTS,
     **ray_workflow.PARTS,
     **connections.PARTS,
+    **at_once.PARTS,
     **messages.PARTS,
     **imports.PARTS,
     **database.PARTS,
@@ -153,7 +155,7 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
         airflow = Deployment(home, database=postgres.url, settings=SETTINGS, variables=connections)
         stack.enter_context(airflow)
         airflow.prepare()
-        for plugin in ("floor", "probe", "contenders", "take_message", "message_queue"):
+        for plugin in ("appears", "floor", "probe", "contenders", "take_message", "message_queue"):
             shutil.copy(BENCHMARKS / "plugins" / f"{plugin}.py", airflow.plugins)
         airflow.add_dags(*(BENCHMARKS / "dags" / f"{name}.py" for name in ("compare", "brokers")))
         airflow.start()

@@ -4,8 +4,8 @@ How long a sender waits for the reply: python3 benchmarks/replies.py [--open 1 1
 
 One sender posts events to waiting tasks of a real Airflow, one after another, while so many waits are open: the
 API server and PostgreSQL, without a scheduler or a triggerer, so that nothing else is measured. The waits are rows
-in Airflow's tables, as the scheduler writes them. The sizes take turns, so that what else the machine does falls
-on all of them. At last scheduler and triggerer come too, and it is timed when the next task runs.
+in Airflow's tables and the inbox's. The sizes take turns, so that what else the machine does falls on all of them.
+At last scheduler and triggerer come too, and it is timed when the next task runs.
 """
 
 from __future__ import annotations
@@ -147,11 +147,11 @@ class Waits:
         from airflow.models.dagrun import DagRun
         from airflow.models.taskinstance import TaskInstance
         from airflow.models.trigger import Trigger
-        from airflow.models.xcom import XComModel
-        from airflow_events.listeners.http import KEY, key_entry
+        from airflow_events.inbox.models import EventWait
+        from airflow_events.listeners.http import address_of
         from sqlalchemy import insert
 
-        rows: dict[type, list[dict]] = {Trigger: [], DagRun: [], TaskInstance: [], XComModel: []}
+        rows: dict[type, list[dict]] = {Trigger: [], DagRun: [], TaskInstance: [], EventWait: []}
         name, now = "", datetime.now(timezone.utc)
         for number in itertools.islice(self._ids, count):
             name = f"w{number}"
@@ -174,9 +174,9 @@ class Waits:
                     "trigger_id": number, "dag_version_id": self._version, "queue": "default",
                 }
             )  # fmt: skip
-            rows[XComModel].extend(
-                {**of_wait, "dag_run_id": number, "key": key, "value": name, "timestamp": now}
-                for key in (KEY, key_entry(name))
+            address = bytes.fromhex(address_of(name))
+            rows[EventWait].append(
+                {**of_wait, "place": -1, "address": address, "generation": 1, "clears": 3, "since": now}
             )
         for model, some in rows.items():
             for start in range(0, len(some), 5_000):
@@ -190,7 +190,7 @@ class Waits:
     def clear(self) -> None:
         """Take all of them away."""
         with self._engine.begin() as connection:
-            connection.exec_driver_sql("TRUNCATE dag_run, task_instance, xcom, trigger CASCADE")
+            connection.exec_driver_sql("TRUNCATE dag_run, task_instance, event_wait, event_kept, trigger CASCADE")
 
 
 def report(options, times: dict[tuple[int, str], list[float]]) -> None:

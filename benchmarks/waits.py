@@ -2,8 +2,9 @@
 """
 How long the page's questions take in a database with many waits: python3 benchmarks/waits.py [--open 10000].
 
-Airflow's real tables in a PostgreSQL of its own (or, with --database sqlite, in a file), filled with open waits,
-ended ones with their records, and other tasks. It prints the median and the 95th percentile of each question.
+Airflow's real tables and the inbox's in a PostgreSQL of its own (or, with --database sqlite, in a file), filled
+with open waits, ended ones with their events, and other tasks. It prints the median and the 95th percentile of
+each question.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NOW = datetime.now(timezone.utc)
 def main() -> None:
     parser = argparse.ArgumentParser(description="How long the page's questions take.")
     parser.add_argument("--open", type=int, default=10_000, help="open waits")
-    parser.add_argument("--ended", type=int, default=100_000, help="ended waits, each with a record")
+    parser.add_argument("--ended", type=int, default=100_000, help="ended waits, each with an event")
     parser.add_argument("--others", type=int, default=200_000, help="task instances that are no waits")
     parser.add_argument("--database", choices=("postgres", "sqlite"), default="postgres")
     parser.add_argument("--times", type=int, default=20, help="how often each question is asked")
@@ -76,6 +77,7 @@ def questions():
         "open, of 50 DAGs that one may see": lambda s: waits.find(s, Stage.OPEN, dag_ids=some),
         "recorded": lambda s: waits.find(s, Stage.RECORDED),
         "ended, first page": lambda s: waits.find(s, Stage.ENDED),
+        "count, for the metrics": waits.count,
         "one wait": lambda s: waits.show(s, ("dag_7", "o_7", "wait", -1)),
     }
 
@@ -88,13 +90,14 @@ def fill(engine, options) -> None:
     from airflow.models.dagrun import DagRun
     from airflow.models.taskinstance import TaskInstance
     from airflow.models.trigger import Trigger
-    from airflow.models.xcom import XComModel
-    from airflow.sdk.serde import serialize
-    from airflow_events.listeners.commit import Phase, Record
+    from airflow_events.inbox import models as inbox
+    from airflow_events.inbox.entries import Phase
+    from airflow_events.listeners import serde
     from sqlalchemy import insert
 
     models.import_all_models()
     Base.metadata.create_all(engine)
+    inbox.Base.metadata.create_all(engine)
     call = {"listener": "shop:Queue", "listener_args": ["orders"], "listener_kwargs": {"key": 1}, "timeout": 60.0}
     kwargs = Trigger.encrypt_kwargs(call)
     ids = iter(range(1, 10**9))
@@ -131,17 +134,22 @@ def fill(engine, options) -> None:
     ended = tasks("e", options.ended, "success", "WaitForEventOperator", "wait")
     tasks("x", options.others, "success", "BashOperator", "bash")
 
-    def xcoms(runs, phase):
-        value = serialize(Record({"order": 42, "items": ["a"] * 20}, phase, "1").as_dict())
+    event = serde.encode({"order": 42, "items": ["a"] * 20})
+
+    def rows(runs, phase=None):
+        recorded = {"event": event, "record_id": "r", "record_clears": 1, "recorded_at": NOW} if phase else {}
         return [
             {
-                "dag_run_id": run["id"], "dag_id": run["dag_id"], "run_id": run["run_id"], "task_id": "wait",
-                "map_index": -1, "key": "event_record", "value": value, "timestamp": NOW,
+                "dag_id": run["dag_id"], "task_id": "wait", "run_id": run["run_id"], "map_index": -1, "place": -1,
+                "listener": "Queue", "call": "Queue('orders', key=1)", "generation": 1, "clears": 1,
+                "holder": "box:17", "since": run["run_after"], "deadline": NOW, "phase": phase, **recorded,
             }
             for run in runs
         ]  # fmt: skip
 
-    put(XComModel, xcoms(ended, Phase.COMMITTED) + xcoms(waiting[:20], Phase.RECORDED))
+    stuck, others = waiting[:20], waiting[20:]
+    for some, phase in ((ended, Phase.COMMITTED.value), (stuck, Phase.RECORDED.value), (others, None)):
+        put(inbox.EventWait, rows(some, phase))
     if engine.dialect.name == "postgresql":
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("ANALYZE")

@@ -7,6 +7,7 @@ from airflow.sdk import DAG
 from airflow_events import wait_for_event, wait_for_events
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.wait_for_event import WaitForEventOperator
+from appears import Appears
 from contenders import dags
 from floor import Floor
 from probe import Probe
@@ -19,9 +20,10 @@ CONTENDERS = {
         task_id=name, target_time=DUE, start_from_trigger=True, end_from_trigger=True
     ),
     "floor": lambda name: Floor(task_id=name),
+    "appears": lambda name: Appears(task_id=name, path="{{ params.path }}"),
 }
 
-DAGS = dags(CONTENDERS, {"due": "2100-01-01T00:00:00Z"}, 1, 3, 10, 300)
+DAGS = dags(CONTENDERS, {"due": "2100-01-01T00:00:00Z", "path": "/nonexistent"}, 1, 3, 10, 300)
 
 with DAG("probe", schedule=None):
     Probe(task_id="wait")
