@@ -148,3 +148,16 @@ def background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]
     _working.add(task)
     task.add_done_callback(_working.discard)
     return task
+
+
+async def woken(event: asyncio.Event, seconds: float) -> None:
+    """
+    Return when ``event`` is set, or after so many seconds.
+
+    Before Python 3.12, `asyncio.wait_for` swallows a cancellation that comes as the event is set (cpython #86296).
+    """
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiting}, timeout=seconds)
+    finally:
+        waiting.cancel()

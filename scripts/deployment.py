@@ -223,12 +223,20 @@ class Deployment:
         self.say(f"{label} started (pid {process.pid})")
         return self.components[label]
 
-    def freeze(self, component: Component) -> None:
-        """Stop a component and all below it (SIGSTOP), though not while it holds SQLite's one lock."""
-        until(lambda: self._freeze(component), f"{component.name} is stopped without a lock", pause=0.05)
+    def freeze(self, component: Component, *, alone: bool = False) -> None:
+        """
+        Stop a component (SIGSTOP), though not while it holds SQLite's one lock.
 
-    def _freeze(self, component: Component) -> bool:
-        component.signal(signal.SIGSTOP)
+        :param alone: without the processes below it.
+        """
+        what = f"{component.name} is stopped without a lock"
+        until(lambda: self._freeze(component, alone=alone), what, pause=0.05)
+
+    def _freeze(self, component: Component, *, alone: bool) -> bool:
+        if alone:
+            component.process.send_signal(signal.SIGSTOP)
+        else:
+            component.signal(signal.SIGSTOP)
         if self.database is not None:
             return True
         connection = sqlite3.connect(self.home / "airflow.db", timeout=0.3, isolation_level=None)

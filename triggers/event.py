@@ -15,7 +15,7 @@ import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.bases.xcom import BaseXCom
@@ -81,7 +81,7 @@ _HOLDER = f"{socket.gethostname()}:{os.getpid()}"
 _letting_go: set[asyncio.Future[None]] = set()
 
 
-class _Outlived(Exception):
+class Outlived(Exception):
     """The wait is another's by now, or nobody's."""
 
 
@@ -205,33 +205,35 @@ class EventTrigger(BaseTrigger):
         if self.task_instance is None:  # dag.test(), where there is no API server
             yield await self._in_a_test(listener, Wait(**self.wait))
             return
-        await self.until_ended()
-        # Airflow removes the trigger of a task that has ended. If this returned, it would call that a failure.
-        await asyncio.Event().wait()
+        try:
+            await self.until_ended()
+        except Outlived as outlived:
+            self.log.warning("What this process does for the wait does not count any more: %s", outlived)
+            try:
+                await self.on_kill()
+            except Exception:
+                self.log.warning("What this process held could not be given back", exc_info=True)
+        leave()
 
     async def until_ended(self) -> None:
         """
         Return when the task has ended, or the wait goes on elsewhere.
 
+        :raises Outlived: this trigger is not the wait's any more; should it be again, this may be called again.
         :raises Exception: the try fails.
         """
         assert self.wait is not None
         listener = reference.load(self.listener)
+        self._outlived = ""
         with stalls.told_to(self._begin_again):
             while not self._has_ended:
-                try:
-                    self._has_ended = await self._pass(listener, Wait(**self.wait))
-                except _Outlived as outlived:
-                    self._outlived = ""
-                    # Airflow is about to cancel this trigger; should it not be, the wait is this one's again.
-                    self.log.warning("What this process does for the wait does not count any more: %s", outlived)
-                    await asyncio.sleep(_patience())
+                self._has_ended = await self._pass(listener, Wait(**self.wait))
 
     async def _pass(self, listener: type[EventListener], wait: Wait) -> bool:
         """
         Go from the beginning of the wait to the end of the task; return whether the task has ended.
 
-        :raises _Outlived: this trigger is not the wait's any more.
+        :raises Outlived: this trigger is not the wait's any more.
         :raises ArgumentsChanged: the wait's event was recorded for other arguments.
         """
         begun, wait = await self._begin(listener, wait)
@@ -297,7 +299,7 @@ class EventTrigger(BaseTrigger):
     async def _begin(self, listener: type[EventListener], wait: Wait) -> tuple[Answer, Wait]:
         """Have the wait begin, and return what the inbox says, and the wait as it is then."""
         if self._outlived:
-            raise _Outlived(self._outlived)
+            raise Outlived(self._outlived)
         self._stood_still = True
         while self._stood_still:  # what it was told before that may not hold any more
             self._stood_still = False
@@ -430,8 +432,9 @@ class EventTrigger(BaseTrigger):
         elif answer.status == Status.REJECTED:
             await self._release(listener, wait, event)
         else:
+            self._poll = None
             await self._give_back(listener, wait, event)
-            raise _Outlived(answer.message)
+            raise Outlived(answer.message)
         return False
 
     async def _give_back(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
@@ -652,6 +655,20 @@ class EventTrigger(BaseTrigger):
         )
 
 
+def leave() -> NoReturn:
+    """
+    End a trigger whose wait does not need it any more, as if Airflow had cancelled it.
+
+    If it returned, Airflow would call that a failure, and fail whatever task has the trigger's id by then. And if
+    it stayed until Airflow removes it: SQLite gives the id of a trigger that is deleted to the next one, and a
+    triggerer that has one of that id starts no other (`TriggerRunnerSupervisor.update_triggers`). Should the
+    trigger still be this triggerer's, Airflow starts it again.
+
+    :raises asyncio.CancelledError: always.
+    """
+    raise asyncio.CancelledError
+
+
 def by_a_worker_fails(traceback: list[str]) -> End:
     """Return what fails a try, with what was raised, as `traceback.format_exception` writes it."""
     return End(state="failed", payload={"traceback": traceback})
@@ -665,11 +682,11 @@ def checked(entry: Entry, answer: Answer) -> Answer:
     """
     Return an answer to an entry that counted.
 
-    :raises _Outlived: the wait is another's by now, or nobody's.
+    :raises Outlived: the wait is another's by now, or nobody's.
     :raises RuntimeError: the API server could not carry it out, and will not when it is asked again.
     """
     if answer.status == Status.OUTLIVED:
-        raise _Outlived(answer.message)
+        raise Outlived(answer.message)
     if answer.status == Status.INVALID:
         raise RuntimeError(f"the API server could not carry out {entry.operation!r}: {answer.message}")
     return answer
@@ -759,11 +776,6 @@ def _shown(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_shown(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _patience() -> float:
-    """Return for how many seconds an outlived trigger waits to be cancelled."""
-    return float(conf.getfloat("triggerer", "triggerer_health_check_threshold"))
 
 
 def _now() -> datetime:

@@ -2,8 +2,8 @@
 The trigger of a host: it polls for many waits at once, each of which goes its own way.
 
 A host (`airflow_events.inbox.hosts`) learns from the inbox which waits are its own, also after it was moved to
-another triggerer. It never ends and never fails, since Airflow would end or fail the wait that it is anchored to:
-that it has none left Airflow finds out, deletes its row, and cancels it.
+another triggerer. It yields nothing and never fails, since Airflow would end or fail the wait that it is anchored
+to. When the inbox says that its trigger is not the host's any more, it leaves.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 import greenback
 from airflow.triggers.base import BaseTrigger, TriggerEvent
-from airflow_events.inbox.entries import Begin, Finish, Hosted, Status
+from airflow_events.inbox.entries import Answer, Begin, Finish, Hosted, Status
 from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait
 from airflow_events.listeners.commit import inherit_portal
 from airflow_events.listeners.shared import background
-from airflow_events.triggers.event import EventTrigger, by_a_worker_fails
+from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave
 from airflow_events.triggers.inbox import Inbox
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 # Seconds between two looks for waits that have joined, and between two for those that have left.
 _LOOK_EVERY = 0.5
 _LOOK_FOR_ALL_EVERY = 60.0
+# Seconds after which a wait that another process has begun is begun again.
+_PATIENCE = 30.0
 # What has joined may become visible later than what has joined after it.
 _OVERLAP = timedelta(seconds=10)
 
@@ -51,6 +53,7 @@ class HostTrigger(BaseTrigger):
         self.host = host
         self._waits: dict[str, asyncio.Task[None]] = {}
         self._after = ""
+        self._is_over = False
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return f"{__name__}.{type(self).__name__}", {"host": self.host}
@@ -58,7 +61,7 @@ class HostTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         loop, looked = asyncio.get_running_loop(), float("-inf")
         try:
-            while True:
+            while not self._is_over:
                 try:
                     if loop.time() - looked > _LOOK_FOR_ALL_EVERY:
                         await self._let_go_of_those_that_left()
@@ -70,13 +73,14 @@ class HostTrigger(BaseTrigger):
         finally:
             for wait in self._waits.values():
                 wait.cancel()
+        leave()
         yield TriggerEvent({})  # never: it makes this a generator
 
     async def _take_in(self) -> None:
         """Begin with the waits that have joined since."""
         after = self._after
         while True:
-            page = await Inbox.of_loop().ask(Hosted(host=self.host, after=after))
+            page = await self._page(after)
             for ti, kwargs in page.hosted:
                 if ti not in self._waits:
                     wait = _HostedWait(**serde.decode(kwargs))
@@ -95,7 +99,7 @@ class HostTrigger(BaseTrigger):
         there: set[str] = set()
         known, after = set(self._waits), ""
         while True:
-            page = await Inbox.of_loop().ask(Hosted(host=self.host, after=after, brief=True))
+            page = await self._page(after, brief=True)
             there.update(ti for ti, _ in page.hosted)
             after = page.after
             if page.next is None:
@@ -104,14 +108,32 @@ class HostTrigger(BaseTrigger):
             if (wait := self._waits.get(ti)) is not None:
                 wait.cancel()
 
+    async def _page(self, after: str, *, brief: bool = False) -> Answer:
+        """Return a page of the waits, empty if the host has another trigger or none."""
+        assert self.trigger_id is not None, "a trigger is started by a triggerer"
+        asked = Hosted(host=self.host, trigger=self.trigger_id, after=after, brief=brief)
+        answer = await Inbox.of_loop().ask(asked)
+        self._is_over = answer.status == Status.OUTLIVED
+        return answer
+
     async def _serve(self, ti: str, wait: _HostedWait) -> None:
         await inherit_portal(greenback.has_portal())
         try:
-            await wait.until_ended()
+            await self._until_ended(wait)
         except Exception as error:
             log.warning("The try of the hosted wait %s fails: %s", wait.name, error)
             raised = traceback.format_exception(error)
             await Inbox.of_loop().ask(Finish(ti, generation=wait.generation, end=by_a_worker_fails(raised)))
+
+    async def _until_ended(self, wait: _HostedWait) -> None:
+        while True:
+            try:
+                await wait.until_ended()
+                return
+            except Outlived as outlived:
+                # It may be another process's, that had the host before, and dies: so this one begins again.
+                log.info("The hosted wait %s is not this process's any more: %s", wait.name, outlived)
+                await asyncio.sleep(_PATIENCE)
 
     def _forget(self, ti: str, wait: asyncio.Task[None]) -> None:
         self._waits.pop(ti, None)

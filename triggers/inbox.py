@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import random
@@ -15,7 +14,7 @@ from airflow_events.errors import InboxRefused
 from airflow_events.inbox import entries
 from airflow_events.inbox.entries import Answer, Entry, as_json
 from airflow_events.listeners.positions import Known, Positions, Ranges, union
-from airflow_events.listeners.shared import OnePerLoop, background
+from airflow_events.listeners.shared import OnePerLoop, background, woken
 from airflow_events.triggers.inbox_http import Failed, Post, Unfit
 
 log = logging.getLogger(__name__)
@@ -197,8 +196,7 @@ class Inbox(OnePerLoop):
             return
         await asyncio.sleep(_FIRST_PAUSE * random.uniform(0.5, 1))
         self._got_through.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._got_through.wait(), (seconds - _FIRST_PAUSE) * random.uniform(0.5, 1))
+        await woken(self._got_through, (seconds - _FIRST_PAUSE) * random.uniform(0.5, 1))
 
 
 def _halve(batch: list[_Asked]) -> None:

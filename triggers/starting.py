@@ -15,7 +15,6 @@ So it does not matter which process has an event, and nothing has to be handed o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import uuid
@@ -30,7 +29,7 @@ from airflow_events.errors import CommitFailed, EventLost, EventUndecodable
 from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status, Told
 from airflow_events.listeners.base import EventListener, Wait
 from airflow_events.listeners.commit import acknowledge, inherit_portal, recorded, release, tags
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.shared import background, woken
 from airflow_events.triggers import reference
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.inbox import Inbox
@@ -105,15 +104,16 @@ class Starts:
         self._unreadable: set[str | None] = set()
         self._full_since: float | None = None
         self._has_said = False  # that there is no room
+        self._is_nobodys = False
         self._portal = False
         self._dags: tuple[str, ...] = ()
         self.room = self.wanting = 0
 
     async def run(self) -> None:
-        """Go round until it is cancelled; whatever fails is tried again."""
+        """Go round until the trigger is nobody's, or this is cancelled; whatever fails is tried again."""
         self._portal = greenback.has_portal()
         try:
-            while True:
+            while not self._is_nobodys:
                 try:
                     listener = reference.load(self._what.reference)
                     await self._look()
@@ -135,6 +135,9 @@ class Starts:
         if answer.dags:
             self._dags = answer.dags
         self._say(answer.message)
+        # It may be for a moment, as a DAG is read again.
+        since = self._now() if self._full_since is None else self._full_since
+        self._is_nobodys = answer.status == Status.OUTLIVED and self._now() - since >= _UNUSUAL
         self._close()
 
     def _close(self) -> None:
@@ -170,8 +173,7 @@ class Starts:
             await asyncio.sleep(left)
             return
         seconds = _LOOK_WHILE_OPEN if self._polling else _LOOK_WHEN_FULL
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+        await woken(self._changed, seconds)
         self._changed.clear()
 
     async def _serve(self, listener: type[EventListener], number: int) -> None:

@@ -12,6 +12,7 @@ from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener
 from airflow_events.triggers import reference
 from airflow_events.triggers.batching import Batches
+from airflow_events.triggers.event import leave
 from airflow_events.triggers.starting import Starts, What
 
 
@@ -83,6 +84,7 @@ class StartTrigger(BaseEventTrigger):
         what = What(self.trigger_id, refer, args, kwargs, self.up_to, self.makes)
         loop = Batches(what, self.batch, self.within) if self.makes == "batch" else Starts(what)
         await loop.run()
+        leave()
         yield TriggerEvent(None)  # it does not come to this: Airflow would make an asset event of it
 
 

@@ -193,10 +193,12 @@ class Hosted(Entry):
     """
     A host wants to know which waits are its own; of no task instance.
 
-    The answer is a page, in the order in which they came: `Answer.hosted`, and `Answer.after` for the next one.
+    The answer is a page, in the order in which they came: `Answer.hosted`, and `Answer.after` for the next one; or
+    `Status.OUTLIVED`, if the trigger is not the host's any more.
 
     :param ti: nobody's.
     :param host: as `Join.host`.
+    :param trigger: the id of the trigger that asks.
     :param after: what the last page said; empty for the first page.
     :param brief: leaves out what their triggers were made of.
     """
@@ -204,6 +206,7 @@ class Hosted(Entry):
     operation: ClassVar[str] = "hosted"
     ti: str = ""
     host: str = ""
+    trigger: int = 0
     after: str = ""
     brief: bool = False
 

@@ -41,10 +41,10 @@ def take_in(session: Session, joining: Mapping[bytes, Sequence[uuid.UUID]]) -> N
     if not joining:
         return
     rows = _lock(session, joining, make=True)
-    alive = _anchored(session, [row.trigger_id for row in rows.values()])
+    anchored = _anchored(session, joining)
     others: list[uuid.UUID] = []
     for host, ids in joining.items():
-        if rows[host].trigger_id not in alive:
+        if host not in anchored:
             _anchor(session, rows[host], ids[0])
             ids = ids[1:]
         others.extend(ids)
@@ -84,12 +84,13 @@ def _without(session: Session) -> list[bytes]:
     """Return the hosts whose trigger no wait has; and renew those of the others that become too old."""
     now = datetime.now(timezone.utc)
     rows = session.execute(select(EventHost.host, EventHost.trigger_id)).all()
-    alive = _anchored(session, [row.trigger_id for row in rows])
+    anchored = _anchored(session, [row.host for row in rows])
+    alive = [row.trigger_id for row in rows if row.host in anchored]
     old = and_(Trigger.id.in_(alive), Trigger.created_date < now - _RENEW_AFTER)
     if alive:
         _execute(session, update(Trigger).where(old).values(created_date=now))
-    _take_from_those_that_do_not_wait(session, [row.trigger_id for row in rows if row.trigger_id not in alive])
-    return [row.host for row in rows if row.trigger_id not in alive]
+    _take_from_those_that_do_not_wait(session, [row.trigger_id for row in rows if row.host not in anchored])
+    return [row.host for row in rows if row.host not in anchored]
 
 
 def _take_from_those_that_do_not_wait(session: Session, triggers: Iterable[int | None]) -> None:
@@ -112,7 +113,7 @@ def _repair(session: Session, host: bytes) -> bool:
     if heir is None:
         return False
     row = _lock(session, [host], make=True)[host]
-    if _anchored(session, [row.trigger_id]):
+    if _anchored(session, [host]):
         return False
     _anchor(session, row, heir)
     return True
@@ -131,13 +132,30 @@ def _lock(session: Session, hosts: Iterable[bytes], *, make: bool = False) -> di
     return rows
 
 
-def _anchored(session: Session, triggers: Iterable[int | None]) -> set[int]:
-    """Return which of these triggers a deferred task instance has."""
-    ids = sorted({id for id in triggers if id is not None})
-    if not ids:
-        return set()
-    has_it = (TaskInstance.trigger_id.in_(ids), TaskInstance.state == TaskInstanceState.DEFERRED)
-    return {id for id in session.scalars(select(TaskInstance.trigger_id).where(*has_it)) if id is not None}
+def is_anchored(session: Session, host: bytes, trigger: int | None) -> bool:
+    """Whether the trigger is the host's, and will be run: a wait of the host has it."""
+    return trigger is not None and _anchored(session, [host]).get(host) == trigger
+
+
+def _anchored(session: Session, hosts: Collection[bytes]) -> dict[bytes, int]:
+    """
+    Return the triggers of those of the hosts whose trigger one of their waits has.
+
+    The number alone does not say so: SQLite gives that of a trigger which was deleted to the next one.
+    """
+    query = (
+        select(EventHost.host, EventHost.trigger_id)
+        .join(Trigger, Trigger.id == EventHost.trigger_id)
+        .join(TaskInstance, TaskInstance.trigger_id == EventHost.trigger_id)
+        .join(EventWait, of_task())
+        .where(
+            EventHost.host.in_(sorted(set(hosts))),
+            Trigger.classpath == TRIGGER,
+            TaskInstance.state == TaskInstanceState.DEFERRED,
+            EventWait.host == EventHost.host,
+        )
+    )
+    return {row.host: row.trigger_id for row in session.execute(query)} if hosts else {}
 
 
 def _anchor(session: Session, row: EventHost, ti: uuid.UUID) -> None:

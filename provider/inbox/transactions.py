@@ -504,7 +504,10 @@ def hosted(session: Session, entries: Sequence[Hosted]) -> list[Answer]:
 
 def _hosted(session: Session, entry: Hosted) -> Answer:
     most = _MOST_BRIEF if entry.brief else _MOST_HOSTED
-    of_it = hosts.waits_of(bytes.fromhex(entry.host))
+    host = bytes.fromhex(entry.host)
+    if not hosts.is_anchored(session, host, entry.trigger):
+        return Answer(Status.OUTLIVED, "the host has another trigger, or no waits any more")
+    of_it = hosts.waits_of(host)
     if entry.after:
         moment, _, last = entry.after.partition(" ")
         at = datetime.fromisoformat(moment)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from datetime import datetime
 from urllib.parse import quote
 
 import pytest
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.trigger import Trigger
+from sqlalchemy import create_engine, delete, insert, select, update
 
 from deployment import until
 
@@ -50,6 +54,37 @@ def test_runs_that_wait_at_once_get_an_event_each(airflow, base):
     assert [run.finished() for run in runs] == ["success"] * 5
     assert base.archived == list("abcde")
     assert sorted(json.loads(event)["name"] for event in base.delivered.values()) == list("abcde")
+
+
+def test_a_wait_runs_whose_trigger_has_the_number_of_one_that_is_gone(airflow, base):
+    """SQLite gives it to the next one; and another triggerer may have deleted it, before this one has looked."""
+    engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
+    tasks, triggers = TaskInstance.__table__, Trigger.__table__
+    number = select(tasks.c.trigger_id).where(tasks.c.task_id == "wait")
+    first = airflow.run("finish_in_triggerer", base.conf)
+    until(lambda: "Waiting" in first.logs("wait"), "its trigger runs")
+    with engine.connect() as connection:
+        gone = connection.scalar(number.where(tasks.c.run_id == first.run_id))
+    triggerer = airflow.components["triggerer"]
+    airflow.freeze(triggerer, alone=True)
+    try:
+        base.drop("a")
+        until(lambda: first.task_state("wait") == "success", "the first one ends")
+        second = airflow.run("finish_in_triggerer", base.conf)
+        second.until_task("wait", "deferred")
+        with engine.begin() as connection:  # what SQLite does by itself
+            new = connection.scalar(number.where(tasks.c.run_id == second.run_id))
+            if new != gone:
+                [row] = connection.execute(select(triggers).where(triggers.c.id == new)).mappings()
+                connection.execute(delete(triggers).where(triggers.c.id == gone))
+                connection.execute(insert(triggers).values(**{**row, "id": gone, "triggerer_id": None}))
+                connection.execute(update(tasks).where(tasks.c.trigger_id == new).values(trigger_id=gone))
+                connection.execute(delete(triggers).where(triggers.c.id == new))
+    finally:
+        triggerer.signal(signal.SIGCONT)
+        engine.dispose()
+    base.drop("b")
+    assert second.finished() == "success"
 
 
 def test_an_outlet_is_registered(airflow, base):

@@ -102,6 +102,7 @@ class Process:
     gates: list[tuple[str, asyncio.Future[None]]] = field(default_factory=list)
     work: asyncio.Task[None] | None = None
     dead: bool = False
+    is_cancelled: bool = False
     ones: dict[type[Any], Any] = field(default_factory=dict)
     notes: list[Any] = field(default_factory=list)  # of mutants
 
@@ -485,6 +486,8 @@ class World:
                 raise AssertionError(f"a trigger ends its task by itself, and fired {event}")
             raise AssertionError("a trigger that has returned fails its task")
         except asyncio.CancelledError:
+            if not process.is_cancelled:  # it has left by itself; Airflow starts it again if it is to run
+                return
             try:
                 await process.trigger.on_kill()
             except Exception as error:
@@ -499,6 +502,7 @@ class World:
     def cancel(self, process: Process) -> None:
         """Take a trigger from its triggerer, as Airflow does when it is another's by now, or nobody's."""
         assert process.work is not None
+        process.is_cancelled = True
         process.work.cancel()
 
     # --- the worker

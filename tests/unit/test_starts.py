@@ -93,12 +93,13 @@ class Room:
     def __init__(self):
         self.room, self.answers, self.asked, self.looks = 0, {}, [], 0
         self.settled = []
+        self.of_room = Status.DONE
         self.hold = None  # until when answers are held back
 
     async def ask(self, entry):
         if isinstance(entry, StartRoom):
             self.looks += 1
-            return Answer(Status.DONE, room=self.room, dags=("order",))
+            return Answer(self.of_room, room=self.room, dags=("order",))
         if isinstance(entry, Settle):
             self.settled.append(entry.identity)
             return Answer(Status.DONE)
@@ -222,6 +223,18 @@ async def test_what_is_not_taken_is_given_back_and_comes_again(inbox, drops, tri
     assert archived(drops) == [] and (drops / "a").exists()
     inbox.answers.clear()
     await until(lambda: archived(drops) == ["a"])
+
+
+async def test_a_trigger_that_is_nobodys_for_a_while_leaves(inbox, running, monkeypatch):
+    monkeypatch.setattr(starting, "_UNUSUAL", 0.2)
+    one = running()
+    inbox.of_room = Status.OUTLIVED
+    await until(lambda: inbox.looks > 2)
+    inbox.of_room, inbox.room = Status.DONE, 1
+    await asyncio.sleep(0.4)
+    assert not one.done()
+    inbox.of_room, inbox.room = Status.OUTLIVED, 0
+    await until(one.cancelled)
 
 
 async def test_what_the_params_refuse_stays_and_others_go_on(inbox, drops, trigger):

@@ -78,8 +78,14 @@ def begin(waits, ti):
     return transactions.begin(waits.session, [Begin(ti, listener="L", call="L()", holder="box:2", hosted=True)])[0]
 
 
+def of(waits, host=HOST):
+    """The id of a host's trigger."""
+    return waits.session.scalar(select(EventHost.trigger_id).where(EventHost.host == bytes.fromhex(host)))
+
+
 def shown(waits, host=HOST, **more):
-    return transactions.hosted(waits.session, [Hosted(host=host, **more)])[0]
+    asked = {"host": host, "trigger": of(waits, host) or 0, **more}
+    return transactions.hosted(waits.session, [Hosted(**asked)])[0]
 
 
 def clean_unused(waits):
@@ -172,6 +178,32 @@ def test_all_that_end_in_one_transaction_leave_it_to_none_of_them(waits):
     ]
     transactions.record(waits.session, entries)
     assert anchor(waits) == tis[3]
+
+
+@pytest.mark.parametrize("next_one", ["a wait's", "its former anchor's", "another host's"])
+def test_the_number_of_a_deleted_trigger_is_no_hosts(waits, next_one):
+    """SQLite gives it to the next trigger, which another wait may have."""
+    first, *others = hosted(waits)
+    number = of(waits)
+    waits.set(first, state="failed")
+    clean_unused(waits)
+    classpath = hosts.TRIGGER if next_one == "another host's" else "airflow_events.triggers.event.EventTrigger"
+    waits.session.add(Trigger(classpath=classpath, kwargs={}))
+    waits.session.flush()
+    waits.session.execute(update(Trigger).where(Trigger.classpath == classpath).values(id=number))
+    if next_one == "its former anchor's":
+        waits.set(first, state="deferred", trigger_id=number)
+    elif next_one == "another host's":
+        join(waits, begun(waits), host=OTHER)
+        waits.session.execute(
+            update(EventHost).where(EventHost.host == bytes.fromhex(OTHER)).values(trigger_id=number)
+        )
+        waits.deferred(trigger_id=number)
+    else:
+        waits.deferred(trigger_id=number)
+    assert shown(waits, trigger=number).status == OUTLIVED
+    assert hosts.repair() >= 1
+    assert anchor(waits) in others
 
 
 @pytest.mark.parametrize("end", ["is cleared", "is marked", "is deleted"])
