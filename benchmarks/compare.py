@@ -58,7 +58,7 @@ PARTS = {
 KAFKA = {"enable.auto.commit": False, "auto.offset.reset": "beginning", "session.timeout.ms": 6000}
 SETTINGS = {
     "triggerer.capacity": "100000",
-    # As it comes: what stands still for longer than a third of it polls anew.
+    # As it comes: what stands still for longer than a third of it polls again.
     "triggerer.triggerer_health_check_threshold": "30",
     "core.parallelism": "16",
     # As it comes, so that latencies are what a user sees.

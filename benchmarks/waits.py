@@ -92,7 +92,7 @@ def fill(engine, options) -> None:
     from airflow.models.trigger import Trigger
     from airflow_events.inbox import models as inbox
     from airflow_events.inbox.entries import Phase
-    from airflow_events.listeners import serde
+    from airflow_events.listeners.support import serde
     from sqlalchemy import insert
 
     models.import_all_models()

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, NoReturn
 
 from airflow_events.listeners.base import EventListener, Wait, current_wait, working_for
-from airflow_events.listeners.moments import parsed, when
+from airflow_events.listeners.support.timestamps import parsed, when
 
 RUN_STATES = ("success", "failed")
 TASK_STATES = ("success", "failed", "skipped", "upstream_failed")

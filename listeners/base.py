@@ -143,7 +143,7 @@ class EventListener(abc.ABC):
 
         This promises, of a listener that has nothing to commit, that all polls of the wait return an equal
         event, whenever and wherever, and none before that moment. So none begins before it, and an open wait is
-        an entry in a heap. Of a class that defines `poll_for_event` anew, and not this, nothing is believed to be
+        an entry in a heap. Of a class that overrides `poll_for_event`, and not this, nothing is believed to be
         foreseen.
 
         :param args: what `poll_for_event` is called with; ``kwargs`` likewise.

@@ -51,7 +51,7 @@ class HttpListener(EventListener):
     @classmethod
     def check_arguments(cls, key: Any = None, *, schema: Any = None) -> None:
         if schema is not None:
-            from airflow_events.listeners.schemas import check_schema  # of use for few
+            from airflow_events.listeners.support.schemas import check_schema  # of use for few
 
             try:
                 check_schema(schema)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from airflow_events.listeners.base import EventListener, current_wait
-from airflow_events.listeners.clock import Clock
-from airflow_events.listeners.moments import when
+from airflow_events.listeners.support.clock import Clock
+from airflow_events.listeners.support.timestamps import when
 
 
 class TimerListener(EventListener):

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 # Seconds.
 _TIMEOUT = httpx.Timeout(30, connect=10)
-_PATIENCE = 60.0  # with an API server that is away; then the try fails, and the next one sends the same again
+# With an API server that is unreachable; then the try fails, and the next one sends the same again.
+_PATIENCE = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 _PROOF_LASTS = timedelta(days=1)  # in the task's state store, from which `airflow db clean` removes it then
 

@@ -19,7 +19,7 @@ from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions._internal.types import is_arg_set
 from airflow.sdk.definitions.param import Param, ParamsDict
 from airflow.sdk.definitions.xcom_arg import XComArg
-from airflow_events.listeners.serde import localized
+from airflow_events.listeners.support.serde import localized
 from airflow_events.operators import templates
 from airflow_events.triggers import reference
 

@@ -11,8 +11,8 @@ from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.definitions.asset import Asset, AssetWatcher
 from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.entries import START_GROUP
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, check_arguments, check_listener, commits, describe
+from airflow_events.listeners.support import serde
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.triggers import reference
 from airflow_events.triggers.starts import StartTrigger, digest

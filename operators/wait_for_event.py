@@ -20,9 +20,9 @@ from airflow.sdk.exceptions import (
 from airflow.triggers.base import StartTriggerArgs
 from airflow_events import settings
 from airflow_events.errors import EventNotSerializable, EventRejected, UnknownOutcome
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
-from airflow_events.listeners.commit import delivered
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.commit import delivered
 from airflow_events.operators.placement import placement, resolves_at_run_time
 from airflow_events.triggers import outcome, reference
 from airflow_events.triggers.event import GRACE, EventTrigger
@@ -91,7 +91,7 @@ class WaitForEventOperator(BaseOperator):
     :param timeout: how long to wait in all, retries included, a timedelta or seconds; None waits forever.
         When it is over the task fails with ``AirflowSensorTimeout`` and is not tried again.
     :param soft_fail: when the time is over, skip the task instead.
-    :param default: when the time is over, deliver this instead. It is no event: a clear waits anew.
+    :param default: when the time is over, deliver this instead. It is no event: a clear waits again.
     :param replay: what a clear does with an event that was recorded: deliver it again, or, if False, wait
         for another. A retry delivers it always.
     """

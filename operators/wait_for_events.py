@@ -10,8 +10,8 @@ from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException
 from airflow_events.errors import EventNotSerializable
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
+from airflow_events.listeners.support import serde
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.operators.wait_for_event import MISSING, OfTask, WaitForEventOperator, timezone_name
 from airflow_events.triggers import outcome
@@ -40,7 +40,7 @@ class WaitForEventsOperator(WaitForEventOperator):
     :param timeout: as of `WaitForEventOperator`, for all of them together. What has come by then stays recorded.
     :param soft_fail: likewise.
     :param default: when the time is over, deliver this in the place of each event that has not come.
-    :param replay: likewise; if False, a clear waits anew for all of them.
+    :param replay: likewise; if False, a clear waits again for all of them.
     """
 
     template_fields: Sequence[str] = ("arguments", "listener_kwargs")

@@ -142,7 +142,7 @@ class UnknownOutcome(EventsError):
 
 class SourceUnreachable(EventsError, ConnectionError):
     """
-    A source was away for longer than ``[events] unreachable_timeout``.
+    A source was unreachable for longer than ``[events] unreachable_timeout``.
 
     Nothing is taken or committed; the next try of the wait connects again.
     """
@@ -151,7 +151,7 @@ class SourceUnreachable(EventsError, ConnectionError):
         super().__init__(f"{source} could not be reached for {seconds:.0f} s: {error}")
 
 
-class SourceUnfit(EventsError):
+class SourceMisconfigured(EventsError):
     """
     A source is set up in a way that would lose events, or cannot be used.
 

@@ -31,17 +31,17 @@ _LEEWAY = 60  # by how much clocks may differ
 _signed: tuple[str, float, int] = ("", 0.0, 0)
 
 
-def sign(*, anew: bool = False) -> str:
+def sign(*, fresh: bool = False) -> str:
     """
     Return a token for the next request.
 
-    :param anew: not the last one again.
+    :param fresh: not the last one again.
     :raises InboxKeyMissing: there is nothing to sign with.
     """
     global _signed
     token, at, pid = _signed
     now = time.time()
-    if anew or not at <= now < at + _USE or pid != os.getpid():
+    if fresh or not at <= now < at + _USE or pid != os.getpid():
         from airflow.utils.net import get_hostname
 
         pid = os.getpid()

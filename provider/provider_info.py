@@ -245,7 +245,7 @@ _AMQP: _Fields = {
 _CONNECTION_TYPES: list[dict[str, Any]] = [
     {
         "connection-type": "nats",
-        "hook-class-name": "airflow_events.listeners.hooks.NatsHook",
+        "hook-class-name": "airflow_events.listeners.support.hooks.NatsHook",
         "hook-name": "NATS",
         "ui-field-behaviour": {
             "hidden-fields": ["schema"],
@@ -256,7 +256,7 @@ _CONNECTION_TYPES: list[dict[str, Any]] = [
     },
     {
         "connection-type": "amqp",
-        "hook-class-name": "airflow_events.listeners.hooks.AmqpHook",
+        "hook-class-name": "airflow_events.listeners.support.hooks.AmqpHook",
         "hook-name": "RabbitMQ (AMQP)",
         "ui-field-behaviour": {
             "hidden-fields": [],
@@ -306,7 +306,7 @@ def get_provider_info() -> dict[str, Any]:
         "hooks": [
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_events.operators.event_hook"]},
             *(
-                {"integration-name": name, "python-modules": ["airflow_events.listeners.hooks"]}
+                {"integration-name": name, "python-modules": ["airflow_events.listeners.support.hooks"]}
                 for name in ("NATS", "RabbitMQ")
             ),
         ],

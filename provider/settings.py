@@ -28,7 +28,7 @@ def commit_timeout() -> float:
 
 
 def unreachable_timeout() -> float:
-    """For how many seconds a source that is away is tried again."""
+    """For how many seconds a source that is unreachable is tried again."""
     return _get("unreachable_timeout", float)
 
 
@@ -133,5 +133,5 @@ def directory_rescan_interval() -> float:
 
 
 def directory_claim_timeout() -> float:
-    """Seconds after which an uncommitted claim on a file lapses."""
+    """Seconds after which an uncommitted claim on a file expires."""
     return _get("directory_claim_timeout", float)

@@ -24,7 +24,7 @@ def run_inside(extras: str = "") -> None:
     """
     Continue the calling script inside of the project's virtual environment, which is made if need be.
 
-    Returns at once if it runs there already. The project's own wheel is built anew each time; what it depends
+    Returns at once if it runs there already. The project's own wheel is built each time; what it depends
     on is installed again when ``setup.cfg`` or ``constraints.txt`` has changed. From then on SIGTERM does what
     Ctrl-C does, so that what the script starts ends with it.
 

@@ -326,7 +326,7 @@ def contents(home: Path) -> dict[str, object]:
 def in_the_inbox(source, airflow) -> dict[str, tuple[str, str]]:
     """Return by run which event the inbox has for its wait, as the source names it, and how far that has come."""
     from airflow_events.inbox.models import EventWait
-    from airflow_events.listeners import serde
+    from airflow_events.listeners.support import serde
     from sqlalchemy import create_engine, select
 
     engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])

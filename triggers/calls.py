@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import describe
+from airflow_events.listeners.support import serde
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ from airflow_events.inbox.entries import (
     Status,
     as_json,
 )
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, releases, working_for
-from airflow_events.listeners.commit import acknowledge, delivered, recorded, release, tags
-from airflow_events.listeners.masking import masked, masked_call
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.commit import acknowledge, delivered, recorded, release, tags
+from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.polling import BeginAgain, Poll, TimeIsUp, foreseen_by

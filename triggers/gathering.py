@@ -29,12 +29,12 @@ from airflow_events.inbox.entries import (
     Record,
     Status,
 )
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, commits, foresees, releases, working_for
-from airflow_events.listeners.clock import Clock
-from airflow_events.listeners.commit import acknowledge, inherit_portal, recorded, release, tags
-from airflow_events.listeners.queue import InHand
-from airflow_events.listeners.turns import Turns
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.clock import Clock
+from airflow_events.listeners.support.commit import acknowledge, inherit_portal, recorded, release, tags
+from airflow_events.listeners.support.queue import InHand
+from airflow_events.listeners.support.turns import Turns
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import checked, fails_for, recording, settle
 from airflow_events.triggers.polling import BeginAgain, blocking_threshold, foreseen_by, poll_once

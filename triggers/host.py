@@ -23,10 +23,10 @@ from typing import Any
 import greenback
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from airflow_events.inbox.entries import Answer, Begin, Finish, Hosted, Status
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait
-from airflow_events.listeners.commit import inherit_portal
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.commit import inherit_portal
+from airflow_events.listeners.support.shared import background
 from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave
 from airflow_events.triggers.inbox import Inbox
 

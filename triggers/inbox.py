@@ -13,8 +13,8 @@ from typing import TypeAlias
 from airflow_events.errors import InboxRefused
 from airflow_events.inbox import entries
 from airflow_events.inbox.entries import Answer, Entry, as_json
-from airflow_events.listeners.positions import Known, Positions, Ranges, union
-from airflow_events.listeners.shared import OnePerLoop, background, woken
+from airflow_events.listeners.support.positions import Known, Positions, Ranges, union
+from airflow_events.listeners.support.shared import OnePerLoop, background, woken
 from airflow_events.triggers.inbox_http import Failed, Post, Unfit
 
 log = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ class Post:
         self.url = "an unknown address"
         self._limits = httpx.Limits(max_connections=at_once, keepalive_expiry=_IDLE)
         self._client: httpx.AsyncClient | None = None
-        self._sign_anew = False
+        self._sign_fresh = False
         # Reading configuration and certificates may take long, and the threads of asyncio may all be taken.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="airflow-events-inbox")
 
@@ -73,7 +73,7 @@ class Post:
         reason = f"{response.status_code} {detail(response)}"
         if response.status_code in (413, 422):
             raise Unfit(reason)
-        self._sign_anew = response.status_code == 401
+        self._sign_fresh = response.status_code == 401
         after = response.headers.get("Retry-After", "")
         raise Failed(
             reason,
@@ -83,8 +83,8 @@ class Post:
 
     def _prepare(self) -> tuple[httpx.AsyncClient, str]:
         self.url = settings.inbox_url()
-        token = inbox_token.sign(anew=self._sign_anew)
-        self._sign_anew = False
+        token = inbox_token.sign(fresh=self._sign_fresh)
+        self._sign_fresh = False
         if self._client is None:
             self._client = httpx.AsyncClient(verify=tls(), timeout=_TIMEOUT, limits=self._limits)
         return self._client, token

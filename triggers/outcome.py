@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from airflow_events.errors import UnknownOutcome
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import greenback
 from airflow.sdk.configuration import conf
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener, Wait, foresees, working_for
-from airflow_events.listeners.clock import Clock
-from airflow_events.listeners.queue import InHand
-from airflow_events.triggers.watchdog import Steps
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.clock import Clock
+from airflow_events.listeners.support.queue import InHand
+from airflow_events.triggers.poll_steps import Steps
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from airflow.sdk.configuration import conf
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.support.shared import background
 
 _INTERVAL = 1.0  # seconds
 

@@ -28,8 +28,8 @@ from airflow_events import metrics
 from airflow_events.errors import CommitFailed, EventLost, EventUndecodable
 from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status, Told
 from airflow_events.listeners.base import EventListener, Wait
-from airflow_events.listeners.commit import acknowledge, inherit_portal, recorded, release, tags
-from airflow_events.listeners.shared import background, woken
+from airflow_events.listeners.support.commit import acknowledge, inherit_portal, recorded, release, tags
+from airflow_events.listeners.support.shared import background, woken
 from airflow_events.triggers import reference
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.inbox import Inbox

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import EventListener
+from airflow_events.listeners.support import serde
 from airflow_events.triggers import reference
 from airflow_events.triggers.batching import Batches
 from airflow_events.triggers.event import leave
@@ -25,7 +25,8 @@ class StartTrigger(BaseEventTrigger):
     trigger.
 
     :param listener: as `airflow_events.triggers.reference` names it; one that travels by value as JSON text.
-    :param arguments: of ``poll_for_event``, a list and a dict, as `airflow_events.listeners.serde` writes them.
+    :param arguments: of ``poll_for_event``, a list and a dict, as `airflow_events.listeners.support.serde` writes
+        them.
     :param up_to: how many runs of a DAG there may be at once; None is its ``max_active_runs``.
     :param makes: what is made of events, as of `StartRoom`.
     :param batch: how many events a run has at most, of a ``batch``.

@@ -24,7 +24,7 @@ def settle() -> None:
 
 
 def fresh_triggerer(airflow: Any) -> tuple[Any, Any]:
-    """Start the triggerer anew, and return its supervisor and its runner."""
+    """Start the triggerer again, and return its supervisor and its runner."""
     from deployment import until
 
     airflow.components["triggerer"].stop()

@@ -16,8 +16,8 @@ from airflow_events.errors import EventLost
 from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.directory.files import Drops, commit, coordinates, identity_of
 from airflow_events.listeners.directory.hub import DirectoryHub, File, FileSeeker, Wanted
-from airflow_events.listeners.queue import FinalIdListener, receive
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.support.queue import FinalIdListener, receive
+from airflow_events.listeners.support.shared import shared
 
 
 class DirectoryListener(FinalIdListener):

@@ -148,7 +148,7 @@ def put_back_claims(root: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if claim.stat().st_mtime < before:
                     for file in claim.glob("*/*"):
-                        log.warning("The claim %s has lapsed; %s goes back to %s", claim.name, file.name, root)
+                        log.warning("The claim %s has expired; %s goes back to %s", claim.name, file.name, root)
                         put_back(file, root / file.name)
                     for folder in (*claim.glob("*"), claim):
                         with contextlib.suppress(OSError):  # it is not empty

@@ -27,9 +27,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from airflow_events import settings
 from airflow_events.listeners.directory.files import Drops, coordinates, identity_of, put_back_claims
-from airflow_events.listeners.hub import Seeker
-from airflow_events.listeners.queue import Delivery, QueueHub
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.support.hub import Seeker
+from airflow_events.listeners.support.queue import Delivery, QueueHub
+from airflow_events.listeners.support.shared import background
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import first_match
-from airflow_events.listeners.queue import Delivery, FinalIdListener, receive, skip
-from airflow_events.listeners.values import OnUndecodable, check_choices
+from airflow_events.listeners.support.clients import needs
+from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
+from airflow_events.listeners.support.values import OnUndecodable, check_choices
+from airflow_events.listeners.support.watching import first_match
 
 if TYPE_CHECKING:
     from airflow_events.listeners.kafka.consume import Start
@@ -79,9 +79,9 @@ class KafkaListener(FinalIdListener):
         :param registry_conn_id: an Airflow connection of type ``http`` to the schema registry; the settings of
             ``confluent_kafka.schema_registry.SchemaRegistryClient`` among the extras. While it does not answer,
             messages are neither skipped nor settled.
-        :raises SourceUnfit: the connection is of another type or would lose events; the user may not use the
-            topic or the group; the group has members, or is another Airflow's.
-        :raises SourceUnreachable: the brokers were away, or the topic not there, for too long.
+        :raises SourceMisconfigured: the connection is of another type or would lose events; the user may not use
+            the topic or the group; the group has members, or is another Airflow's.
+        :raises SourceUnreachable: the brokers were unreachable, or the topic not there, for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
         from airflow_events.listeners.kafka.client import Source
@@ -157,7 +157,7 @@ class KafkaWatchListener(EventListener):
         """
         Return the first message that matches, of a timestamp of ``since`` or later.
 
-        :param match: see `airflow_events.listeners.values.Match`.
+        :param match: see `airflow_events.listeners.support.values.Match`.
         :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
 
         The other parameters and errors are as of `KafkaListener.poll_for_event`; here an undecodable message is

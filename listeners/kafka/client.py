@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.sdk.exceptions import AirflowException
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.connections import check_extras, connection, endpoints, extras, unfit
-from airflow_events.listeners.moments import of_epoch
-from airflow_events.listeners.values import text_of
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
+from airflow_events.listeners.support.connections import check_extras, connection, endpoints, extras, misconfigured
+from airflow_events.listeners.support.timestamps import of_epoch
+from airflow_events.listeners.support.values import text_of
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection
 from confluent_kafka.admin import AdminClient
 
@@ -109,7 +109,7 @@ _SILENT = {
     KafkaError.REQUEST_TIMED_OUT,
     KafkaError._WAIT_COORD,
 }
-_UNFIT = {
+_MISCONFIGURED = {
     KafkaError._INVALID_ARG, KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE,
     KafkaError.TOPIC_EXCEPTION, KafkaError.INVALID_GROUP_ID, KafkaError.MSG_SIZE_TOO_LARGE,
     KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.POLICY_VIOLATION, KafkaError.INVALID_CONFIG,
@@ -122,7 +122,7 @@ Place = tuple[str, int]
 """A topic, and the number of a partition."""
 
 
-class Away(ConnectionError):
+class BrokerUnavailable(ConnectionError):
     """The broker does not answer, or not yet as it will."""
 
 
@@ -176,7 +176,7 @@ class Clients:
         """
         Read the Airflow connection.
 
-        :raises SourceUnfit: it is of another type, or says what would lose events.
+        :raises SourceMisconfigured: it is of another type, or says what would lose events.
         """
         return cls(source, await _settings(source))
 
@@ -215,8 +215,8 @@ class Clients:
         """
         Say what a client that waits for messages would be silent about.
 
-        :raises Away: it has lost all brokers.
-        :raises SourceUnfit: they do not let it in.
+        :raises BrokerUnavailable: it has lost all brokers.
+        :raises SourceMisconfigured: they do not let it in.
         """
         if self.trouble is not None:
             trouble, self.trouble = self.trouble, None
@@ -234,7 +234,7 @@ class Clients:
                 raise
             found = cause.args[0]
             if self._no_token is not None:  # of which the client says that it took too long
-                raise Away(f"there is no token for the login: {self._no_token}") from self._no_token
+                raise BrokerUnavailable(f"there is no token for the login: {self._no_token}") from self._no_token
             if self.trouble is not None and self.trouble.code() in _DENIED:
                 found, self.trouble = self.trouble, None  # why it took too long
             raise self.translated(found) from error
@@ -243,15 +243,15 @@ class Clients:
         """Return what we raise for an error of Kafka's."""
         code = error.code()
         if code == KafkaError._SSL:
-            return SourceUnfit(f"{self.source}: there is no trust between it and us: {error.str()}")
+            return SourceMisconfigured(f"{self.source}: the TLS verification failed: {error.str()}")
         if code in _DENIED:
-            return SourceUnfit(
+            return SourceMisconfigured(
                 f"{self.source}: the connection's user may not use it: {error.str()} ({error.name()})"
             )
-        if code in _UNFIT:
-            return SourceUnfit(f"{self.source}: it is refused: {error.str()} ({error.name()})")
+        if code in _MISCONFIGURED:
+            return SourceMisconfigured(f"{self.source}: it is refused: {error.str()} ({error.name()})")
         where = f"; {self._unreached}" if code in _SILENT and self._unreached else ""
-        return Away(f"{error.str()} ({error.name()}){where}")
+        return BrokerUnavailable(f"{error.str()} ({error.name()}){where}")
 
     def _noting(self, fetch: Callable[[str], Any]) -> Callable[[str], Any]:
         """Return what fetches a token as ``fetch`` does, and notes why there is none."""
@@ -298,13 +298,13 @@ async def _settings(source: Source) -> dict[str, Any]:
         if str(told.get(name, good[0])).lower() not in good:
             needed = f"{name}={good[0]!r} is needed, or nothing"
             what = f"has {name}={told[name]!r} among its extras, which would lose or invent events; {needed}"
-            raise unfit(found, what)
+            raise misconfigured(found, what)
     _tell_idle(found, told, source)
     settings = {name: value for name, value in told.items() if name not in _IDLE and name not in _OTHERWISE}
     settings["bootstrap.servers"] = _servers(found, settings)
     settings |= _login(found, settings)
     if others := [name for name, value in settings.items() if not isinstance(value, (str, int, float))]:
-        raise unfit(found, f"has the extra {others[0]!r}, which is neither text nor a number")
+        raise misconfigured(found, f"has the extra {others[0]!r}, which is neither text nor a number")
     if _wants_tokens(settings) and (tokens := await asyncio.to_thread(_tokens, found, settings)):
         settings["oauth_cb"] = tokens
     return {**_OURS, **settings}
@@ -338,11 +338,11 @@ def _servers(found: Connection, settings: dict[str, Any]) -> str:
     if not found.host:
         if not extra:
             what = "has neither 'bootstrap.servers' among its extras nor a host"
-            raise unfit(found, what)
+            raise misconfigured(found, what)
         return str(extra)
     by_host = [each.address(_PORT) for each in endpoints(found)]
     if extra and not set(by_host) <= {each.strip() for each in str(extra).split(",")}:
-        raise unfit(found, f"has the host {','.join(by_host)}, and the extra bootstrap.servers={extra!r}")
+        raise misconfigured(found, f"has the host {','.join(by_host)}, and the extra bootstrap.servers={extra!r}")
     return str(extra or ",".join(by_host))
 
 
@@ -351,10 +351,10 @@ def _login(found: Connection, settings: dict[str, Any]) -> dict[str, Any]:
     if not found.login:
         return {}
     if settings.get("sasl.username", found.login) != found.login:
-        raise unfit(found, "has a login, and another one as the extra 'sasl.username'")
+        raise misconfigured(found, "has a login, and another one as the extra 'sasl.username'")
     if not str(settings.get("security.protocol", "")).lower().startswith("sasl_"):
         needed = "security.protocol=sasl_ssl (or sasl_plaintext)"
-        raise unfit(found, f"has a login, which is used only with the extra {needed}")
+        raise misconfigured(found, f"has a login, which is used only with the extra {needed}")
     return {"sasl.username": found.login, "sasl.password": settings.get("sasl.password", found.password or "")}
 
 
@@ -373,7 +373,7 @@ def _tokens(found: Connection, settings: dict[str, Any]) -> Callable[..., Any] |
     It is the function that the extra ``oauth_cb`` names, if ``[apache_kafka] callback_allowlist`` allows it, or
     the hook's own for Amazon MSK and Google's Managed Kafka. None if the client is to do without.
 
-    :raises SourceUnfit: the hook refuses it, or it or what it needs is not installed.
+    :raises SourceMisconfigured: the hook refuses it, or it or what it needs is not installed.
     """
     try:
         from airflow.providers.apache.kafka.hooks.base import KafkaBaseHook
@@ -386,10 +386,12 @@ def _tokens(found: Connection, settings: dict[str, Any]) -> Callable[..., Any] |
         hook.get_connection = lambda _: SimpleNamespace(extra_dejson=dict(settings))
         tokens: Callable[..., Any] | None = hook.get_conn.get("oauth_cb")
     except (ImportError, ValueError, AttributeError, AirflowException) as error:
-        raise unfit(found, f"asks for a login by tokens, and the Kafka provider has none: {error}") from error
+        raise misconfigured(
+            found, f"asks for a login by tokens, and the Kafka provider has none: {error}"
+        ) from error
     if tokens is not None and not callable(tokens):
         needed = "pip install 'apache-airflow-providers-apache-kafka>=2'"
-        raise unfit(found, f"has the extra 'oauth_cb', which needs: {needed}")
+        raise misconfigured(found, f"has the extra 'oauth_cb', which needs: {needed}")
     return tokens
 
 
@@ -397,7 +399,7 @@ def topic_of(clients: Clients) -> str:
     """
     Return what tells the topic from others of its name, that were before or will be after it.
 
-    :raises Away: see `described`.
+    :raises BrokerUnavailable: see `described`.
     """
     return str(described(clients, clients.admin())[clients.source.topic].topic_id)
 
@@ -406,7 +408,7 @@ def described(clients: Clients, admin: AdminClient) -> dict[str, Any]:
     """
     Return the `TopicDescription` of each topic.
 
-    :raises Away: there is no such topic, as yet. It is not made: asking a consumer could do that.
+    :raises BrokerUnavailable: there is no such topic, as yet. It is not made: asking a consumer could do that.
     """
     found = {}
     with clients.refusals():
@@ -417,7 +419,7 @@ def described(clients: Clients, admin: AdminClient) -> dict[str, Any]:
             except KafkaException as error:
                 admin.poll(0)  # what it has to say on its own account, such as that it is not let in
                 if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                    raise Away(
+                    raise BrokerUnavailable(
                         f"there is no such topic as {topic!r}; make it, or its first producer does"
                     ) from error
                 raise

@@ -2,8 +2,9 @@
 Reading topics for a group, and keeping how far it has come.
 
 Every triggerer reads everything, and the inbox decides which wait has a message. What is settled, and is never to
-be delivered again, the inbox knows by partition (`airflow_events.listeners.positions`), since Kafka forgets the
-offsets of a group without members after some days. The committed offset follows: all before it is settled.
+be delivered again, the inbox knows by partition (`airflow_events.listeners.support.positions`), since Kafka
+forgets the offsets of a group without members after some days. The committed offset follows: all before it is
+settled.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from airflow_events.errors import EventUndecodable, SourceUnfit
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.kafka.client import (
     PATIENCE,
-    Away,
+    BrokerUnavailable,
     Clients,
     Place,
     Source,
@@ -31,9 +32,9 @@ from airflow_events.listeners.kafka.client import (
 from airflow_events.listeners.kafka.group import About, Group, Look, partition_of, source_of
 from airflow_events.listeners.kafka.reader import Reader
 from airflow_events.listeners.kafka.schemas import Decoder, Formats
-from airflow_events.listeners.positions import Known, Positions, Ranges, after, union
-from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
-from airflow_events.listeners.shared import background, connected
+from airflow_events.listeners.support.positions import Known, Positions, Ranges, after, union
+from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
+from airflow_events.listeners.support.shared import background, connected
 from confluent_kafka import KafkaException, Message, Producer
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class _Topic:
 class GroupHub(QueueHub):
     """Reads topics for the waits of a group."""
 
-    lost: ClassVar[tuple[type[BaseException], ...]] = (Away,)
+    lost: ClassVar[tuple[type[BaseException], ...]] = (BrokerUnavailable,)
 
     def __init__(self, source: Source, start: Start, formats: Formats) -> None:
         self._source = source
@@ -246,7 +247,7 @@ class GroupHub(QueueHub):
         looking, self._looking = self._looking, None
         try:
             look = looking.result()
-        except Away:
+        except BrokerUnavailable:
             if time.monotonic() - self._looked > _BLIND:
                 raise
             self._next_look = time.monotonic() + _PAUSE
@@ -264,7 +265,7 @@ class GroupHub(QueueHub):
             await self._assign()
         self._commit()
 
-    def _tell_silence(self, silent: Away | None) -> None:
+    def _tell_silence(self, silent: BrokerUnavailable | None) -> None:
         if silent is not None and not self._is_silent:
             self._tell_all(
                 logging.INFO,
@@ -275,12 +276,12 @@ class GroupHub(QueueHub):
             self._tell_all(logging.INFO, "%s: the group's coordinator answers again", self.name)
         self._is_silent = silent is not None
 
-    async def _follow(self, about: About, silent: Away | None) -> None:
+    async def _follow(self, about: About, silent: BrokerUnavailable | None) -> None:
         """
         Follow what a topic has become.
 
         :param silent: why it is not known what is committed; None if it is.
-        :raises Away: for that reason it is not known where to begin.
+        :raises BrokerUnavailable: for that reason it is not known where to begin.
         """
         source = source_of(about.cluster, about.topic, self._source.group)
         positions = Positions.of_loop()
@@ -311,7 +312,7 @@ class GroupHub(QueueHub):
     def _check_owner(self, about: About, known: Known) -> None:
         for number, (_, metadata) in about.committed.items():
             if metadata.startswith(f"{_MARK} ") and metadata != _mark(known.owner):
-                raise SourceUnfit(
+                raise SourceMisconfigured(
                     f"{self.name}: the offset of partition {number} of {about.topic!r} was committed by another "
                     "Airflow, or by this one with another database, which has had messages that this one does not "
                     "know of. Give the waits a group of their own; or, if that Airflow is gone, set the group's "
@@ -326,7 +327,7 @@ class GroupHub(QueueHub):
             return {}
         is_first = not known.settled
         if not is_first and len(new) == len(places):
-            self._warn(f"the topic {about.topic!r} was deleted and made anew; it is read from its beginning")
+            self._warn(f"the topic {about.topic!r} was deleted and recreated; it is read from its beginning")
         bounds = await self._worker.do(self.reader.bounds, [(about.topic, number) for number in new])
         begins = {}
         for number in new:
@@ -383,7 +384,7 @@ class GroupHub(QueueHub):
                 )
                 self._pass(place, low)
             if high < partition.next:
-                raise Away(
+                raise BrokerUnavailable(
                     f"partition {number} of {name!r} ends at offset {high}, and was read until {partition.next}: "
                     "the brokers do not have all of it yet, or have lost messages. If so, use another group"
                 )
@@ -461,7 +462,7 @@ class GroupHub(QueueHub):
             )
             self._producer.flush(PATIENCE + 5)
             if not said:
-                raise Away(f"no broker has taken a dead letter for {topic!r}")
+                raise BrokerUnavailable(f"no broker has taken a dead letter for {topic!r}")
             if said[0][0] is not None:
                 raise KafkaException(said[0][0])
 
@@ -481,7 +482,7 @@ async def settle(source: Source, event: Mapping[str, Any]) -> None:
         async with connected(("kafka offsets", source), lambda: _open(source), _close) as group:
             offset = after(known.settled[place], 0)
             await asyncio.to_thread(group.commit, {(source.topic, number): (offset, _mark(known.owner))})
-    except (Away, SourceUnfit) as error:
+    except (BrokerUnavailable, SourceMisconfigured) as error:
         log.info("%s: the group's offset is not committed, for now: %s", source, error)
 
 

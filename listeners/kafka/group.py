@@ -7,8 +7,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.kafka.client import PATIENCE, Away, Clients, Place, described
+from airflow_events.errors import SourceMisconfigured
+from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Clients, Place, described
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
@@ -46,7 +46,7 @@ class Look:
     """
 
     topics: list[About]
-    silent: Away | None
+    silent: BrokerUnavailable | None
 
 
 def source_of(cluster: str, topic: str, group: str) -> str:
@@ -86,12 +86,12 @@ class Group:
         """
         Ask about the topics and the group.
 
-        :raises Away: no broker answers, or a topic is not there.
-        :raises SourceUnfit: the user may not use them, or the group has members.
+        :raises BrokerUnavailable: no broker answers, or a topic is not there.
+        :raises SourceMisconfigured: the user may not use them, or the group has members.
         """
         try:
             topics = described(self._clients, self._asks())
-        except Away:
+        except BrokerUnavailable:
             self.close()
             raise
         places = [(name, one.id) for name, topic in topics.items() for one in topic.partitions]
@@ -111,7 +111,7 @@ class Group:
         )
 
     def _asks(self) -> AdminClient:
-        if self._admin is None:  # those that the connection names may be the ones that are away
+        if self._admin is None:  # those that the connection names may be the ones that are unreachable
             self._admin = self._clients.admin(*self._brokers)
         return self._admin
 
@@ -123,15 +123,15 @@ class Group:
             self._brokers = [f"{broker.host}:{broker.port}" for broker in found.brokers.values()]
         return self._cluster
 
-    def _coordinator(self, places: Iterable[Place]) -> tuple[dict[Place, _Offset], Away | None]:
+    def _coordinator(self, places: Iterable[Place]) -> tuple[dict[Place, _Offset], BrokerUnavailable | None]:
         """Return the committed offsets; or nothing, and why the coordinator does not answer."""
         try:
             with self._clients.refusals():
                 committed = self._offsets(places)
                 self._check_members()
-        except Away as away:
+        except BrokerUnavailable as unavailable:
             self.close()
-            return {}, away
+            return {}, unavailable
         self._seen, self.is_overtaken = committed, False
         return committed, None
 
@@ -153,7 +153,7 @@ class Group:
                 return
             raise
         if members := [f"{member.client_id!r} at {member.host}" for member in found]:
-            raise SourceUnfit(
+            raise SourceMisconfigured(
                 f"{self._source}: the group has members, {', '.join(members)}: they get the same messages, and "
                 "while they are there nobody else can commit. Give the waits a group of their own"
             )
@@ -165,7 +165,7 @@ class Group:
                 if found[0] >= 0 and found[1] != offsets[place][1] and found != self._seen.get(place):
                     self.is_overtaken = True
                     return False
-            # Not by the consumer, which cannot be closed while brokers that are away have something to commit.
+            # Not by the consumer, which cannot be closed while brokers that are unreachable have to commit.
             places = [TopicPartition(*place, offset, metadata=data) for place, (offset, data) in offsets.items()]
             wanted = [ConsumerGroupTopicPartitions(self._source.group, places)]
             [asked] = self._asks().alter_consumer_group_offsets(wanted, request_timeout=PATIENCE).values()

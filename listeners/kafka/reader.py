@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from airflow_events.listeners.kafka.client import PATIENCE, Away, Clients, Place
+from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Clients, Place
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 # Seconds for which reading waits for messages, after which new waits are seen.
@@ -30,7 +30,7 @@ class Reader:
             for place in places:
                 bounds = self.consumer.get_watermark_offsets(TopicPartition(*place), timeout=PATIENCE)
                 if bounds is None:
-                    raise Away("the broker does not say how far the topic goes")
+                    raise BrokerUnavailable("the broker does not say how far the topic goes")
                 found[place] = bounds
         return found
 

@@ -19,10 +19,10 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from airflow_events import settings
-from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners.connections import connection, known_extras
-from airflow_events.listeners.kafka.client import PATIENCE, Away, Worker
-from airflow_events.listeners.values import FORMATS, check_choices, decode, json_of, text_of
+from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
+from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Worker
+from airflow_events.listeners.support.connections import connection, known_extras
+from airflow_events.listeners.support.values import FORMATS, check_choices, decode, json_of, text_of
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
@@ -89,7 +89,7 @@ class Decoder:
         """
         Read the registry's connection.
 
-        :raises SourceUnfit: it is of another type, or has no host.
+        :raises SourceMisconfigured: it is of another type, or has no host.
         """
         formats = self._formats
         if self._settings is None and {formats.values, formats.keys} & set(_BY_REGISTRY):
@@ -101,8 +101,8 @@ class Decoder:
         """
         Return what ``work`` returns, which may call `value`, where that may be called.
 
-        :raises Away: the registry does not answer.
-        :raises SourceUnfit: it does not let the user in, or the connection has a setting that is none.
+        :raises BrokerUnavailable: the registry does not answer.
+        :raises SourceMisconfigured: it does not let the user in, or the connection has a setting that is none.
         """
         await self.open()
         return work() if self._worker is None else await self._worker.do(work)
@@ -125,10 +125,10 @@ class Decoder:
 
         def gave_up(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
-            raise SourceUnreachable(self._name, time.monotonic() - began, error or Away()) from error
+            raise SourceUnreachable(self._name, time.monotonic() - began, error or BrokerUnavailable()) from error
 
         attempts = AsyncRetrying(
-            retry=retry_if_exception_type(Away),
+            retry=retry_if_exception_type(BrokerUnavailable),
             stop=stop_after_delay(patience),
             wait=wait_exponential(multiplier=0.2, max=15) + wait_random(0, 0.3),
             before_sleep=failed,
@@ -156,7 +156,7 @@ class Decoder:
         deserializer = self._deserializer(form)
         try:
             return _storable(deserializer(raw, context))
-        except (Away, SourceUnfit):
+        except (BrokerUnavailable, SourceMisconfigured):
             raise
         except Exception as error:  # there is no common class of what a deserializer finds wrong
             raise EventUndecodable(where, form, str(error) or repr(error), raw[:200]) from error
@@ -193,14 +193,14 @@ async def _settings(conn_id: str) -> dict[str, Any]:
     conf = {**_OURS, **known_extras(found, _EXTRAS)}
     if "url" not in conf:
         if not found.host:
-            raise SourceUnfit(f"the connection {conn_id!r} has no host, where a schema registry is needed")
+            raise SourceMisconfigured(f"the connection {conn_id!r} has no host, where a schema registry is needed")
         host = found.host if "://" in found.host else f"{found.schema or 'http'}://{found.host}"
         parts = urlsplit(host)
         if found.port and parts.port is None:
             parts = parts._replace(netloc=f"{parts.netloc}:{found.port}")
         conf["url"] = urlunsplit(parts)
     if not str(conf["url"]).startswith(("http://", "https://")):
-        raise SourceUnfit(
+        raise SourceMisconfigured(
             f"the connection {conn_id!r} has a URL that begins neither with 'http://' nor 'https://'"
         )
     if found.login:
@@ -217,12 +217,12 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
             return question(*args, **kwargs)
         except SchemaRegistryError as error:
             if error.http_status_code in (401, 403):
-                raise SourceUnfit(f"{name} does not let its user in: {error}") from error
+                raise SourceMisconfigured(f"{name} does not let its user in: {error}") from error
             if error.error_code in _UNKNOWN:
                 raise
-            raise Away(f"{name} does not answer as it should: {error}") from error
+            raise BrokerUnavailable(f"{name} does not answer as it should: {error}") from error
         except Exception as error:
-            raise Away(
+            raise BrokerUnavailable(
                 f"{name} does not answer: {error or type(error).__name__} ({type(error).__name__})"
             ) from error
 
@@ -239,7 +239,7 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
     try:
         return Client(conf)
     except (ValueError, TypeError, OSError) as error:  # it names a setting or a file, and no value
-        raise SourceUnfit(f"{name}: its settings are refused: {error}") from error
+        raise SourceMisconfigured(f"{name}: its settings are refused: {error}") from error
 
 
 def _storable(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 
 from airflow_events.listeners.kafka.client import (
     PATIENCE,
-    Away,
+    BrokerUnavailable,
     Clients,
     Source,
     Worker,
@@ -19,7 +19,7 @@ from airflow_events.listeners.kafka.client import (
     topic_of,
 )
 from airflow_events.listeners.kafka.schemas import Decoder, Formats
-from airflow_events.listeners.log import READ_BYTES, LogHub, Message, Reader, message_of
+from airflow_events.listeners.support.watching import READ_BYTES, LogHub, Message, Reader, message_of
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Sent
 
@@ -39,7 +39,7 @@ _Position = dict[int, int]
 class TopicHub(LogHub[_Position]):
     """Reads one topic, without a group, for those who watch it."""
 
-    lost: ClassVar[tuple[type[BaseException], ...]] = (Away,)
+    lost: ClassVar[tuple[type[BaseException], ...]] = (BrokerUnavailable,)
 
     def __init__(self, source: Source, formats: Formats) -> None:
         self._source = source
@@ -56,7 +56,7 @@ class TopicHub(LogHub[_Position]):
         await self._decoder.open()
         topic = await self.worker.do(topic_of, self._clients)
         if self._topic not in (None, topic):
-            self.start_over("was made anew, and counts from zero again")
+            self.start_over("was recreated, and counts from zero again")
         self._topic, self._listed_at = topic, time.monotonic()
 
     async def disconnect(self) -> None:
@@ -72,7 +72,7 @@ class TopicHub(LogHub[_Position]):
         assert self._clients is not None
         if time.monotonic() - self._listed_at > _LISTING:
             if await self.worker.do(topic_of, self._clients) != self._topic:
-                raise Away("the topic was made anew")
+                raise BrokerUnavailable("the topic was recreated")
             self._listed_at = time.monotonic()
         await super().serve()
 
@@ -189,7 +189,7 @@ class _TopicReader(Reader[_Position]):
     def _bounds(self, partition: int) -> tuple[int, int]:
         found = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), timeout=PATIENCE)
         if found is None:
-            raise Away("the broker does not say how far the topic goes")
+            raise BrokerUnavailable("the broker does not say how far the topic goes")
         return found
 
     def _read(self, seconds: float) -> tuple[_Position, list[Sent]]:

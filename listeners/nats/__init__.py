@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import first_match
-from airflow_events.listeners.queue import Delivery, FinalIdListener, receive, skip
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.clients import needs
+from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.watching import first_match
 
 needs("a NATS listener", "nats", "nats")
 
@@ -63,7 +63,7 @@ class NatsListener(FinalIdListener):
         :param subject: of which subjects, with wildcards; None is all of them, or those of a consumer that is
             there already.
         :param durable: the consumer's name. It is made if it is not there. Each consumer gets every message.
-        :param values: of what format the message is; see `airflow_events.listeners.values.decode`.
+        :param values: of what format the message is; see `airflow_events.listeners.support.values.decode`.
         :param on_undecodable: what to do with a message that is not, or that Airflow cannot store: ``fail`` fails
             one wait for it, and it stays pending, for no other wait; ``skip`` acknowledges it, with a warning, and
             waits on; ``dead_letter`` publishes it to the subject ``dead_letter``, and then acknowledges it.
@@ -77,9 +77,9 @@ class NatsListener(FinalIdListener):
         :param require_persistence: refuse a stream or a consumer that is kept in memory.
         :param nats_conn_id: an Airflow connection of type ``nats`` or ``generic``; ``docs/sources/nats.md`` says
             what may stand in it.
-        :raises SourceUnfit: the connection is of another type; there is no such stream; the stream or the consumer
-            would lose events, or hold them up; the user may not use them.
-        :raises SourceUnreachable: the server was away for too long.
+        :raises SourceMisconfigured: the connection is of another type; there is no such stream; the stream or the
+            consumer would lose events, or hold them up; the user may not use them.
+        :raises SourceUnreachable: the server was unreachable for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
         from airflow_events.listeners.nats.consume import ConsumerHub, Received, bury
@@ -153,7 +153,7 @@ class NatsWatchListener(EventListener):
         """
         Return the first message that matches, stored at ``since`` or later.
 
-        :param match: see `airflow_events.listeners.values.Match`.
+        :param match: see `airflow_events.listeners.support.values.Match`.
         :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
         :param subject: of which subjects, with wildcards; None is all of them.
 

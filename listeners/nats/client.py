@@ -8,18 +8,18 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import (
+from airflow_events.errors import SourceMisconfigured
+from airflow_events.listeners.nats.messages import Source, headers_of
+from airflow_events.listeners.support.connections import (
     check_files,
     connection,
     context,
     endpoints,
     known_extras,
+    misconfigured,
     secure,
-    unfit,
 )
-from airflow_events.listeners.nats.messages import Source, headers_of
-from airflow_events.listeners.shared import connected
+from airflow_events.listeners.support.shared import connected
 from nats import errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -86,19 +86,23 @@ def refusals(source: Source) -> Iterator[None]:
             raise
         if error.err_code == _NO_PEERS:
             raise ConnectionError(f"{error.description} ({error.err_code})") from error
-        raise SourceUnfit(f"{source}: the server refuses it: {error.description} ({error.err_code})") from error
+        raise SourceMisconfigured(
+            f"{source}: the server refuses it: {error.description} ({error.err_code})"
+        ) from error
 
 
 async def about_of(server: Server, source: Source) -> dict[str, Any]:
     """
     Return what JetStream says of a stream.
 
-    :raises SourceUnfit: there is none.
+    :raises SourceMisconfigured: there is none.
     """
     try:
         return await server.api(f"STREAM.INFO.{source.stream}")
     except NotFoundError as error:
-        raise SourceUnfit(f"{source}: there is no such stream; make it, as it is never made here") from error
+        raise SourceMisconfigured(
+            f"{source}: there is no such stream; make it, as it is never made here"
+        ) from error
 
 
 def checked(answer: Msg) -> dict[str, Any]:
@@ -148,7 +152,7 @@ class Server:
         """
         Connect to one of ``servers``.
 
-        :raises SourceUnfit: the server does not let this user in, or asks for no TLS where we want it.
+        :raises SourceMisconfigured: the server does not let this user in, or asks for no TLS where we want it.
         :raises OSError: none of them answers.
         """
         tls = options.get("tls") is not None
@@ -169,15 +173,15 @@ class Server:
             raise ConnectionError(str(self._trouble or error)) from (self._trouble or error)
         except errors.Error as error:
             if "auth" in str(error).lower():
-                raise SourceUnfit(f"the connection {self._conn_id!r} is not let in: {error}") from error
+                raise SourceMisconfigured(f"the connection {self._conn_id!r} is not let in: {error}") from error
             raise ConnectionError(str(error)) from error
         except ImportError as error:
-            raise SourceUnfit(f"the connection {self._conn_id!r} needs: pip install nkeys") from error
+            raise SourceMisconfigured(f"the connection {self._conn_id!r} needs: pip install nkeys") from error
         if not self._client.is_connected:
             raise ConnectionError(str(self._trouble or "the server ended the connection"))
         # The client itself goes on in the clear if the server does not ask for TLS.
         if tls and not getattr(self._client, "_server_info", {}).get("tls_required", False):
-            raise SourceUnfit(f"the connection {self._conn_id!r} wants TLS, and the server asks for none")
+            raise SourceMisconfigured(f"the connection {self._conn_id!r} wants TLS, and the server asks for none")
 
     async def close(self) -> None:
         ending = asyncio.ensure_future(self._client.close())
@@ -191,14 +195,16 @@ class Server:
         """
         Return the answer.
 
-        :raises SourceUnfit: there was none, and the user lacks a permission.
+        :raises SourceMisconfigured: there was none, and the user lacks a permission.
         """
         try:
             return await self._client.request(subject, payload, timeout=_PATIENCE, headers=headers)
         except asyncio.TimeoutError as error:
             if self._denied is None:
                 raise
-            raise SourceUnfit(f"the connection {self._conn_id!r} may not use it: {self._denied}") from error
+            raise SourceMisconfigured(
+                f"the connection {self._conn_id!r} may not use it: {self._denied}"
+            ) from error
 
     def has_room(self, payload: bytes, headers: dict[str, str]) -> bool:
         """Whether the server takes a message of that size."""
@@ -223,7 +229,7 @@ class Server:
             return checked(answer)
         except APIError as error:
             if error.err_code in _NO_JETSTREAM:
-                raise SourceUnfit(f"the connection {self._conn_id!r}: {error.description}") from error
+                raise SourceMisconfigured(f"the connection {self._conn_id!r}: {error.description}") from error
             raise
 
     async def make(self, what: str, **request: Any) -> None:
@@ -271,7 +277,9 @@ class Server:
             if status.get("Status") == "408" or "MaxBytes" in reason:
                 break
             if reason.startswith("Exceeded Max"):
-                raise SourceUnfit(f"the connection {self._conn_id!r}: a pull of {batch} is refused: {reason}")
+                raise SourceMisconfigured(
+                    f"the connection {self._conn_id!r}: a pull of {batch} is refused: {reason}"
+                )
             raise ConnectionError(f"{subject} ended: {reason}")
         return found
 
@@ -308,7 +316,7 @@ async def connect(conn_id: str) -> Server:
     """
     Connect as an Airflow connection says.
 
-    :raises SourceUnfit: it says what cannot be used, or what is not known here.
+    :raises SourceMisconfigured: it says what cannot be used, or what is not known here.
     """
     found = await connection(conn_id, *_TYPES)
     told = known_extras(found, _EXTRAS)
@@ -336,7 +344,7 @@ def _login(found: Connection, told: dict[str, Any]) -> dict[str, Any]:
     if found.login or found.password:
         kinds.append("a login or a password")
     if len(kinds) > 1:
-        raise unfit(found, f"has {' and '.join(kinds)}, of which there may be one")
+        raise misconfigured(found, f"has {' and '.join(kinds)}, of which there may be one")
     if found.login and found.password:
         return {"user": found.login, "password": found.password}
     if found.login or found.password:

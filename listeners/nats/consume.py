@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from airflow_events.errors import AtRedelivery, EventUndecodable, SourceUnfit
+from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.nats.client import (
     LOST,
     Server,
@@ -22,7 +22,7 @@ from airflow_events.listeners.nats.client import (
 )
 from airflow_events.listeners.nats.consumer import SHORTEST, Consumer, Wanted, consumer_of, info
 from airflow_events.listeners.nats.messages import Source, Stored, stored_of
-from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
+from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from nats import errors
 from nats.aio.msg import Msg
 from nats.js.errors import NotFoundError
@@ -114,7 +114,7 @@ class ConsumerHub(QueueHub):
             pulled = await server.pull(self._source.stream, self._source.durable, most) if most else []
             if pulled and await self._same(server) is None:
                 await _tell(server, b"-NAK", (message.reply for message in pulled))
-                raise ConnectionError(f"the consumer of {self._source} was deleted, or made anew")
+                raise ConnectionError(f"the consumer of {self._source} was deleted, or recreated")
             if pulled:
                 self._looked = time.monotonic()
             elif time.monotonic() - self._looked >= _LOOK_EVERY:
@@ -229,10 +229,12 @@ async def bury(hub: ConsumerHub, source: Source, message: Received, subject: str
     """
     Publish a message that cannot be read to a subject for such, with the reason, if the server takes both.
 
-    :raises SourceUnfit: no stream stores what has that subject, or the consumer would deliver it again.
+    :raises SourceMisconfigured: no stream stores what has that subject, or the consumer would deliver it again.
     """
     if hub.consumer.delivers(subject):
-        raise SourceUnfit(f"{source}: its consumer would deliver its own dead letters, as it has {subject!r}")
+        raise SourceMisconfigured(
+            f"{source}: its consumer would deliver its own dead letters, as it has {subject!r}"
+        )
     headers = {name: value for name, value in message.stored.headers.items() if _may_be_kept(name)}
     headers[REASON] = _line(error.reason)
     headers[SOURCE] = _line(f"the message {message.stored.sequence} of {source}")
@@ -243,7 +245,9 @@ async def bury(hub: ConsumerHub, source: Source, message: Received, subject: str
         with refusals(source):
             checked(await server.request(subject, message.stored.data, headers if room else None))
     except errors.NoRespondersError as refused:
-        raise SourceUnfit(f"{source}: no stream has the subject of its dead letters, {subject!r}") from refused
+        raise SourceMisconfigured(
+            f"{source}: no stream has the subject of its dead letters, {subject!r}"
+        ) from refused
     log.warning("Published to the dead letters in %r: %s", subject, error)
 
 

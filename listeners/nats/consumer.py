@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow_events.errors import SourceUnfit
+from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.nats.client import SECOND, Server, about_of
 from airflow_events.listeners.nats.messages import Source, covers
 from nats.js.errors import NotFoundError
@@ -79,7 +79,7 @@ class Consumer:
         """
         Check that it serves the waits.
 
-        :raises SourceUnfit: it would lose events, or keep them from the waits.
+        :raises SourceMisconfigured: it would lose events, or keep them from the waits.
         """
         config, filters = self._config, self.filters
         pending = config.get("max_ack_pending", -1)
@@ -114,7 +114,7 @@ async def consumer_of(server: Server, source: Source, wanted: Wanted) -> Consume
     """
     Return the consumer, which is made if it is not there.
 
-    :raises SourceUnfit: see `Consumer.check`.
+    :raises SourceMisconfigured: see `Consumer.check`.
     """
     stream = await about_of(server, source)
     try:
@@ -148,6 +148,6 @@ async def _make(server: Server, source: Source, wanted: Wanted, stream: dict[str
 
 def _need(source: Source, what: str, key: str, found: Any, fits: bool, needed: str) -> None:
     if not fits:
-        raise SourceUnfit(
+        raise SourceMisconfigured(
             f"{source}: {what} would lose or hold up events: {key} is {str(found)!r}; needed: {needed}"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from airflow_events.listeners.values import Format, decode
+from airflow_events.listeners.support.values import Format, decode
 from nats.aio.msg import Msg
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

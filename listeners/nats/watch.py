@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any, ClassVar
 
-from airflow_events.listeners.log import READ_BYTES, LogHub, Message, Reader, message_of
 from airflow_events.listeners.nats.client import BATCH, LOST, SECOND, Server, about_of, connect, refusals
 from airflow_events.listeners.nats.messages import (
     MICROSECOND,
@@ -17,7 +16,8 @@ from airflow_events.listeners.nats.messages import (
     moment,
     stored_as,
 )
-from airflow_events.listeners.values import Format
+from airflow_events.listeners.support.values import Format
+from airflow_events.listeners.support.watching import READ_BYTES, LogHub, Message, Reader, message_of
 
 
 class StreamHub(LogHub[int]):
@@ -40,7 +40,7 @@ class StreamHub(LogHub[int]):
             about = await about_of(self._server, self._source)
             await self._server.listen()
         if self._created not in (None, about["created"]):
-            self.start_over("was made anew, and counts from one again")
+            self.start_over("was recreated, and counts from one again")
         self._created = about["created"]
 
     async def disconnect(self) -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.clients import needs
-from airflow_events.listeners.queue import Delivery, QueueListener, receive, skip
-from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices, decode, seconds
+from airflow_events.listeners.support.clients import needs
+from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
+from airflow_events.listeners.support.shared import shared
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, decode, seconds
 
 if TYPE_CHECKING:
     from airflow_events.listeners.postgres.consume import Row, TableHub
@@ -117,8 +117,8 @@ class PostgresListener(QueueListener):
         :param columns: how the table calls what is ``id``, ``value``, ``created_at`` and ``acknowledged_at`` here:
             ``{"value": "payload"}``. Columns that are not in it go by these names. ``{"created_at": None}`` says
             that there is none.
-        :param values: of what format the value is; see `airflow_events.listeners.values.decode`. ``text`` and
-            ``bytes`` of a json column are its text.
+        :param values: of what format the value is; see `airflow_events.listeners.support.values.decode`. ``text``
+            and ``bytes`` of a json column are its text.
         :param on_undecodable: what to do with a row that is not, or that Airflow cannot store: ``fail`` fails one
             wait for it, and it stays unacknowledged, for no other wait; ``skip`` acknowledges it, with a warning,
             and waits on; ``dead_letter`` adds it to the table ``dead_letter``, and then acknowledges it.
@@ -132,9 +132,9 @@ class PostgresListener(QueueListener):
         :param require_persistence: refuse an unlogged table.
         :param postgres_conn_id: an Airflow connection of type ``postgres``, as the Postgres provider has it: the
             schema is the database, the extras are libpq's options.
-        :raises SourceUnfit: the connection is of another type, or has an extra that is no option of libpq; the
-            table or a column is missing, or not as it must be; the user may not use it.
-        :raises SourceUnreachable: the server was away, refused the login, or was a standby, for too long.
+        :raises SourceMisconfigured: the connection is of another type, or has an extra that is no option of libpq;
+            the table or a column is missing, or not as it must be; the user may not use it.
+        :raises SourceUnreachable: the server was unreachable, refused the login, or was a standby, for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
         from airflow_events.listeners.postgres.consume import Looks, TableHub
@@ -246,9 +246,9 @@ class PostgresWatchListener(EventListener):
         :param interval: seconds between two looks.
         :param channel: where ``NOTIFY`` asks for a look at once. None listens nowhere.
         :param postgres_conn_id: as of `PostgresListener.poll_for_event`; the server may be a standby.
-        :raises SourceUnfit: the server refuses the query, or it has two columns of one name; see also
+        :raises SourceMisconfigured: the server refuses the query, or it has two columns of one name; see also
             `PostgresListener.poll_for_event`.
-        :raises SourceUnreachable: the server was away, or refused the login, for too long.
+        :raises SourceUnreachable: the server was unreachable, or refused the login, for too long.
         """
         from airflow_events.listeners.postgres.watch import Asker, QueryHub, Question
 

@@ -11,9 +11,16 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import check_files, connection, endpoints, flag, known_extras, unfit
-from airflow_events.listeners.shared import connected
+from airflow_events.errors import SourceMisconfigured
+from airflow_events.listeners.support.connections import (
+    check_files,
+    connection,
+    endpoints,
+    flag,
+    known_extras,
+    misconfigured,
+)
+from airflow_events.listeners.support.shared import connected
 from psycopg import AsyncClientCursor, AsyncConnection, errors, pq, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
@@ -94,9 +101,9 @@ def refusals(name: str) -> Iterator[None]:
     try:
         yield
     except errors.InsufficientPrivilege as error:
-        raise SourceUnfit(f"{name}: the connection's user may not use it: {error}") from error
+        raise SourceMisconfigured(f"{name}: the connection's user may not use it: {error}") from error
     except (errors.UndefinedTable, errors.UndefinedColumn) as error:
-        raise SourceUnfit(f"{name}: it was changed while it was in use: {error}") from error
+        raise SourceMisconfigured(f"{name}: it was changed while it was in use: {error}") from error
 
 
 async def listen(connection: AsyncConnection[Any], channel: str) -> None:
@@ -151,12 +158,14 @@ async def connect(conn_id: str) -> AsyncConnection[Any]:
     """
     Connect by an Airflow connection, which is read as the Postgres provider's hook does.
 
-    :raises SourceUnfit: it says what cannot be used, or what libpq does not know.
+    :raises SourceMisconfigured: it says what cannot be used, or what libpq does not know.
     """
     found = await connection(conn_id, "postgres")
     told = known_extras(found, _OPTIONS | _HOOK)
     if flag(found, told, "iam"):
-        raise unfit(found, "has the extra iam=true, and no token of AWS or Azure is fetched here; give a password")
+        raise misconfigured(
+            found, "has the extra iam=true, and no token of AWS or Azure is fetched here; give a password"
+        )
     options: dict[str, Any] = {"user": found.login, "password": found.password, "dbname": found.schema}
     options |= _where(found)
     options |= {
@@ -170,10 +179,10 @@ async def connect(conn_id: str) -> AsyncConnection[Any]:
             autocommit=True, prepare_threshold=None, **{**_DEFAULTS, **given, "client_encoding": "utf8"}
         )
     except errors.ProgrammingError as error:
-        raise unfit(found, f"cannot be used: {error}") from error
+        raise misconfigured(found, f"cannot be used: {error}") from error
     except errors.OperationalError as error:
         if _UNUSABLE.search(str(error)):
-            raise unfit(found, f"cannot be used: {error}") from error
+            raise misconfigured(found, f"cannot be used: {error}") from error
         raise
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, ClassVar, NamedTuple
 
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.hub import Seeker
+from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.postgres.client import (
     LONGEST_PAUSE,
     LOST,
@@ -23,7 +22,8 @@ from airflow_events.listeners.postgres.client import (
     system_of,
 )
 from airflow_events.listeners.postgres.table import COLUMNS, LOOK, TABLE, VALUES, Source, ordering
-from airflow_events.listeners.queue import Delivery, InHand, QueueHub
+from airflow_events.listeners.support.hub import Seeker
+from airflow_events.listeners.support.queue import Delivery, InHand, QueueHub
 from psycopg import AsyncConnection, errors, sql
 
 # Rows that a look takes at most.
@@ -130,7 +130,7 @@ class TableHub(QueueHub):
         held = [str(row.id) for row in self._held() if row.origin == origin]
         [*_, rows, [(oid,)]] = await run(connection, self._look_for, {"held": held, "wanted": wanted}, raw=True)
         if oid != origin.oid:
-            raise errors.OperationalError("the table was made anew")
+            raise errors.OperationalError("the table was recreated")
         if len(rows) == wanted:
             self._next_look = 0.0
         for row, created_at, raw in rows:
@@ -185,15 +185,17 @@ class TableHub(QueueHub):
             raise errors.OperationalError("the server is in recovery (a read-only standby); its primary is needed")
         [tables] = await run(connection, TABLE, {"table": self._source.identifier.as_string(None)})
         if not tables:
-            raise SourceUnfit(
+            raise SourceMisconfigured(
                 f"{name}: there is no such table, or it is not in the search path; the statements for one are "
                 f"what airflow_events.listeners.postgres.create_table({self._source.table!r}) returns"
             )
         [(database, table, oid, kind, persistence, is_deletable)] = tables
         if kind != "r":
-            raise SourceUnfit(f"{name}: it is of pg_class.relkind {kind!r}; an ordinary table ('r') is needed")
+            raise SourceMisconfigured(
+                f"{name}: it is of pg_class.relkind {kind!r}; an ordinary table ('r') is needed"
+            )
         if persistence == "u" and self._looks.require_persistence:
-            raise SourceUnfit(
+            raise SourceMisconfigured(
                 f"{name}: it is UNLOGGED, so a crash of the server empties it; alter it with SET LOGGED, or "
                 "give require_persistence=False"
             )
@@ -201,11 +203,13 @@ class TableHub(QueueHub):
         found = {row[0]: _Column(*row[1:]) for row in rows}
         self._check_columns(found)
         if not found[columns.id].is_unique:
-            raise SourceUnfit(
+            raise SourceMisconfigured(
                 f"{name}: the column {columns.id!r} needs a PRIMARY KEY or a unique index of its own"
             )
         if self._source.on_commit == "delete" and not is_deletable:
-            raise SourceUnfit(f"{name}: the connection's user has not the right to DELETE, for on_commit='delete'")
+            raise SourceMisconfigured(
+                f"{name}: the connection's user has not the right to DELETE, for on_commit='delete'"
+            )
         # Of a table whose rows are deleted some may be marked, from before.
         is_marked = columns.acknowledged_at in found
         unacknowledged = self._source.statement("{acknowledged_at} IS NULL") if is_marked else sql.SQL("true")
@@ -225,16 +229,16 @@ class TableHub(QueueHub):
             column = found.get(name)
             if column is None:
                 there = ", ".join(map(repr, found))
-                raise SourceUnfit(f"{self.name}: it has no column {name!r}, only {there}")
+                raise SourceMisconfigured(f"{self.name}: it has no column {name!r}, only {there}")
             if possible and column.type not in possible:
-                raise SourceUnfit(
+                raise SourceMisconfigured(
                     f"{self.name}: the column {name!r} is of type {column.type}; {' or '.join(possible)} is needed"
                 )
             if name == ours and column.needed:
-                raise SourceUnfit(f"{self.name}: the column {name!r} is NOT NULL, and must not be")
+                raise SourceMisconfigured(f"{self.name}: the column {name!r} is NOT NULL, and must not be")
             if not column.readable or (name == ours and marks and not column.writable):
                 right = "UPDATE" if column.readable else "SELECT"
-                raise SourceUnfit(
+                raise SourceMisconfigured(
                     f"{self.name}: the connection's user has not the right to {right} the column {name!r}; needed "
                     f"are SELECT on all columns that are used, and UPDATE on {ours!r} or, for on_commit='delete', "
                     "DELETE"

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timezone
 from typing import Any, ClassVar
 
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.hub import Hub, Seeker
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.postgres.client import (
     BLOCK,
     LIMIT,
@@ -22,6 +21,7 @@ from airflow_events.listeners.postgres.client import (
     connect,
     listen,
 )
+from airflow_events.listeners.support.hub import Hub, Seeker
 from psycopg import AsyncConnection, errors, pq
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import Loader
@@ -126,10 +126,12 @@ class QueryHub(Hub[Asker]):
                     message = "%s: the query did not come to an end, and is asked again in %.0f s: %s"
                     asker.tell(logging.WARNING, message, self.name, asker.interval, error)
                 else:
-                    asker.fail(SourceUnfit(f"{self.name}: the query {question.query[:200]!r} is refused: {error}"))
-        except SourceUnfit as error:
+                    asker.fail(
+                        SourceMisconfigured(f"{self.name}: the query {question.query[:200]!r} is refused: {error}")
+                    )
+        except SourceMisconfigured as error:
             for asker in askers:
-                asker.fail(SourceUnfit(f"{self.name}: {error}"))
+                asker.fail(SourceMisconfigured(f"{self.name}: {error}"))
         except (ValueError, ArithmeticError, RecursionError) as error:  # a value that Python cannot read
             where = f"{self.name}: the row of the query {question.query[:200]!r}"
             for asker in askers:
@@ -153,7 +155,9 @@ async def _first_row(connection: AsyncConnection[Any], question: Question) -> di
         if not connection.closed:
             await connection.rollback()
     if len(set(names)) < len(names):
-        raise SourceUnfit(f"the query {question.query[:200]!r} has two columns of one name: {', '.join(names)}")
+        raise SourceMisconfigured(
+            f"the query {question.query[:200]!r} has two columns of one name: {', '.join(names)}"
+        )
     return None if row is None else dict(zip(names, row, strict=True))
 
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import first_match
-from airflow_events.listeners.queue import Delivery, QueueListener, receive, skip
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.support.clients import needs
+from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.support.watching import first_match
 
 needs("a RabbitMQ listener", "rabbitmq", "aiormq")
 
@@ -60,8 +60,8 @@ class RabbitMQListener(QueueListener):
         Return when there is a message for this wait: those that have waited longest are served first.
 
         :param queue: its name. It must be there: it is not made.
-        :param values: of what format the body is; see `airflow_events.listeners.values.decode`. A body with the
-            ``content_encoding`` ``gzip`` or ``deflate`` is unpacked first.
+        :param values: of what format the body is; see `airflow_events.listeners.support.values.decode`. A body
+            with the ``content_encoding`` ``gzip`` or ``deflate`` is unpacked first.
         :param on_undecodable: what to do with a message that is not, or that Airflow cannot store: ``fail`` fails
             one wait for it, and it stays unacknowledged, for no other wait; ``skip`` acknowledges it, with a
             warning, and waits on; ``dead_letter`` rejects it, so that it goes to the dead letter exchange of the
@@ -73,9 +73,9 @@ class RabbitMQListener(QueueListener):
         :param rabbitmq_conn_id: an Airflow connection of type ``amqp``, ``rabbitmq`` or ``generic``. Its schema is
             the virtual host, ``/`` by default; extras are ``ssl``, ``cafile``, ``certfile``, ``keyfile``, and
             ``heartbeat`` in seconds.
-        :raises SourceUnfit: the connection is of another type, or refused; there is no such queue; it is a stream,
-            or not durable; the user may not use it.
-        :raises SourceUnreachable: the server was away for too long.
+        :raises SourceMisconfigured: the connection is of another type, or refused; there is no such queue; it is a
+            stream, or not durable; the user may not use it.
+        :raises SourceUnreachable: the server was unreachable for too long.
         :raises EventUndecodable: see ``on_undecodable`` and ``without_id``.
         """
         from airflow_events.listeners.rabbitmq.client import Source
@@ -146,7 +146,7 @@ class RabbitMQWatchListener(EventListener):
         the whole second. The broker tells no other: a message without them counts as published when it is read.
 
         :param stream: the name of a queue of type ``stream``. It must be there: it is not made.
-        :param match: see `airflow_events.listeners.values.Match`.
+        :param match: see `airflow_events.listeners.support.values.Match`.
         :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
 
         The other parameters and errors are as of `RabbitMQListener.poll_for_event`; here an undecodable message is

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import aiormq
 from aiormq import exceptions
 from aiormq.abc import AbstractChannel, AbstractConnection
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import (
+from airflow_events.errors import SourceMisconfigured
+from airflow_events.listeners.rabbitmq.frames import LenientTransport
+from airflow_events.listeners.support.connections import (
     Endpoint,
     connection,
     context,
     endpoints,
     flag,
     known_extras,
+    misconfigured,
     number,
     secure,
-    unfit,
 )
-from airflow_events.listeners.rabbitmq.frames import LenientTransport
 from pamqp.exceptions import AMQPInternalError
 from yarl import URL
 
@@ -141,29 +141,31 @@ def refusals(source: Source) -> Iterator[None]:
     try:
         yield
     except (exceptions.ProbableAuthenticationError, exceptions.AuthenticationError) as error:
-        raise SourceUnfit(f"{source}: the server refused the login: {error}") from error
+        raise SourceMisconfigured(f"{source}: the server refused the login: {error}") from error
     except exceptions.ConnectionNotAllowed as error:
         if "is down" in str(error):
             raise ConnectionError(str(error)) from error
-        raise SourceUnfit(f"{source}: the server refused the connection: {error}") from error
+        raise SourceMisconfigured(f"{source}: the server refused the connection: {error}") from error
     except exceptions.ConnectionNotImplemented as error:
-        raise SourceUnfit(f"{source} is a stream; RabbitMQWatchListener is for these: {error}") from error
+        raise SourceMisconfigured(f"{source} is a stream; RabbitMQWatchListener is for these: {error}") from error
     except exceptions.ChannelAccessRefused as error:
         if "in exclusive use" in str(error):
             raise ConnectionError(str(error)) from error
-        raise SourceUnfit(f"{source}: the connection's user may not use what is needed: {error}") from error
+        raise SourceMisconfigured(
+            f"{source}: the connection's user may not use what is needed: {error}"
+        ) from error
     except exceptions.ChannelLockedResource as error:
-        raise SourceUnfit(f"{source} is exclusive to another connection: {error}") from error
+        raise SourceMisconfigured(f"{source} is exclusive to another connection: {error}") from error
     except exceptions.ChannelNotFoundEntity as error:
         if "down or inaccessible" in str(error):
             raise ConnectionError(str(error)) from error
-        raise SourceUnfit(f"{source} is not there, and is not made: {error}") from error
+        raise SourceMisconfigured(f"{source} is not there, and is not made: {error}") from error
     except exceptions.ChannelPreconditionFailed as error:
         if "x-stream-offset" in str(error):
-            raise SourceUnfit(NO_STREAM.format(source)) from error
+            raise SourceMisconfigured(NO_STREAM.format(source)) from error
         if "timed out" in str(error):  # a message was held for longer than `consumer_timeout`
             raise ConnectionError(str(error)) from error
-        raise SourceUnfit(f"{source}: the server refused what was asked of it: {error}") from error
+        raise SourceMisconfigured(f"{source}: the server refused what was asked of it: {error}") from error
     except exceptions.AMQPError as error:
         if isinstance(error, OSError):
             raise
@@ -184,7 +186,7 @@ async def connect(conn_id: str) -> AbstractConnection:
     """
     Open what an Airflow connection describes; of several hosts, the first that lets us.
 
-    :raises SourceUnfit: it says what cannot be used, or what is not known here.
+    :raises SourceMisconfigured: it says what cannot be used, or what is not known here.
     """
     found = await connection(conn_id, *_TYPES)
     told = _told(found)
@@ -229,18 +231,18 @@ def _told(found: Connection) -> dict[str, Any]:
     """
     Return the extras under the names that they have here, of whichever package's hook they are.
 
-    :raises SourceUnfit: one is not known, or is said twice.
+    :raises SourceMisconfigured: one is not known, or is said twice.
     """
     told: dict[str, Any] = {}
     for name, value in known_extras(found, {*_EXTRAS, *_ALSO}, _REFUSED).items():
         ours = _ALSO.get(name, name)
         if ours in told:
-            raise unfit(
+            raise misconfigured(
                 found, f"has the extra {name!r} and another that means {ours!r}, of which there may be one"
             )
         told[ours] = value
     if (auth := str(told.get("auth", "plain")).lower()) not in ("plain", "external"):
-        raise unfit(found, f"has the extra auth={auth!r}, where 'plain' or 'external' is needed")
+        raise misconfigured(found, f"has the extra auth={auth!r}, where 'plain' or 'external' is needed")
     return told
 
 

@@ -13,9 +13,7 @@ from typing import Any
 
 from aiormq import exceptions
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.hub import Seeker
-from airflow_events.listeners.queue import Delivery, QueueHub
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.rabbitmq.client import (
     OnServer,
     Source,
@@ -26,7 +24,9 @@ from airflow_events.listeners.rabbitmq.client import (
     within,
 )
 from airflow_events.listeners.rabbitmq.messages import Received
-from airflow_events.listeners.shared import background
+from airflow_events.listeners.support.hub import Seeker
+from airflow_events.listeners.support.queue import Delivery, QueueHub
+from airflow_events.listeners.support.shared import background
 
 log = logging.getLogger(__name__)
 
@@ -254,12 +254,12 @@ async def _check(server: AbstractConnection, source: Source, require_durable: bo
     differs = await _difference(server, source, durable=True)
     if "inequivalent arg 'durable'" in differs:
         if require_durable:
-            raise SourceUnfit(f"{source} is not durable, {lost} durable, or give require_durable=False")
+            raise SourceMisconfigured(f"{source} is not durable, {lost} durable, or give require_durable=False")
         differs = await _difference(server, source, durable=False)
     if "'x-queue-type'" in differs and "'stream'" in differs:
-        raise SourceUnfit(f"{source} is a stream; RabbitMQWatchListener is for these")
+        raise SourceMisconfigured(f"{source} is a stream; RabbitMQWatchListener is for these")
     if "inequivalent arg 'auto_delete'" in differs:
-        raise SourceUnfit(f"{source} deletes itself when nobody consumes, {lost} not auto-delete")
+        raise SourceMisconfigured(f"{source} deletes itself when nobody consumes, {lost} not auto-delete")
 
 
 async def _difference(server: AbstractConnection, source: Source, *, durable: bool) -> str:

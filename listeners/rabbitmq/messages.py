@@ -13,7 +13,7 @@ from typing import Any
 from aiormq.abc import DeliveredMessage
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.rabbitmq.client import Source, coordinates
-from airflow_events.listeners.values import Format, decode, text_of
+from airflow_events.listeners.support.values import Format, decode, text_of
 
 _PROPERTIES = (
     "content_encoding", "priority", "correlation_id", "reply_to", "expiration", "message_type", "user_id",

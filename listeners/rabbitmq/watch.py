@@ -7,12 +7,12 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.log import LogHub, Message, Reader, message_of
-from airflow_events.listeners.moments import of_epoch
+from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.rabbitmq.client import NO_STREAM, OnServer, Source, close, connect, refusals, within
 from airflow_events.listeners.rabbitmq.messages import described, headers_of, tag_of, timestamp_of, value_of
-from airflow_events.listeners.values import Format
+from airflow_events.listeners.support.timestamps import of_epoch
+from airflow_events.listeners.support.values import Format
+from airflow_events.listeners.support.watching import LogHub, Message, Reader, message_of
 
 _T = TypeVar("_T")
 
@@ -36,7 +36,7 @@ class StreamHub(OnServer, LogHub[int]):
             await channel.queue_declare(self.source.queue, passive=True)
             await close(channel)
         if self._was_cancelled:
-            self.start_over("was taken from its readers, perhaps deleted and made anew")
+            self.start_over("was taken from its readers, perhaps deleted and recreated")
             self._was_cancelled = False
 
     async def reader(self, since: datetime, position: int | None) -> Reader[int]:
@@ -165,7 +165,7 @@ async def _soon(queue: asyncio.Queue[_T], seconds: float) -> _T | None:
 def _offset(source: Source, message: DeliveredMessage) -> int:
     offset = headers_of(message).get("x-stream-offset")
     if not isinstance(offset, int):
-        raise SourceUnfit(NO_STREAM.format(source))
+        raise SourceMisconfigured(NO_STREAM.format(source))
     return offset
 
 

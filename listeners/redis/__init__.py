@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.clients import needs
-from airflow_events.listeners.log import first_match
-from airflow_events.listeners.queue import Delivery, QueueListener, receive, skip
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.clients import needs
+from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.watching import first_match
 
 needs("a Redis listener", "redis", "redis")
 
@@ -60,7 +60,7 @@ class RedisListener(QueueListener):
         :param stream: its key. It is made, with the group, if it is not there.
         :param group: the consumer group.
         :param field: which of the entry's fields is the value; None makes a dict of all of them, as text.
-        :param values: of what format ``field`` is; see `airflow_events.listeners.values.decode`.
+        :param values: of what format ``field`` is; see `airflow_events.listeners.support.values.decode`.
         :param on_undecodable: what to do with an entry that is not, or that Airflow cannot store: ``fail`` fails
             one wait for it, and it stays pending, for no other wait; ``skip`` acknowledges it, with a warning, and
             waits on; ``dead_letter`` adds it to the stream ``dead_letter``, and then acknowledges it.
@@ -73,9 +73,9 @@ class RedisListener(QueueListener):
         :param require_persistence: refuse a server that keeps nothing on disk.
         :param redis_conn_id: an Airflow connection of type ``redis``, as the Redis provider has it: ``db``,
             ``ssl`` and ``ssl_...`` among the extras.
-        :raises SourceUnfit: the connection is of another type, or is a cluster's; the server keeps nothing on
-            disk; the key is no stream; the user may not use it.
-        :raises SourceUnreachable: the server was away for too long.
+        :raises SourceMisconfigured: the connection is of another type, or is a cluster's; the server keeps nothing
+            on disk; the key is no stream; the user may not use it.
+        :raises SourceUnreachable: the server was unreachable for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
         from airflow_events.listeners.redis.client import Source, event_of
@@ -140,7 +140,7 @@ class RedisWatchListener(EventListener):
         """
         Return the first entry that matches, added at ``since`` or later.
 
-        :param match: see `airflow_events.listeners.values.Match`.
+        :param match: see `airflow_events.listeners.support.values.Match`.
         :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
 
         The other parameters and errors are as of `RedisListener.poll_for_event`; here an undecodable entry is

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.connections import (
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
+from airflow_events.listeners.support.connections import (
     Endpoint,
     connection,
     context,
@@ -18,13 +18,13 @@ from airflow_events.listeners.connections import (
     flag,
     hosts,
     known_extras,
+    misconfigured,
     number,
     secure,
-    unfit,
 )
-from airflow_events.listeners.moments import of_epoch
-from airflow_events.listeners.shared import connected
-from airflow_events.listeners.values import Format, decode
+from airflow_events.listeners.support.shared import connected
+from airflow_events.listeners.support.timestamps import of_epoch
+from airflow_events.listeners.support.values import Format, decode
 from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -137,20 +137,22 @@ def refusals(source: Source) -> Any:
     try:
         yield
     except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
-        raise SourceUnfit(f"{source}: the server refuses the connection's login: {error}") from error
+        raise SourceMisconfigured(f"{source}: the server refuses the connection's login: {error}") from error
     except exceptions.NoPermissionError as error:
-        raise SourceUnfit(f"{source}: the connection's user may not use it: {error}") from error
+        raise SourceMisconfigured(f"{source}: the connection's user may not use it: {error}") from error
     except exceptions.ResponseError as error:
         if isinstance(error, _PASSING_TYPES) or _PASSING.search(str(error)):
             raise exceptions.ConnectionError(f"the server answers: {error}") from error
         if "WRONGTYPE" not in str(error):
             raise
-        raise SourceUnfit(f"{source}: there is a key of that name, and it is no stream") from error
+        raise SourceMisconfigured(f"{source}: there is a key of that name, and it is no stream") from error
     except exceptions.RedisClusterException as error:  # no node answers, or none as it should
         if isinstance(error.__cause__, exceptions.AuthenticationError):
-            raise SourceUnfit(f"{source}: the server refuses the connection's login: {error.__cause__}") from error
+            raise SourceMisconfigured(
+                f"{source}: the server refuses the connection's login: {error.__cause__}"
+            ) from error
         if "Cluster mode is not enabled" in str(error):
-            raise SourceUnfit(
+            raise SourceMisconfigured(
                 f"{source}: the connection says that it is of a cluster, and the server is none"
             ) from error
         raise
@@ -175,7 +177,7 @@ async def named(conn_id: str, connections: int) -> tuple[Redis, str]:
     has no name of its own that outlives its restart, so one server by two names is two.
 
     :param connections: how many the client has at most; of a cluster's, to each node.
-    :raises SourceUnfit: it says what cannot be used, or what is not known here.
+    :raises SourceMisconfigured: it says what cannot be used, or what is not known here.
     """
     found = await connection(conn_id, *_SCHEMES)
     told = known_extras(found, _EXTRAS)
@@ -192,10 +194,10 @@ async def named(conn_id: str, connections: int) -> tuple[Redis, str]:
     database = _database(found, told)
     if flag(found, told, "cluster"):
         if database or "sentinel_master" in told:
-            raise unfit(found, "is of a cluster, which has no database but 0, and no Sentinel")
+            raise misconfigured(found, "is of a cluster, which has no database but 0, and no Sentinel")
         return _of_cluster(nodes, options, connections), ",".join(sorted(_name(node) for node in nodes)) + "/0"
     if len(nodes) > 1 and "sentinel_master" not in told:
-        raise unfit(found, "names several hosts, and neither cluster=true nor a sentinel_master")
+        raise misconfigured(found, "names several hosts, and neither cluster=true nor a sentinel_master")
     options |= {"db": database, "health_check_interval": 30, "max_connections": connections}
     if "sentinel_master" in told:
         return _of_sentinels(nodes, told, options), f"{told['sentinel_master']}/{database}"
@@ -211,7 +213,7 @@ def _startup_nodes(found: Connection, told: dict[str, Any]) -> list[Endpoint]:
     if "startup_nodes" not in told:
         return []
     if not flag(found, told, "cluster"):
-        raise unfit(found, "has the extra 'startup_nodes', which are a cluster's, and no cluster=true")
+        raise misconfigured(found, "has the extra 'startup_nodes', which are a cluster's, and no cluster=true")
     return hosts(found, str(told["startup_nodes"]))
 
 
@@ -219,10 +221,10 @@ def _database(found: Connection, told: dict[str, Any]) -> int:
     """Return the number of the database: the extra ``db``, or the path of the connection's URI."""
     path = found.schema or ""
     if path and not path.isdecimal():
-        raise unfit(found, f"has the schema {path!r}, where there may be the number of a database")
+        raise misconfigured(found, f"has the schema {path!r}, where there may be the number of a database")
     database = number(found, told, "db", int(path or 0))
     if path and database != int(path):
-        raise unfit(found, f"has the schema {path!r}, and the extra db={database}")
+        raise misconfigured(found, f"has the schema {path!r}, and the extra db={database}")
     return database
 
 
@@ -234,7 +236,7 @@ async def _tls(found: Connection, told: dict[str, Any], nodes: list[Endpoint]) -
     checked = str(told.get("ssl_cert_reqs", "required")).lower()
     if checked not in _CHECKS:
         wanted = "'required', 'optional' or 'none'"
-        raise unfit(found, f"has the extra ssl_cert_reqs={checked!r}, where {wanted} is needed")
+        raise misconfigured(found, f"has the extra ssl_cert_reqs={checked!r}, where {wanted} is needed")
     files = {name: told[name] for name in _FILES if name in told}
     await context(found, *(files.get(name) for name in _FILES))
     if "ssl_certfile" in files:  # redis-py before 7 sends no certificate whose key is not named, too

@@ -8,8 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from airflow_events.errors import EventUndecodable, SourceUnfit
-from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.redis.client import (
     BLOCK,
     LOST,
@@ -19,6 +18,7 @@ from airflow_events.listeners.redis.client import (
     refusals,
     text,
 )
+from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from redis import exceptions
 from redis.asyncio import Redis
 
@@ -167,7 +167,7 @@ async def _check_persistence(client: Redis, source: Source) -> None:
     except exceptions.ResponseError:  # a managed server may not tell
         return
     if not on_disk:
-        raise SourceUnfit(
+        raise SourceMisconfigured(
             f"{source}: the server keeps nothing on disk (appendonly is 'no', save is ''), so a restart loses "
             "what no wait has had yet; set appendonly to 'yes', or give require_persistence=False"
         )

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, ClassVar
 
-from airflow_events.listeners.log import READ_BYTES, LogHub, Message, Reader, message_of
 from airflow_events.listeners.redis.client import LOST, Source, connect, event_of, moment, refusals, text
-from airflow_events.listeners.values import Format
+from airflow_events.listeners.support.values import Format
+from airflow_events.listeners.support.watching import READ_BYTES, LogHub, Message, Reader, message_of
 from redis import exceptions
 from redis.asyncio import Redis
 

@@ -12,9 +12,9 @@ from datetime import timedelta
 from typing import Any
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.clients import needs
-from airflow_events.listeners.queue import Delivery, FinalIdListener, receive, skip
-from airflow_events.listeners.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.support.clients import needs
+from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices
 
 needs("an SQS listener", "sqs", "aiobotocore", "airflow.providers.amazon")
 
@@ -64,7 +64,7 @@ class SqsListener(FinalIdListener):
 
         :param queue: its name, ARN or URL. It is never made.
         :param region_name: None is that of its URL or ARN, else the connection's, else what boto3 finds.
-        :param values: of what format the body is; see `airflow_events.listeners.values.decode`.
+        :param values: of what format the body is; see `airflow_events.listeners.support.values.decode`.
         :param unwrap: ``sns`` for a queue that an SNS topic sends to without raw message delivery: value and
             attributes are then the notification's. None takes the body as it is.
         :param on_undecodable: what to do with a message that is not, or that Airflow cannot store: ``fail`` fails
@@ -80,9 +80,9 @@ class SqsListener(FinalIdListener):
             hours that SQS lets it.
         :param aws_conn_id: an Airflow connection of type ``aws``, as the Amazon provider has it; None is boto3's
             own way to find credentials.
-        :raises SourceUnfit: the connection is of another type, or has no region or no credentials; there is no
-            such queue; its user may not receive, delete, hide or describe.
-        :raises SourceUnreachable: SQS was away for too long.
+        :raises SourceMisconfigured: the connection is of another type, or has no region or no credentials; there
+            is no such queue; its user may not receive, delete, hide or describe.
+        :raises SourceUnreachable: SQS was unreachable for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
         from airflow_events.listeners.sqs.client import Source, region_of

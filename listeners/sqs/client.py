@@ -18,8 +18,8 @@ from airflow.configuration import conf
 from airflow.providers.amazon.aws.hooks.base_aws import AwsBaseHook
 from airflow.providers.amazon.aws.utils.connection_wrapper import AwsConnectionWrapper
 from airflow.sdk.exceptions import AirflowNotFoundException
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners.connections import connection, known_extras
+from airflow_events.errors import SourceMisconfigured
+from airflow_events.listeners.support.connections import connection, known_extras
 from botocore import UNSIGNED, exceptions
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
@@ -151,14 +151,14 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ClientError as error:
         code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code in _NO_QUEUE:
-            raise SourceUnfit(f"{source}: there is no such queue, and none is made") from error
+            raise SourceMisconfigured(f"{source}: there is no such queue, and none is made") from error
         if status >= 500 or status == 429 or code in _BUSY or "throttl" in code.lower():
             raise _Busy(str(error)) from error
         if status in (401, 403) or "AccessDenied" in code:
-            raise SourceUnfit(f"{source}: the connection's user may not use it: {error}") from error
+            raise SourceMisconfigured(f"{source}: the connection's user may not use it: {error}") from error
         raise
     except exceptions.BotoCoreError as error:
-        raise SourceUnfit(f"{source}: the connection cannot be used: {error}") from error
+        raise SourceMisconfigured(f"{source}: the connection cannot be used: {error}") from error
 
 
 class _Credentials(AioCredentials):  # type: ignore[misc]
@@ -188,7 +188,7 @@ async def connect(source: Source) -> Any:
     found = await _connection(source)
     by_name = _ARN.fullmatch(source.queue)
     if by_name and source.region not in (None, by_name["region"]):
-        raise SourceUnfit(f"{source}: the queue is of another region than region_name says")
+        raise SourceMisconfigured(f"{source}: the queue is of another region than region_name says")
     session, options = await asyncio.to_thread(_prepare, source, found)
     return await session.create_client("sqs", **options).__aenter__()
 
@@ -216,13 +216,15 @@ def _prepare(source: Source, found: Connection | None) -> tuple[Any, dict[str, A
     provided = hook.get_session(region_name=hook.region_name)
     region = hook.region_name or provided.region_name
     if region is None:
-        raise SourceUnfit(f"{source}: there is no region; give region_name, or put it into the connection's extra")
+        raise SourceMisconfigured(
+            f"{source}: there is no region; give region_name, or put it into the connection's extra"
+        )
     session = aiobotocore.session.get_session()
     session.register_component("data_loader", _loader)
     if hook.config.signature_version is not UNSIGNED:
         credentials = provided.get_credentials()
         if credentials is None:
-            raise SourceUnfit(f"{source}: the connection has no credentials, and boto3 finds none")
+            raise SourceMisconfigured(f"{source}: the connection has no credentials, and boto3 finds none")
         session.register_component("credential_provider", _Credentials(credentials))
     # A client made in the loop finds the descriptions of the service read.
     reader = botocore.session.Session()

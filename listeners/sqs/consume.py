@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.queue import REASON, SOURCE, Delivery, QueueHub
 from airflow_events.listeners.sqs.client import (
     AWAY,
     LONG_POLL,
@@ -28,7 +27,8 @@ from airflow_events.listeners.sqs.client import (
     url_of,
 )
 from airflow_events.listeners.sqs.messages import Message
-from airflow_events.listeners.values import seconds
+from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
+from airflow_events.listeners.support.values import seconds
 from botocore import exceptions
 
 log = logging.getLogger(__name__)

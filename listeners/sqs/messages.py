@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.values import Format, decode, json_of
+from airflow_events.listeners.support.values import Format, decode, json_of
 
 if TYPE_CHECKING:
     from airflow_events.listeners.sqs.client import Source

@@ -107,7 +107,7 @@ async def send(
     openapi_extra=json_of(Rejection.model_json_schema(), "Why."),
 )
 async def reject(wait: TheWait, by: UserName, rejection: TheRejection, response: Response) -> Rejected:
-    """Fail the wait with a reason, without another try. A clear makes it wait anew."""
+    """Fail the wait with a reason, without another try. A clear makes it wait again."""
     outcome = await in_turn(lambda session: sending.reject(session, wait, rejection.reason, by=by))
     response.status_code = _code(outcome)
     return Rejected(status=outcome)

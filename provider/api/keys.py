@@ -28,9 +28,9 @@ from airflow_events.api.refusals import NoSuchWait, Refusal, TooMany, Unfit
 from airflow_events.api.wait_rows import WaitRow, name_of, now, until
 from airflow_events.inbox.database import begin_writing, once_committed
 from airflow_events.inbox.models import SINGLE, EventKept, EventSent, EventWait
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait
 from airflow_events.listeners.http import HttpListener, address_of, check_key
+from airflow_events.listeners.support import serde
 from sqlalchemy import delete, exists, func, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
@@ -219,7 +219,7 @@ class _Refused:
     """
     Which kept events were refused by all the waits that could take one, as far as this process has seen.
 
-    Without it, each pass would read and check anew whatever is kept and fits no wait. It forgets all after some
+    Without it, each pass would read and check again whatever is kept and fits no wait. It forgets all after some
     minutes: a DAG may have another schema by then.
     """
 

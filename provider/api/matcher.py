@@ -72,7 +72,7 @@ class Matcher:
                     self._took_over = True
                 await asyncio.to_thread(match_once)
             except Exception:
-                # Once for each time that the database is away; the events stay where they are.
+                # Once for each time that the database is unreachable; the events stay where they are.
                 log.log(
                     logging.DEBUG if self._failing else logging.ERROR,
                     "Kept events could not be given to the waits that have begun; this is tried again",
@@ -94,7 +94,7 @@ def match_once() -> dict[str, list[str]]:
     for key in in_transaction(keys.wanted):
         try:
             reached.update(in_transaction(lambda session, key=key: keys.match(session, key)))  # type: ignore[misc]
-        except OperationalError:  # the database is away, for the others as well
+        except OperationalError:  # the database is unreachable, for the others as well
             raise
         except Exception as error:
             failed = key, error

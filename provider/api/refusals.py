@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from airflow_events.errors import EventsError
-from airflow_events.listeners import schemas
+from airflow_events.listeners.support import schemas
 
 
 class Refusal(EventsError):

@@ -33,9 +33,9 @@ from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.database import once_committed
 from airflow_events.inbox.entries import End, Phase
 from airflow_events.inbox.models import EventWait
-from airflow_events.listeners import schemas, serde
 from airflow_events.listeners.base import Wait
-from airflow_events.listeners.commit import delivered, recorded
+from airflow_events.listeners.support import schemas, serde
+from airflow_events.listeners.support.commit import delivered, recorded
 from airflow_events.triggers import outcome
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -151,7 +151,7 @@ def _tell(row: WaitRow, receipt: Receipt, arrived: float | None) -> None:
 
 def reject(session: Session, wait: Wait, reason: str, *, by: str) -> Status:
     """
-    Fail a wait, without another try, for somebody has decided; a clear makes it wait anew.
+    Fail a wait, without another try, for somebody has decided; a clear makes it wait again.
 
     The task fails on a worker, where its callbacks are run and its log has the reason.
 

@@ -18,8 +18,8 @@ from airflow.utils.sqlalchemy import with_row_locks
 from airflow_events.api.wait_rows import name_of, now
 from airflow_events.inbox.database import begin_writing, in_transaction
 from airflow_events.inbox.models import LATEST, EventKept, EventSent
-from airflow_events.listeners import serde
 from airflow_events.listeners.http import address_of
+from airflow_events.listeners.support import serde
 from sqlalchemy import or_, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -38,7 +38,8 @@ def take_over() -> int:
     Any number of API servers may do it at once; when one of them is through, Variables count no more. What cannot
     be read stays where it is, and is named in the log.
 
-    :raises sqlalchemy.exc.OperationalError: the database is away; what is done is done, and the rest is to be.
+    :raises sqlalchemy.exc.OperationalError: the database is unreachable; what is done is done, and the rest is to
+        be.
     """
     if in_transaction(_is_done):
         return 0

@@ -115,7 +115,7 @@ class Record(Entry):
     An event is the wait's from now on.
 
     :param record_id: made by the asker, the same when it asks again.
-    :param event: as `airflow_events.listeners.serde.encode` writes it.
+    :param event: as `airflow_events.listeners.support.serde.encode` writes it.
     :param identity: the digest, in hex, of the source and the event's id; None if a redelivery cannot be told.
     :param content: the digest of the event, in hex, where there is an ``identity``.
     :param committed: whether the source has nothing to be told.
@@ -161,7 +161,8 @@ class Park(Entry):
     The wait goes on without a trigger, as a row of the inbox: nobody has to poll for its event.
 
     :param kwargs: what its trigger was made of, with its arguments rendered, as
-        `airflow_events.listeners.serde.encode` writes it. In the database it is encrypted, as triggers are.
+        `airflow_events.listeners.support.serde.encode` writes it. In the database it is encrypted, as triggers
+        are.
     :param at: when the API server is to carry out ``then``, ISO 8601 in UTC; None for never.
     :param then: a `Record` or a `Finish` as `as_json` writes it, by which the wait ends.
     """

@@ -89,7 +89,7 @@ class EventWait(Base):
     # Its event.
     phase: Mapped[str | None] = mapped_column(String(20))
     event: Mapped[str | None] = mapped_column(_long_text)
-    """As `airflow_events.listeners.serde.encode` writes it."""
+    """As `airflow_events.listeners.support.serde.encode` writes it."""
     record_id: Mapped[str | None] = mapped_column(String(40))
     """Of this recording, so that it can be told from a later one."""
     record_clears: Mapped[int | None] = mapped_column(Integer)

@@ -64,8 +64,8 @@ from airflow_events.inbox.models import (
 )
 from airflow_events.inbox.taken import Taken, taken_of, write_taken
 from airflow_events.inbox.tasks import Task
-from airflow_events.listeners import serde
-from airflow_events.listeners.positions import digest, united
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.positions import digest, united
 from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session

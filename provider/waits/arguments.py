@@ -12,7 +12,7 @@ from airflow.models.trigger import Trigger
 from airflow.serialization.enums import Encoding
 from airflow.serialization.serialized_objects import BaseSerialization
 from airflow_events.listeners.base import describe
-from airflow_events.listeners.masking import masked, masked_call
+from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.reference import display_name
 

@@ -1,4 +1,4 @@
-"""A source for the pictures of the page, which is away when its payment is to be committed."""
+"""A source for the pictures of the page, which is unreachable when its payment is to be committed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """
-What the crash matrix (``test_matrix.py``) does not show: faults that take two steps, and a source that is away.
+What the crash matrix (``test_matrix.py``) does not show: faults that take two steps, and a source that is
+unreachable.
 
 A gate in the test's listener, or a gap of the matrix, stops the process at the point in question.
 """

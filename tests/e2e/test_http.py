@@ -153,7 +153,7 @@ def test_reject(airflow, sender):
     assert run.tasks()["wait"]["try_number"] == 1  # though it has retries
     assert "was rejected by Anonymous: no budget" in run.logs("wait")
     said(sender.send(run, "wait", 1), 410)
-    # A clear waits anew.
+    # A clear waits again.
     run.clear("wait", "gather")
     until(
         lambda: run.task_state("wait") == "deferred" and run.tasks()["wait"]["try_number"] == 2, "it waits again"
@@ -225,7 +225,7 @@ def test_keys(airflow, sender, inbox):
     # Gone: neither the same key nor another run delivers it again.
     assert to_key("order/1", {"n": 1}, 202, idempotency_key="a") == early
 
-    # Several waits with one key, and one that has an event that lapsed or did not fit.
+    # Several waits with one key, and one that has an event that expired or did not fit.
     second, third, brief, strict = run("order/1"), run("order/1"), run("brief"), run("strict", "http_strict")
     for waiting in (second, third, brief):
         waiting.until_task("wait", "deferred")

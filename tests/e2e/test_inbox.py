@@ -1,4 +1,4 @@
-"""The inbox in a real Airflow: what a user sees of waits that no worker ends, and while the API server is away."""
+"""The inbox in a real Airflow: what a user sees of waits without a worker, also while the API server is down."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 
 from deployment import until
 

@@ -36,7 +36,7 @@ def test_of_a_wait_that_ends_in_the_triggerer_or_on_a_worker(airflow, base, told
     expected = {"recorded": 1, "committed": 1, "time_to_record": 1, "time_to_delivery": 1}
     until(lambda: told(dag_id=dag_id) == expected, f"{told(dag_id=dag_id)} is {expected}", 20)
     assert told(dag_id=dag_id, listener=listener) == expected
-    # A clear delivers the record again, and nothing is recorded anew.
+    # A clear delivers the record again, and nothing is recorded again.
     run.clear("wait", "deliver")
     assert run.finished() == "success"
     assert told(dag_id=dag_id) == expected

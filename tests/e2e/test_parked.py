@@ -28,7 +28,7 @@ def triggers(airflow):
 
 
 def test_without_a_trigger_they_get_their_events_and_keep_their_deadlines(airflow, inbox, triggers):
-    """The API server and the triggerer are killed meanwhile, and the triggerer stays away."""
+    """The API server and the triggerer are killed meanwhile, and the triggerer stays dead."""
     due = datetime.now(timezone.utc) + timedelta(seconds=60)
     conf = {"due": due.isoformat(), "key": "parked"}
     run = airflow.run("parked", conf)

@@ -180,7 +180,7 @@ def test_a_commit_that_fails_is_tried_again_and_the_next_try_of_the_task_only_co
     log = run.logs("wait")
     assert "event_checkpointed failed for the wait" in log
     assert "ConnectionError" in log
-    assert "the source is away" in log
+    assert "the source is unreachable" in log
     assert "CommitFailed" in log
     assert len([call for call in base.calls if call.startswith("poll")]) == 1
     assert base.owners == {"m": f"failing_commit/{run.run_id}/wait/-1"}

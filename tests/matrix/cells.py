@@ -12,7 +12,7 @@ import psutil
 from airflow.models.asset import AssetEvent
 from airflow_events import Wait
 from airflow_events.inbox.models import EventWait
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from gaps import Gap, folder
 from paths import DEADLINE, Path, dag_id
 from source import EVENTS, Source, conf
@@ -147,7 +147,7 @@ class Cell:
         Whether a process has been standing in the gap for a while.
 
         Airflow 3.3.2 itself ends a worker that resumed a task when it reads the report of the first one late
-        (apache/airflow #66374); the cell then begins anew.
+        (apache/airflow #66374); the cell then begins again.
         """
         reached = list(self._armed.parent.glob(f"{self.gap.id}.reached.*"))
         if not reached:

@@ -25,7 +25,7 @@ SETTINGS = {
     "core.parallelism": "64",
     "events.commit_timeout": "20",
     "events.directory_rescan_interval": "1",
-    # Longer than the API server is away, or the scheduler would take all workers for dead.
+    # Longer than the API server is unreachable, or the scheduler would take all workers for dead.
     "scheduler.task_instance_heartbeat_timeout": "60",
     # A killed scheduler leaves its queued tasks, which Airflow otherwise looks for every five minutes. One that is
     # only slow must not take itself for dead.

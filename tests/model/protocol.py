@@ -42,7 +42,7 @@ from airflow_events.inbox import models as inbox
 from airflow_events.inbox import transactions, waking
 from airflow_events.inbox.database import in_transaction
 from airflow_events.inbox.entries import Answer, Begin, Entry, Phase, Record, Status
-from airflow_events.listeners.commit import release
+from airflow_events.listeners.support.commit import release
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 from airflow_events.triggers.event import GRACE, EventTrigger
 from airflow_events.waits.detail import why_it_cannot_be_forgotten
@@ -640,7 +640,7 @@ class World:
     def publish(self, name: str) -> None:
         self.events[name] = Event()
 
-    def lapse(self, event: Event) -> None:
+    def expire(self, event: Event) -> None:
         if not event.committed_by:
             event.claim = None
 
@@ -679,7 +679,7 @@ _INSTANCES = select(_TI.c.run_id, _TI.c.state, _TI.c.max_tries, _TI.c.next_metho
 
 
 class ClaimsWorld(World):
-    """Its source gives events to waits, each with a claim that lapses, and compares and sets when it commits."""
+    """Its source gives events to waits, each with a claim that expires, and compares and sets when it commits."""
 
     def listener(self) -> type[EventListener]:
         world = self
@@ -772,7 +772,7 @@ class AtLeastOnceWorld(World):
             async def event_released(self, event: Any, *args: Any, **kwargs: Any) -> None:
                 await step("release")
                 if event is not None:
-                    world.lapse(world.events[event["name"]])
+                    world.expire(world.events[event["name"]])
 
         return Queue
 
@@ -785,7 +785,7 @@ class AtLeastOnceWorld(World):
                 self.events[name].deliveries += 1
                 return {"name": name}
 
-    def lapse(self, event: Event) -> None:
+    def expire(self, event: Event) -> None:
         event.deliveries = 0
 
     def acknowledge(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """
 The promises over thousands of schedules: two waits, several triggerers on each trigger, workers, crashes between
-any two steps, requests and answers that are lost or come again, claims that lapse, retries, clears, marks, time.
+any two steps, requests and answers that are lost or come again, claims that expire, retries, clears, marks, time.
 
 And that the model sees what it should: mutants of the protocol are caught.
 
@@ -26,8 +26,8 @@ from airflow_events.api import upkeep
 from airflow_events.inbox import tasks, transactions
 from airflow_events.inbox.entries import Answer, Begin, Status
 from airflow_events.inbox.models import SINGLE
-from airflow_events.listeners.commit import commit
-from airflow_events.listeners.shared import OnePerLoop
+from airflow_events.listeners.support.commit import commit
+from airflow_events.listeners.support.shared import OnePerLoop
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import polling, reference, stalls
@@ -331,8 +331,8 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: self.claimed)
     @rule(number=pick)
-    def a_claim_lapses(self, number):
-        self.world.lapse(self.one(self.claimed, number))
+    def a_claim_expires(self, number):
+        self.world.expire(self.one(self.claimed, number))
 
     @property
     def claimed(self):
@@ -362,7 +362,7 @@ class Protocol(RuleBasedStateMachine):
             if all(task.has_ended for task in world.tasks):
                 break
             if number % 10 == 9:
-                self.what_nobody_has_lapses()
+                self.what_nobody_has_expires()
             self.a_round()
         else:
             raise AssertionError(f"{[task.state for task in world.tasks]}, {[p.at for p in self.alive]}")
@@ -370,11 +370,11 @@ class Protocol(RuleBasedStateMachine):
             if task.row is not None and task.row.phase == "recorded":
                 raise AssertionError(f"{task.event} of {task.name} was never committed")
 
-    def what_nobody_has_lapses(self):
+    def what_nobody_has_expires(self):
         recorded = {task.event for task in self.world.tasks}
         for name, event in self.world.events.items():
             if name not in recorded:
-                self.world.lapse(event)
+                self.world.expire(event)
 
     def need_events(self):
         return [t for t in self.world.tasks if not (self.world.counts(t) and self.world.is_the_waits(t))]
@@ -775,7 +775,7 @@ def test_nobody_commits_what_was_lost_and_then_claimed_anew(mutant):
         machine.go_on_until(stale, "commit")
         other = machine.start(world.tasks[0])
         machine.go_on_until(other, "commit")
-        world.lapse(world.events["e0"])
+        world.expire(world.events["e0"])
         machine.go_on_until(other, "ask record")
         assert world.events["e0"].claim is not None
         other.dead = True
@@ -786,12 +786,12 @@ def test_nobody_commits_what_was_lost_and_then_claimed_anew(mutant):
 @pytest.mark.parametrize("machine", [Repeatable, Leased])
 @pytest.mark.parametrize("compare_and_set", [True, False])
 def test_a_source_without_compare_and_set_is_caught(machine, compare_and_set, monkeypatch):
-    """A claim lapses; another wait claims and commits the event, and then the first goes on to commit it."""
+    """A claim expires; another wait claims and commits the event, and then the first goes on to commit it."""
     monkeypatch.setattr(machine, "compare_and_set", compare_and_set)
     with caught(None if compare_and_set else machine, "e0"), schedule(machine) as (machine, world):
         late, other = world.processes
         machine.go_on_until(late, "commit")
-        world.lapse(world.events["e0"])
+        world.expire(world.events["e0"])
         machine.go_on_until(other, None)
         assert world.tasks[1].delivered == ["e0"]
         machine.go_on_until(late, "poll")

@@ -178,5 +178,5 @@ class FailingCommit(LeasedQueue):
         note(event["base"], f"attempt {Variable.get('events_test', default='')}".strip())
         if left:
             failures.write_text(str(left - 1))
-            raise ConnectionError("the source is away")
+            raise ConnectionError("the source is unreachable")
         await super().event_checkpointed(event)

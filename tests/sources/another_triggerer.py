@@ -12,8 +12,8 @@ import importlib
 import json
 import sys
 
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait, working_for
+from airflow_events.listeners.support import serde
 
 
 async def main(told):

@@ -9,7 +9,7 @@ import servers
 
 from deployment import free_port
 
-# How many brokers have a copy of everything; one of them may be away.
+# How many brokers have a copy of everything; one of them may be unreachable.
 COPIES = 3
 # Seconds that all of them have to start together, on a machine that does other things as well.
 _PATIENCE = 300

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import kafka_cluster
 import kafka_server
 import servers
-from airflow_events.listeners import positions
 from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
+from airflow_events.listeners.support import positions
 from broker import Broker
 from confluent_kafka import Consumer, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -214,7 +214,7 @@ class KafkaCluster(Kafka):
 
 
 class KafkaOneCoordinator(KafkaCluster):
-    """A cluster where a group's offsets are on one broker only, and nobody has them while it is away."""
+    """A cluster where a group's offsets are on one broker only, and nobody has them while it is unreachable."""
 
     name = "kafka cluster with one coordinator"
     settings: ClassVar[dict[str, Any]] = {

@@ -7,8 +7,8 @@ import json
 import random
 
 import pytest
-from airflow_events.errors import SourceUnfit, SourceUnreachable
-from airflow_events.listeners import serde
+from airflow_events.errors import SourceMisconfigured, SourceUnreachable
+from airflow_events.listeners.support import serde
 from broker import clients_at_rest, nothing, soon, until_clients_are, until_told
 
 
@@ -96,7 +96,7 @@ async def test_a_server_that_is_not_there(broker, waits, monkeypatch):
 async def test_a_connection_of_another_type(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_OTHER", json.dumps({**broker.connection(), "conn_type": "ftp"}))
     name = next(key for key in broker.arguments()[1] if key.endswith(("conn_id", "config_id")))
-    with pytest.raises(SourceUnfit, match=f"'other' is of type 'ftp', and '{broker.connection_type}'"):
+    with pytest.raises(SourceMisconfigured, match=f"'other' is of type 'ftp', and '{broker.connection_type}'"):
         await soon(waits.poll(**{name: "other"}))
 
 

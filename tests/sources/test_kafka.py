@@ -10,9 +10,9 @@ from datetime import datetime, timedelta, timezone
 
 import kafka_server
 import pytest
-from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
+from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.kafka import consume, watch
-from airflow_events.listeners.positions import Positions
+from airflow_events.listeners.support.positions import Positions
 from broker import nothing, running, soon, until_told
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, ResourceType
@@ -315,7 +315,7 @@ async def test_the_group_of_another_airflow_is_refused(broker, waits, inbox):
     await gone(waits)
     for other in (Inbox("b" * 32).exchange, None):  # None is as in dag.test()
         Positions.of_loop().inbox = other
-        with pytest.raises(SourceUnfit, match="was committed by another Airflow"):
+        with pytest.raises(SourceMisconfigured, match="was committed by another Airflow"):
             await soon(waits.poll())
     set_offset(broker, 1)
     Positions.of_loop().inbox = Inbox("b" * 32).exchange
@@ -341,7 +341,7 @@ async def test_a_group_that_has_members_is_refused(broker, waits, protocol):
     member = broker.consumer(f"g{protocol}", client_id="by-the-way", group_protocol=protocol)
     member.subscribe([broker.queue])
     until(lambda: member.poll(0.1) and member.assignment(), "the group has a member", 60)
-    with pytest.raises(SourceUnfit, match=r"the group has members, 'by-the-way' at /127\.0\.0\.1"):
+    with pytest.raises(SourceMisconfigured, match=r"the group has members, 'by-the-way' at /127\.0\.0\.1"):
         await soon(waits.poll(group=f"g{protocol}"), 60)
     member.close()
     assert await taken(waits, 1, group=f"g{protocol}") == ["a"]
@@ -356,7 +356,7 @@ async def test_a_member_that_joins_later_is_named_as_well(broker, waits, caplog,
     member = broker.consumer(client_id="by-the-way")
     member.subscribe([broker.queue])
     until(lambda: member.poll(0.1) or member.assignment(), "the group has a member", 60)
-    with pytest.raises(SourceUnfit, match="the group has members, 'by-the-way'"):
+    with pytest.raises(SourceMisconfigured, match="the group has members, 'by-the-way'"):
         await soon(waiting, 60)
     await waits.commit(event)  # which the inbox knows
     member.close()
@@ -488,7 +488,7 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(broker, wai
     event = await soon(waiting or waits.poll(3), 60)
     assert (event["value"], event["offset"]) == ("new", 0)
     assert broker.listener().event_id(event) != broker.listener().event_id({**event, "topic_id": held["topic_id"]})
-    assert "was deleted and made anew" in caplog.text
+    assert "was deleted and recreated" in caplog.text
     await waits.commit(held)  # which changes nothing of the new one
     await waits.commit(event)
     await until_offset(broker, 1)
@@ -520,13 +520,13 @@ async def test_a_topic_that_comes_later(broker, waits, monkeypatch, caplog):
 )  # fmt: skip
 async def test_a_connection_that_would_lose_events(broker, waits, monkeypatch, setting, value):
     monkeypatch.setenv("AIRFLOW_CONN_LOSES", json.dumps(broker.connection(extra={setting: value})))
-    with pytest.raises(SourceUnfit, match=f"'loses' has {setting}={value!r}.*is needed"):
+    with pytest.raises(SourceMisconfigured, match=f"'loses' has {setting}={value!r}.*is needed"):
         await soon(waits.poll(kafka_config_id="loses"))
 
 
 async def test_a_setting_that_is_none(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_ODD", json.dumps(broker.connection(extra={"no.such.setting": 1})))
-    with pytest.raises(SourceUnfit, match=r"'odd'.*no\.such\.setting"):
+    with pytest.raises(SourceMisconfigured, match=r"'odd'.*no\.such\.setting"):
         await soon(waits.poll(kafka_config_id="odd"))
 
 
@@ -592,7 +592,7 @@ async def test_a_topic_that_is_made_anew_while_it_is_watched(broker, waits, monk
     broker.send({"id": "new"}, *range(50))
     event = await soon(task, 30)
     assert (event["value"], event["offset"]) == ({"id": "new"}, 0)
-    assert "was made anew" in caplog.text
+    assert "was recreated" in caplog.text
 
 
 # Permissions, on a broker of their own.
@@ -620,7 +620,7 @@ async def test_a_user_who_may_not(guarded, waits, monkeypatch, user, password, m
     about = {"conn_type": "kafka", "login": user, "password": password, "extra": extra}
     monkeypatch.setenv("AIRFLOW_CONN_GUARDED", json.dumps(about))
     waits.broker.queue = "orders"
-    with pytest.raises(SourceUnfit, match=message) as caught:
+    with pytest.raises(SourceMisconfigured, match=message) as caught:
         await soon(waits.poll(kafka_config_id="guarded"), 40)
     assert password not in str(caught.value)
 
@@ -691,7 +691,7 @@ async def test_a_wrong_certificate_or_password(
     monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, ca, password, mechanism))
     since = datetime.now(timezone.utc)
     for task in (waits.poll(kafka_config_id="tls"), waits.watch(kafka_config_id="tls", since=since)):
-        with pytest.raises(SourceUnfit, match=f"the topic '{broker.queue}'.*'tls'.*{message}") as caught:
+        with pytest.raises(SourceMisconfigured, match=f"the topic '{broker.queue}'.*'tls'.*{message}") as caught:
             await soon(task, 60)
         assert password not in str(caught.value) + caplog.text
 
@@ -699,7 +699,9 @@ async def test_a_wrong_certificate_or_password(
 async def test_a_client_that_speaks_no_tls(guarded, broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     monkeypatch.setenv("AIRFLOW_CONN_TLS", over_tls(guarded, "ca", **{"security.protocol": "SASL_PLAINTEXT"}))
-    with pytest.raises((SourceUnreachable, SourceUnfit), match=f"the topic '{broker.queue}'.*'tls'") as caught:
+    with pytest.raises(
+        (SourceUnreachable, SourceMisconfigured), match=f"the topic '{broker.queue}'.*'tls'"
+    ) as caught:
         await soon(waits.poll(kafka_config_id="tls"), 60)
     assert "admin-secret" not in str(caught.value)
 
@@ -716,7 +718,9 @@ async def test_a_login_by_tokens_that_a_function_fetches(guarded, broker, waits,
     pytest.importorskip("airflow.providers.apache.kafka")
     kafka_server.allow(guarded, "reader", broker.queue)
     monkeypatch.setenv("AIRFLOW_CONN_TOKENS", by_tokens(guarded, oauth_cb="kafka_server.token"))
-    with pytest.raises(SourceUnfit, match=r"'tokens' asks for a login by tokens.*callback_allowlist is empty"):
+    with pytest.raises(
+        SourceMisconfigured, match=r"'tokens' asks for a login by tokens.*callback_allowlist is empty"
+    ):
         await soon(waits.poll(kafka_config_id="tokens"), 60)
     monkeypatch.setenv("AIRFLOW__APACHE_KAFKA__CALLBACK_ALLOWLIST", "kafka_server.token")
     await see_it_let_in("tokens", guarded, broker, waits, monkeypatch)
@@ -728,7 +732,7 @@ async def test_tokens_that_do_not_do(guarded, broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW__APACHE_KAFKA__CALLBACK_ALLOWLIST", "kafka_server.token")
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     for who, refused, message in (
-        ("nobody", SourceUnfit, "may not use it.*AUTHORIZATION_FAILED"),
+        ("nobody", SourceMisconfigured, "may not use it.*AUTHORIZATION_FAILED"),
         ("none", SourceUnreachable, "there is no token for the login: nobody gives one"),
     ):
         extra = {"oauth_cb": "kafka_server.token", "sasl.oauthbearer.config": who}

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from airflow_events.listeners.kafka import consume, group
-from airflow_events.listeners.positions import Positions
+from airflow_events.listeners.support.positions import Positions
 from broker import nothing, soon, until_told
 from of_kafka import Inbox, KafkaCluster, KafkaOneCoordinator
 

@@ -12,8 +12,8 @@ from decimal import Decimal
 
 import pytest
 import registry_server
-from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners.serde import check
+from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
+from airflow_events.listeners.support.serde import check
 from broker import nothing, running, soon
 from of_kafka import Kafka
 
@@ -218,7 +218,8 @@ async def test_a_registry_that_stays_away(broker, waits, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("says", "error"), [(401, SourceUnfit), (403, SourceUnfit), (404, SourceUnreachable), (500, SourceUnreachable)]
+    ("says", "error"),
+    [(401, SourceMisconfigured), (403, SourceMisconfigured), (404, SourceUnreachable), (500, SourceUnreachable)],
 )
 async def test_a_registry_that_refuses_or_is_another_server(broker, waits, monkeypatch, in_front, says, error):
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
@@ -245,7 +246,7 @@ async def test_a_registry_that_refuses_or_is_another_server(broker, waits, monke
 async def test_a_connection_that_is_none_of_a_registry(broker, waits, monkeypatch, more, message):
     connect(monkeypatch, 1, **more)
     broker.send_raw(b"\x00\x00\x00\x00\x01rest")
-    with pytest.raises(SourceUnfit, match=message) as caught:
+    with pytest.raises(SourceMisconfigured, match=message) as caught:
         await soon(waits.poll(**AVRO), 60)
     assert "s3cret" not in str(caught.value)
 

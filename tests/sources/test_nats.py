@@ -11,10 +11,10 @@ import socket
 
 import of_nats
 import pytest
-from airflow_events.errors import AtRedelivery, EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners import connections
+from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.nats import NatsListener, NatsWatchListener, client, consume
+from airflow_events.listeners.support import connections
 from broker import nothing, soon, until_told
 from test_watch import ago
 
@@ -301,7 +301,7 @@ async def test_a_consumer_of_some_subjects(broker, waits):
     broker.ask(send)
     assert (await soon(some))["value"] == "eu"
     assert (await soon(seen))["value"] == "us"
-    with pytest.raises(SourceUnfit, match=r"filter_subject is .*eu.*; needed: .*us"):
+    with pytest.raises(SourceMisconfigured, match=r"filter_subject is .*eu.*; needed: .*us"):
         await soon(waits.poll(2, subject=f"{broker.queue}.us.*", durable="eu"))
 
 
@@ -370,7 +370,7 @@ async def test_a_work_queue(broker, waits):
     assert about.state.messages == 1
     await waits.commit(event, 1)
     assert (await soon(waits.poll(1)))["value"] == "b"
-    with pytest.raises(SourceUnfit, match="workqueue"):
+    with pytest.raises(SourceMisconfigured, match="workqueue"):
         await soon(waits.watch(since=ago(minutes=1)))
 
 
@@ -450,7 +450,7 @@ async def test_a_dead_letter_as_large_as_the_server_takes_has_no_headers(broker,
 async def test_dead_letters_that_would_be_lost_or_come_again(broker, waits, subject, message):
     broker.send_raw(b"{no json")
     subject = f"{broker.queue}.dead" if subject == "own" else subject
-    with pytest.raises(SourceUnfit, match=message):
+    with pytest.raises(SourceMisconfigured, match=message):
         await soon(waits.poll(**dead_letters(broker, dead_letter=subject)))
     assert broker.unacknowledged() == 1
     with pytest.raises(EventUndecodable):
@@ -486,7 +486,7 @@ async def test_a_stream_that_is_made_anew_while_it_is_watched(broker, waits, cap
     broker.ask(make_anew)
     event = await soon(task, 30)
     assert (event["value"], event["sequence"]) == ({"id": "new"}, 1)
-    assert "was made anew" in caplog.text
+    assert "was recreated" in caplog.text
 
 
 async def test_a_watch_of_large_messages(broker, waits):
@@ -502,7 +502,7 @@ async def test_a_stream_that_is_not_there(broker, waits):
     broker.queue = "elsewhere"
     for task in (waits.poll(), waits.watch(1, since=ago(minutes=1))):
         with pytest.raises(
-            SourceUnfit, match=r"'elsewhere'.* of the connection 'source': there is no such stream"
+            SourceMisconfigured, match=r"'elsewhere'.* of the connection 'source': there is no such stream"
         ):
             await soon(task)
 
@@ -525,7 +525,7 @@ async def test_a_stream_that_is_not_there(broker, waits):
 async def test_a_consumer_that_would_lose_events(broker, waits, consumer, config, message):
     consumer(**config)
     with pytest.raises(
-        SourceUnfit, match=f"consumer 'airflow'.* of the connection 'source': the consumer .*{message}"
+        SourceMisconfigured, match=f"consumer 'airflow'.* of the connection 'source': the consumer .*{message}"
     ):
         await soon(waits.poll())
 
@@ -534,7 +534,7 @@ async def test_a_stream_in_memory_is_a_matter_of_choice(broker, waits):
     broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
     broker.make_stream(storage="memory")
     with pytest.raises(
-        SourceUnfit, match="the stream would lose or hold up events: storage is 'memory'; needed: 'file'"
+        SourceMisconfigured, match="the stream would lose or hold up events: storage is 'memory'; needed: 'file'"
     ):
         await soon(waits.poll())
     broker.send("a")
@@ -583,7 +583,7 @@ async def test_a_password(started, monkeypatch, kind):
     make_stream(server, user="me", password="secret-word")
     assert (await elsewhere())["value"] == 1
     monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**login, "port": server.port, "password": "other-word"}))
-    with pytest.raises(SourceUnfit, match=r"'own' is not let in: .*Authorization") as refused:
+    with pytest.raises(SourceMisconfigured, match=r"'own' is not let in: .*Authorization") as refused:
         await soon(asyncio.create_task(own()))
     assert "word" not in str(refused.value)
 
@@ -605,7 +605,7 @@ async def test_an_nkey(started, monkeypatch):
 
 async def test_a_credentials_file_that_is_not_there(started, monkeypatch):
     started(monkeypatch, {"extra": {"credentials": "/nowhere/user.creds"}})
-    with pytest.raises(SourceUnfit, match=r"'own': a file that it names .*/nowhere/user\.creds"):
+    with pytest.raises(SourceMisconfigured, match=r"'own': a file that it names .*/nowhere/user\.creds"):
         await soon(asyncio.create_task(own()))
 
 
@@ -615,7 +615,7 @@ async def test_a_user_who_lacks_a_permission(started, monkeypatch):
     users = {"users": [{"user": "me", "password": "x", "permissions": may}, {"user": "admin", "password": "x"}]}
     server = started(monkeypatch, {"login": "me", "password": "x"}, authorization=users)
     make_stream(server, user="admin", password="x")
-    with pytest.raises(SourceUnfit, match=r"'own' may not use it: .*consumer\.info"):
+    with pytest.raises(SourceMisconfigured, match=r"'own' may not use it: .*consumer\.info"):
         await soon(asyncio.create_task(own()))
 
 
@@ -736,14 +736,14 @@ async def test_a_password_alone_is_a_token_also_by_tls(started, monkeypatch, tmp
         watching = own(listener=NatsWatchListener, since=ago(minutes=1))
         assert (await soon(asyncio.create_task(watching)))["value"] == 1
     monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**there, "conn_type": "tls", "password": "wrong-word"}))
-    with pytest.raises(SourceUnfit, match="'own' is not let in") as refused:
+    with pytest.raises(SourceMisconfigured, match="'own' is not let in") as refused:
         await soon(asyncio.create_task(own()))
     assert "wrong-word" not in str(refused.value)
 
 
 async def test_tls_that_the_server_does_not_speak(started, monkeypatch):
     started(monkeypatch, {"extra": {"tls": True}})
-    with pytest.raises(SourceUnfit, match="'own' wants TLS, and the server asks for none"):
+    with pytest.raises(SourceMisconfigured, match="'own' wants TLS, and the server asks for none"):
         await soon(asyncio.create_task(own()))
 
 

@@ -19,8 +19,7 @@ from datetime import datetime, timedelta, timezone
 
 import psycopg
 import pytest
-from airflow_events.errors import EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners import serde
+from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.postgres import (
     PostgresListener,
@@ -33,6 +32,7 @@ from airflow_events.listeners.postgres import watch as watching
 from airflow_events.listeners.postgres.client import LONGEST
 from airflow_events.listeners.postgres.consume import TableHub
 from airflow_events.listeners.postgres.watch import QueryHub
+from airflow_events.listeners.support import serde
 from airflow_events.triggers.event import recording
 from broker import nothing, soon, until_told
 from of_postgres import PostgresJsonb, PostgresTable
@@ -268,7 +268,7 @@ async def test_rows_are_deleted_by_choice_and_marked_ones_are_not_delivered(brok
         await waits.commit(event)
     assert event["value"] == "c"
     assert broker.run(f"SELECT FROM {broker.queue}") == []
-    with pytest.raises(SourceUnfit, match="it has no column 'acknowledged_at'"):
+    with pytest.raises(SourceMisconfigured, match="it has no column 'acknowledged_at'"):
         await soon(waits.poll(1))
 
 
@@ -409,7 +409,7 @@ async def test_dead_letters_that_are_no_text_and_those_that_have_no_place(broker
     await waits.commit(event)
     assert broker.unacknowledged() == 0
     broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json')")
-    with pytest.raises(SourceUnfit, match=r"its dead letters in 'nowhere'.*\"nowhere\" does not exist"):
+    with pytest.raises(SourceMisconfigured, match=r"its dead letters in 'nowhere'.*\"nowhere\" does not exist"):
         await soon(waits.poll(1, on_undecodable="dead_letter", dead_letter="nowhere"))
     assert broker.unacknowledged() == 1
 
@@ -614,7 +614,9 @@ _ALTER = "ALTER TABLE {table} "
 )
 async def test_a_table_that_would_not_do(broker, waits, change, message):
     broker.run(change.format(table=broker.queue))
-    with pytest.raises(SourceUnfit, match=f"(?s)the table '{broker.queue}' of the connection 'source'.*{message}"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"(?s)the table '{broker.queue}' of the connection 'source'.*{message}"
+    ):
         await soon(waits.poll())
 
 
@@ -626,14 +628,14 @@ async def test_an_unlogged_table_by_choice(broker, waits):
 
 async def test_a_table_that_is_made_fit_is_taken_by_those_who_come_later(broker, waits):
     broker.run(f"ALTER TABLE {broker.queue} RENAME COLUMN value TO payload")
-    with pytest.raises(SourceUnfit):
+    with pytest.raises(SourceMisconfigured):
         await soon(waits.poll(0))
     broker.run(f"ALTER TABLE {broker.queue} RENAME COLUMN payload TO value")
     task = waits.poll(1)
     await nothing(task)
     broker.run(f"DROP TABLE {broker.queue}")
     later = waits.poll(2)
-    with pytest.raises(SourceUnfit, match="it was changed while it was in use"):
+    with pytest.raises(SourceMisconfigured, match="it was changed while it was in use"):
         await soon(later)
 
 
@@ -648,10 +650,12 @@ def taker(broker, connect):
 
 async def test_a_user_with_what_it_takes_to_mark(broker, waits, taker):
     broker.send("a")
-    with pytest.raises(SourceUnfit, match=r"to SELECT the column 'id'; needed are.*UPDATE on 'acknowledged_at'"):
+    with pytest.raises(
+        SourceMisconfigured, match=r"to SELECT the column 'id'; needed are.*UPDATE on 'acknowledged_at'"
+    ):
         await soon(waits.poll())
     taker("SELECT (id, value, created_at, acknowledged_at)", broker.queue)
-    with pytest.raises(SourceUnfit, match="to UPDATE the column 'acknowledged_at'"):
+    with pytest.raises(SourceMisconfigured, match="to UPDATE the column 'acknowledged_at'"):
         await soon(waits.poll())
     taker("UPDATE (acknowledged_at)", broker.queue)
     event = await soon(waits.poll())
@@ -664,10 +668,12 @@ async def test_a_user_with_what_it_takes_to_delete_and_to_add_dead_letters(broke
     broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json'), ('1')")
     by_choice = {"on_commit": "delete", "on_undecodable": "dead_letter", "dead_letter": broker.dead_letter}
     taker("SELECT (id, value, created_at)", broker.queue)
-    with pytest.raises(SourceUnfit, match="the right to DELETE, for on_commit='delete'"):
+    with pytest.raises(SourceMisconfigured, match="the right to DELETE, for on_commit='delete'"):
         await soon(waits.poll(**by_choice))
     taker("DELETE", broker.queue)
-    with pytest.raises(SourceUnfit, match=f"may not use it: permission denied for table {broker.dead_letter}"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"may not use it: permission denied for table {broker.dead_letter}"
+    ):
         await soon(waits.poll(**by_choice))
     taker("INSERT", broker.dead_letter)
     event = await soon(waits.poll(**by_choice))
@@ -681,7 +687,7 @@ async def test_a_schema_that_is_closed(broker, waits, taker):
     broker.run(f"CREATE SCHEMA IF NOT EXISTS closed; DROP TABLE IF EXISTS closed.{broker.queue}")
     broker.run(f"CREATE TABLE closed.{broker.queue} ()")
     broker.queue = f"closed.{broker.queue}"
-    with pytest.raises(SourceUnfit, match="may not use it: permission denied for schema closed"):
+    with pytest.raises(SourceMisconfigured, match="may not use it: permission denied for schema closed"):
         await soon(waits.poll())
 
 
@@ -700,7 +706,7 @@ async def test_a_standby_is_waited_for_until_it_is_the_primary_and_not_for_ever(
         assert broker.run("SELECT pg_is_in_recovery()") == [(True,)]
         await nothing(task, 2)
         assert await watch("SELECT 2 AS n") == {"n": 2}
-        with pytest.raises(SourceUnfit, match="cannot execute LISTEN during recovery"):
+        with pytest.raises(SourceMisconfigured, match="cannot execute LISTEN during recovery"):
             await watch("SELECT 2", channel="c")
         monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
         with pytest.raises(SourceUnreachable, match=r"in recovery \(a read-only standby\)"):
@@ -741,7 +747,7 @@ async def test_tables_that_are_none(broker, waits, table):
 
 
 async def test_an_order_by_a_column_that_is_not_there(broker, waits):
-    with pytest.raises(SourceUnfit, match="it has no column 'priority'"):
+    with pytest.raises(SourceMisconfigured, match="it has no column 'priority'"):
         await soon(waits.poll(order_by="-priority"))
 
 
@@ -762,7 +768,7 @@ async def test_extras(broker, waits, connect):
     broker.run("INSERT INTO elsewhere.found (value) VALUES ('1')")
     await soon(task, 2)  # by a notification, which has the schema's name
     connect(extra={"ssl_mode": "verify-full"})
-    with pytest.raises(SourceUnfit, match=r"'source' has an extra 'ssl_mode', .*did you mean 'sslmode'"):
+    with pytest.raises(SourceMisconfigured, match=r"'source' has an extra 'ssl_mode', .*did you mean 'sslmode'"):
         await soon(waits.poll(1, poll_interval=5))  # over a connection of its own
 
 
@@ -983,7 +989,7 @@ async def test_parameters_are_bound(broker, watch):
 )
 async def test_a_query_that_would_not_do_fails_its_own_waits(broker, watch, query, message):
     good = watch(f"SELECT id FROM {broker.queue}", interval=0.5)
-    with pytest.raises(SourceUnfit, match=f"(?s)the connection 'source'.*{message}"):
+    with pytest.raises(SourceMisconfigured, match=f"(?s)the connection 'source'.*{message}"):
         await soon(watch(query.format(broker.queue)))
     assert broker.unacknowledged() == 0
     broker.send(1)
@@ -1001,7 +1007,7 @@ async def test_a_row_that_cannot_be_read_fails_its_own_waits(broker, watch):
 async def test_parameters_that_are_no_parameters(watch):
     with pytest.raises(TypeError, match="a mapping, a sequence or None, not 'x'"):
         await soon(watch("SELECT 1", parameters="x"))
-    with pytest.raises(SourceUnfit, match="placeholder"):
+    with pytest.raises(SourceMisconfigured, match="placeholder"):
         await soon(watch("SELECT %s", parameters=[1, 2]))
 
 
@@ -1042,5 +1048,5 @@ async def test_a_watch_on_no_server(connect, watch, monkeypatch):
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     with pytest.raises(SourceUnreachable, match="'nowhere'"):
         await soon(watch("SELECT 1", postgres_conn_id="nowhere"))
-    with pytest.raises(SourceUnfit, match="of type 'mysql', and 'postgres'"):
+    with pytest.raises(SourceMisconfigured, match="of type 'mysql', and 'postgres'"):
         await soon(watch("SELECT 1", postgres_conn_id="other"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from airflow_events.errors import AtRedelivery, EventUndecodable
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from broker import nothing, soon
 
 from deployment import until

@@ -14,11 +14,12 @@ import aiormq
 import pamqp.frame
 import pytest
 import servers
-from airflow_events.errors import AtRedelivery, EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners import rabbitmq, serde
+from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured, SourceUnreachable
+from airflow_events.listeners import rabbitmq
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.queue import InHand
 from airflow_events.listeners.rabbitmq import frames, messages
+from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.queue import InHand
 from broker import nothing, soon, until_told
 from of_rabbitmq import Quorum, RabbitMQ
 from pamqp.commands import Basic
@@ -414,7 +415,7 @@ async def test_a_queue_that_is_deleted_while_waits_wait(broker, waits):
         await channel.close()
 
     broker.do(delete())
-    with pytest.raises(SourceUnfit, match="is not there"):
+    with pytest.raises(SourceMisconfigured, match="is not there"):
         await soon(task)
 
 
@@ -427,9 +428,9 @@ async def test_an_event_of_the_first_edition():
 
 async def test_a_queue_that_is_not_there_is_refused_and_not_made(broker, waits):
     broker.queue = "nowhere"
-    with pytest.raises(SourceUnfit, match="'nowhere' of the connection 'source' is not there"):
+    with pytest.raises(SourceMisconfigured, match="'nowhere' of the connection 'source' is not there"):
         await soon(waits.poll())
-    with pytest.raises(SourceUnfit, match="is not there"):
+    with pytest.raises(SourceMisconfigured, match="is not there"):
         await soon(waits._start(broker.listener, 1, ["nowhere"], {"rabbitmq_conn_id": "source"}))
     assert "nowhere" not in broker.queues()
 
@@ -437,7 +438,7 @@ async def test_a_queue_that_is_not_there_is_refused_and_not_made(broker, waits):
 async def test_a_queue_that_is_not_durable_is_refused_unless_by_choice(broker, waits):
     broker.queue = f"{broker.queue}.passing"
     broker.declare(broker.queue, durable=False)
-    with pytest.raises(SourceUnfit, match=r"is not durable.*require_durable=False"):
+    with pytest.raises(SourceMisconfigured, match=r"is not durable.*require_durable=False"):
         await soon(waits.poll())
     broker.publish(b"1", broker.queue, message_id="m")
     event = await soon(waits.poll(require_durable=False))
@@ -448,25 +449,25 @@ async def test_a_queue_that_is_not_durable_is_refused_unless_by_choice(broker, w
 async def test_a_queue_that_deletes_itself_is_refused(broker, waits, durable):
     broker.queue = f"{broker.queue}.{durable}"
     broker.declare(broker.queue, durable=durable, auto_delete=True)
-    with pytest.raises(SourceUnfit, match="deletes itself"):
+    with pytest.raises(SourceMisconfigured, match="deletes itself"):
         await soon(waits.poll(require_durable=durable))
 
 
 async def test_a_queue_that_is_exclusive_to_another_is_refused(broker, waits):
     broker.queue = f"{broker.queue}.exclusive"
     broker.declare(broker.queue, durable=False, exclusive=True)
-    with pytest.raises(SourceUnfit, match="is exclusive to another connection"):
+    with pytest.raises(SourceMisconfigured, match="is exclusive to another connection"):
         await soon(waits.poll(require_durable=False))
 
 
 async def test_a_stream_is_watched_and_not_consumed_and_a_queue_the_other_way_round(broker, waits):
     stream = f"{broker.queue}.log"
     broker.declare(stream, {"x-queue-type": "stream"})
-    with pytest.raises(SourceUnfit, match="is a stream; RabbitMQWatchListener"):
+    with pytest.raises(SourceMisconfigured, match="is a stream; RabbitMQWatchListener"):
         await soon(waits._start(rabbitmq.RabbitMQListener, 1, [stream], {"rabbitmq_conn_id": "source"}))
     broker.send(1)
     arguments = {"since": datetime.now(timezone.utc), "rabbitmq_conn_id": "source"}
-    with pytest.raises(SourceUnfit, match=r"is no stream; RabbitMQListener"):
+    with pytest.raises(SourceMisconfigured, match=r"is no stream; RabbitMQListener"):
         await soon(waits._start(rabbitmq.RabbitMQWatchListener, 1, [broker.queue], arguments))
     assert (await soon(waits.poll()))["value"] == 1
 
@@ -490,7 +491,7 @@ def user(broker, monkeypatch):
 async def test_a_user_who_may_not_read_is_refused(broker, waits, user, rights):
     user(*rights)
     broker.send(1)
-    with pytest.raises(SourceUnfit, match="'other': the connection's user may not") as refused:
+    with pytest.raises(SourceMisconfigured, match="'other': the connection's user may not") as refused:
         await soon(waits.poll(rabbitmq_conn_id="other"))
     assert "secret-word" not in str(refused.value)
     assert broker.unacknowledged() == 1
@@ -513,7 +514,7 @@ async def test_a_user_who_may_do_just_what_is_needed(broker, waits, user):
 
 async def test_a_login_that_is_refused(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_OTHER", json.dumps(broker.connection(password="wrong-word")))
-    with pytest.raises(SourceUnfit, match="refused the login") as refused:
+    with pytest.raises(SourceMisconfigured, match="refused the login") as refused:
         await soon(waits.poll(rabbitmq_conn_id="other"))
     assert "wrong-word" not in str(refused.value)
 
@@ -598,7 +599,7 @@ async def test_a_stream_that_is_made_anew_while_it_is_watched(broker, waits, cap
     broker.publish(b'{"id": "new"}', broker.stream)
     event = await soon(task, 30)
     assert (event["value"], event["offset"]) == ({"id": "new"}, 0)
-    assert "deleted and made anew" in caplog.text
+    assert "deleted and recreated" in caplog.text
 
 
 def certificates(folder):

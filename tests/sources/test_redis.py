@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 import servers
-from airflow_events.errors import EventUndecodable, SourceUnfit
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from broker import nothing, soon
 from of_redis import Redis6, Valkey
 
@@ -139,9 +139,9 @@ async def test_groups_are_independent_and_may_begin_at_the_end(broker, waits):
 async def test_a_key_that_is_no_stream(broker, waits):
     with broker.client as client:
         client.set(broker.queue, "text")
-    with pytest.raises(SourceUnfit, match=f"'{broker.queue}'.*'source'.*and it is no stream"):
+    with pytest.raises(SourceMisconfigured, match=f"'{broker.queue}'.*'source'.*and it is no stream"):
         await soon(waits.poll())
-    with pytest.raises(SourceUnfit, match="and it is no stream"):
+    with pytest.raises(SourceMisconfigured, match="and it is no stream"):
         await soon(waits.watch(since="2020-01-01T00:00:00Z"))
 
 
@@ -150,7 +150,7 @@ async def test_a_login_that_is_refused(broker, waits, monkeypatch):
         client.acl_setuser("reader", enabled=True, passwords=["+right"], keys=["*"], commands=["+xread", "+ping"])
     for password, message in (("wrong", "refuses the connection's login"), ("right", "may not use it")):
         monkeypatch.setenv("AIRFLOW_CONN_READER", json.dumps(broker.connection(login="reader", password=password)))
-        with pytest.raises(SourceUnfit, match=message) as caught:
+        with pytest.raises(SourceMisconfigured, match=message) as caught:
             await soon(waits.poll(redis_conn_id="reader"))
         assert password not in str(caught.value)
 
@@ -158,7 +158,7 @@ async def test_a_login_that_is_refused(broker, waits, monkeypatch):
 async def test_a_server_that_is_of_no_cluster(broker, waits, monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_CLUSTER", json.dumps(broker.connection(extra={"cluster": True})))
     with pytest.raises(
-        SourceUnfit, match="'cluster': the connection says that it is of a cluster, and the server is none"
+        SourceMisconfigured, match="'cluster': the connection says that it is of a cluster, and the server is none"
     ):
         await soon(waits.poll(redis_conn_id="cluster"))
 
@@ -180,7 +180,9 @@ async def test_a_server_that_keeps_nothing(broker, waits, monkeypatch):
 
             Redis(port=server.port).config_set("appendonly", "no")
         monkeypatch.setenv("AIRFLOW_CONN_FORGETS", json.dumps({**broker.connection(), "port": server.port}))
-        with pytest.raises(SourceUnfit, match=r"appendonly is 'no', save is ''.*require_persistence=False"):
+        with pytest.raises(
+            SourceMisconfigured, match=r"appendonly is 'no', save is ''.*require_persistence=False"
+        ):
             await soon(waits.poll(redis_conn_id="forgets"))
         await nothing(waits.poll(redis_conn_id="forgets", require_persistence=False))
 

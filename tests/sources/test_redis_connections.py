@@ -8,7 +8,7 @@ import json
 import pytest
 import redis_cluster
 import servers
-from airflow_events.errors import SourceUnfit, SourceUnreachable
+from airflow_events.errors import SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.base import working_for
 from airflow_events.listeners.redis import RedisListener, RedisWatchListener
 from broker import soon
@@ -177,6 +177,6 @@ async def test_a_login_that_a_cluster_refuses(cluster, connect):
         password="s3cret-word",
         extra={"cluster": True},
     )
-    with pytest.raises(SourceUnfit, match="refuses the connection's login") as refused:
+    with pytest.raises(SourceMisconfigured, match="refuses the connection's login") as refused:
         await soon(poll("orders"), 20)
     assert "s3cret-word" not in str(refused.value)

@@ -15,9 +15,9 @@ from threading import Thread
 
 import pytest
 from airflow.sdk.exceptions import AirflowNotFoundException
-from airflow_events.errors import AtRedelivery, EventUndecodable, SourceUnfit, SourceUnreachable
-from airflow_events.listeners import serde
+from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.sqs import client
+from airflow_events.listeners.support import serde
 from botocore.exceptions import ClientError
 from broker import nothing, soon
 from of_sqs import REGION, Sqs, SqsFifo, moto
@@ -256,7 +256,7 @@ async def test_a_dead_letter_that_is_too_long_for_its_reason(broker, waits):
 
 async def test_a_dead_letter_queue_that_is_not_there(broker, waits):
     broker.send_raw(b"{no json")
-    with pytest.raises(SourceUnfit, match=r"'nowhere'.*there is no such queue"):
+    with pytest.raises(SourceMisconfigured, match=r"'nowhere'.*there is no such queue"):
         await soon(waits.poll(on_undecodable="dead_letter", dead_letter="nowhere"))
     assert broker.unacknowledged() == 1
 
@@ -298,10 +298,10 @@ async def test_the_test_message_of_s3_goes_to_nobody(broker, waits):
 
 async def test_a_queue_that_is_not_there_is_not_made(broker, waits, monkeypatch):
     monkeypatch.setattr(broker, "queue", "nowhere")
-    with pytest.raises(SourceUnfit, match=r"'nowhere'.*'source': there is no such queue"):
+    with pytest.raises(SourceMisconfigured, match=r"'nowhere'.*'source': there is no such queue"):
         await soon(waits.poll())
     monkeypatch.setattr(broker, "queue", f"http://127.0.0.1:{broker.server.port}/123456789012/nowhere")
-    with pytest.raises(SourceUnfit, match="there is no such queue"):
+    with pytest.raises(SourceMisconfigured, match="there is no such queue"):
         await soon(waits.poll())
     assert not broker.client.list_queues(QueueNamePrefix="nowhere").get("QueueUrls")
 
@@ -310,7 +310,7 @@ async def test_a_queue_that_is_deleted_while_a_wait_waits(broker, waits):
     task = waits.poll()
     await nothing(task, 0.7)
     broker.client.delete_queue(QueueUrl=broker.url)
-    with pytest.raises(SourceUnfit, match="there is no such queue"):
+    with pytest.raises(SourceMisconfigured, match="there is no such queue"):
         await soon(task)
 
 
@@ -350,7 +350,7 @@ async def test_a_user_who_may_not_do_all_that_is_needed_is_refused_before_anythi
     broker.send(1)
     with enforced(broker):
         if missing:
-            with pytest.raises(SourceUnfit, match=f"(?s)may not use it: .*sqs:{missing}"):
+            with pytest.raises(SourceMisconfigured, match=f"(?s)may not use it: .*sqs:{missing}"):
                 await soon(waits.poll())
         else:
             event = await soon(waits.poll(lease=1))
@@ -361,7 +361,10 @@ async def test_a_user_who_may_not_do_all_that_is_needed_is_refused_before_anythi
 
 
 async def test_a_key_that_is_not_known(broker, waits):
-    with enforced(broker), pytest.raises(SourceUnfit, match="'source': the connection's user may not use it"):
+    with (
+        enforced(broker),
+        pytest.raises(SourceMisconfigured, match="'source': the connection's user may not use it"),
+    ):
         await soon(waits.poll())
 
 
@@ -372,7 +375,7 @@ async def test_a_connection_without_a_region(broker, waits, monkeypatch, tmp_pat
     found = broker.connection()
     del found["extra"]["region_name"]
     monkeypatch.setenv("AIRFLOW_CONN_SOURCE", json.dumps(found))
-    with pytest.raises(SourceUnfit, match="no region"):
+    with pytest.raises(SourceMisconfigured, match="no region"):
         await soon(waits.poll())
     broker.send(1)
     event = await soon(waits.poll(region_name=REGION))
@@ -387,7 +390,7 @@ async def test_a_connection_without_credentials(broker, waits, monkeypatch, tmp_
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     found = {**broker.connection(), "login": None, "password": None}
     monkeypatch.setenv("AIRFLOW_CONN_SOURCE", json.dumps(found))
-    with pytest.raises(SourceUnfit, match="no credentials"):
+    with pytest.raises(SourceMisconfigured, match="no credentials"):
         await soon(waits.poll())
 
 
@@ -539,8 +542,8 @@ async def test_tls(server, secure, monkeypatch):
         ("ThrottlingException", 400, OSError),
         ("KMS.ThrottlingException", 400, OSError),
         ("OverLimit", 403, OSError),
-        ("KMS.AccessDeniedException", 400, SourceUnfit),
-        ("ExpiredToken", 403, SourceUnfit),
+        ("KMS.AccessDeniedException", 400, SourceMisconfigured),
+        ("ExpiredToken", 403, SourceMisconfigured),
         ("InvalidParameterValue", 400, ClientError),
     ],
 )

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners import log
+from airflow_events.listeners.support import watching as log
 from broker import clients_at_rest, nothing, soon, until_clients_are, until_told
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from airflow_events.listeners.clients import needs
+from airflow_events.listeners.support.clients import needs
 
 # By the source: the packages without which it cannot be, and how its error calls the listener.
 CLIENTS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from airflow_events.errors import CommitFailed, EventLost
 from airflow_events.listeners.base import EventListener, Wait, current_wait
-from airflow_events.listeners.commit import commit, release
+from airflow_events.listeners.support.commit import commit, release
 
 WAIT = Wait("dag", "run", "task", index=3, after="0123456789")
 

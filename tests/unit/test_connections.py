@@ -12,8 +12,7 @@ from types import ModuleType, SimpleNamespace
 import aiormq
 import pytest
 import trustme
-from airflow_events.errors import SourceUnfit
-from airflow_events.listeners import connections
+from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.kafka import client as kafka
 from airflow_events.listeners.kafka import schemas
 from airflow_events.listeners.nats import client as nats
@@ -21,6 +20,7 @@ from airflow_events.listeners.postgres import client as postgres
 from airflow_events.listeners.rabbitmq import client as rabbitmq
 from airflow_events.listeners.redis import client as redis
 from airflow_events.listeners.sqs import client as sqs
+from airflow_events.listeners.support import connections
 from airflow_events.provider_info import get_provider_info
 
 
@@ -81,7 +81,7 @@ READERS = {
 async def test_a_misspelt_extra_is_refused_by_its_name(connect, kind):
     read, misspelt, meant = READERS[kind]
     connect(conn_type=kind, host="127.0.0.1", port=1, extra={misspelt: "x"})
-    with pytest.raises(SourceUnfit) as refused:
+    with pytest.raises(SourceMisconfigured) as refused:
         await read()
     told = str(refused.value)
     assert f"the connection 'own' has an extra {misspelt!r}, which is not known" in told
@@ -93,7 +93,7 @@ async def test_a_misspelt_extra_is_refused_by_its_name(connect, kind):
 @pytest.mark.parametrize("extra", ["{'db': 3}", "[1]", '"text"'])
 async def test_extras_that_cannot_be_read_are_not_taken_as_none(connect, kind, extra):
     connect(conn_type=kind, host="127.0.0.1", port=1, extra=extra)
-    with pytest.raises(SourceUnfit, match="'own' has extras that are no JSON"):
+    with pytest.raises(SourceMisconfigured, match="'own' has extras that are no JSON"):
         await READERS[kind][0]()
 
 
@@ -108,7 +108,9 @@ async def test_an_extra_that_a_form_left_empty_is_none(connect):
 )
 async def test_a_yes_or_no_that_is_neither(connect, kind, name):
     connect(conn_type=kind, host="127.0.0.1", port=1, extra={name: "treu"})
-    with pytest.raises(SourceUnfit, match=f"'own' has the extra {name}='treu', where true or false is needed"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"'own' has the extra {name}='treu', where true or false is needed"
+    ):
         await READERS[kind][0]()
 
 
@@ -126,7 +128,7 @@ async def test_a_yes_or_no_that_is_neither(connect, kind, name):
 )
 async def test_a_host_that_cannot_be_read(connect, kind, host, what):
     connect(conn_type=kind, host=host)
-    with pytest.raises(SourceUnfit, match=f"the connection 'own' has .*{what}") as refused:
+    with pytest.raises(SourceMisconfigured, match=f"the connection 'own' has .*{what}") as refused:
         await READERS[kind][0]()
     assert "Geheim" not in str(refused.value)
 
@@ -161,15 +163,17 @@ def files(tmp_path):
 async def test_files_for_tls(connect, files, kind, secure, name):
     read = READERS[kind][0]
     connect(conn_type=kind, host="127.0.0.1", port=1, extra={secure: True, name: "/none/ca.pem"})
-    with pytest.raises(SourceUnfit, match=r"'own': a file that it names cannot be used: .*/none/ca\.pem"):
+    with pytest.raises(SourceMisconfigured, match=r"'own': a file that it names cannot be used: .*/none/ca\.pem"):
         await read()
     connect(conn_type=kind, host="127.0.0.1", port=1, extra={secure: True, name: __file__})
-    with pytest.raises(SourceUnfit, match="'own' has a certificate or a key that cannot be used"):
+    with pytest.raises(SourceMisconfigured, match="'own' has a certificate or a key that cannot be used"):
         await read()
     if kind == "nats":  # where a certificate asks for TLS
         return
     connect(conn_type=kind, host="127.0.0.1", port=1, extra={secure: False, name: files["ca"]})
-    with pytest.raises(SourceUnfit, match=f"'own' has the extra '{name}', which is for TLS, and no {secure}=true"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"'own' has the extra '{name}', which is for TLS, and no {secure}=true"
+    ):
         await read()
 
 
@@ -238,7 +242,9 @@ async def test_redis_by_tls(connect, uri):
 )
 async def test_a_connection_to_redis_that_contradicts_itself(connect, fields, what):
     connect(conn_type="redis", **fields)
-    with pytest.raises(SourceUnfit, match=f"the connection 'own' {'has ' if what[0] == 's' else ''}.*{what}"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"the connection 'own' {'has ' if what[0] == 's' else ''}.*{what}"
+    ):
         await redis.connect("own", 1)
 
 
@@ -274,10 +280,12 @@ async def test_rabbitmq_as_other_hooks_have_it(connect, files, monkeypatch):
         assert options["server_hostname"] == "b"
         assert len(options["context"].get_ca_certs()) == 1
     connect(conn_type="rabbitmq", extra={"ssl": True, "cafile": files["ca"], "ssl_ca_certs": files["ca"]})
-    with pytest.raises(SourceUnfit, match="'ssl_ca_certs' and another that means 'cafile'"):
+    with pytest.raises(SourceMisconfigured, match="'ssl_ca_certs' and another that means 'cafile'"):
         await rabbitmq.connect("own")
     connect(conn_type="rabbitmq", extra={"connection_uri": "amqp://me:Geheim@b"})
-    with pytest.raises(SourceUnfit, match="'connection_uri', which is refused: put what it says") as refused:
+    with pytest.raises(
+        SourceMisconfigured, match="'connection_uri', which is refused: put what it says"
+    ) as refused:
         await rabbitmq.connect("own")
     assert "Geheim" not in str(refused.value)
     connect(conn_type="rabbitmq", extra={"ssl": True, "ssl_verify": False})
@@ -306,7 +314,7 @@ async def test_a_login_to_nats(connect, monkeypatch, fields, login):
 async def test_two_logins_to_nats(connect):
     connect(conn_type="nats", password="secret", extra={"token": "other"})
     with pytest.raises(
-        SourceUnfit, match="has the extra 'token' and a login or a password, of which there may be one"
+        SourceMisconfigured, match="has the extra 'token' and a login or a password, of which there may be one"
     ):
         await nats.connect("own")
 
@@ -360,7 +368,7 @@ def test_where_postgresql_is(host, port, given):
 )
 async def test_a_connection_to_postgresql_that_cannot_be_used(connect, extra, what):
     connect(conn_type="postgres", host="127.0.0.1", port=1, extra=extra)
-    with pytest.raises(SourceUnfit, match=f"the connection 'own'.*{what}"):
+    with pytest.raises(SourceMisconfigured, match=f"the connection 'own'.*{what}"):
         await postgres.connect("own")
 
 
@@ -382,14 +390,16 @@ def test_the_region_of_a_queue(queue, region):
 
 async def test_a_queue_of_another_region(connect):
     connect(conn_type="aws")
-    with pytest.raises(SourceUnfit, match="of another region than region_name says"):
+    with pytest.raises(SourceMisconfigured, match="of another region than region_name says"):
         await sqs.connect(sqs.Source("own", "eu-west-1", "arn:aws:sqs:us-east-1:123456789012:orders"))
 
 
 @pytest.mark.parametrize("name", sqs._NO_MORE)
 async def test_an_extra_that_the_amazon_provider_does_not_read_any_more(connect, name):
     connect(conn_type="aws", extra={name: "x"})
-    with pytest.raises(SourceUnfit, match=f"'own' has an extra '{name}', which is refused: the Amazon provider"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"'own' has an extra '{name}', which is refused: the Amazon provider"
+    ):
         await sqs_client()
 
 
@@ -431,14 +441,16 @@ async def test_the_brokers_of_kafka(connect, fields, servers):
 )
 async def test_a_connection_to_kafka_that_cannot_be_used(connect, fields, what):
     connect(conn_type="kafka", **fields)
-    with pytest.raises(SourceUnfit, match=f"the connection 'own' has .*{what}"):
+    with pytest.raises(SourceMisconfigured, match=f"the connection 'own' has .*{what}"):
         await kafka_settings()
 
 
 @pytest.mark.parametrize("name", sorted(kafka._PRODUCERS))
 async def test_a_setting_of_a_producer(connect, name):
     connect(conn_type="kafka", host="a", extra={name: 5})
-    with pytest.raises(SourceUnfit, match=f"'own' has an extra '{name}', which is refused: it is a producer's"):
+    with pytest.raises(
+        SourceMisconfigured, match=f"'own' has an extra '{name}', which is refused: it is a producer's"
+    ):
         await kafka_settings()
 
 
@@ -490,7 +502,7 @@ async def test_the_tokens_of_msk_are_those_of_the_providers_hook(connect, monkey
 
     connect(conn_type="kafka", host="b-1.demo.abcde1.c2.kafka.eu-west-1.amazonaws.com:9098", extra=tokens)
     monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer", None)
-    with pytest.raises(SourceUnfit, match=r"'own' asks for a login by tokens.*apache-kafka\[msk\]"):
+    with pytest.raises(SourceMisconfigured, match=r"'own' asks for a login by tokens.*apache-kafka\[msk\]"):
         await kafka_settings()
     monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer", SimpleNamespace(MSKAuthTokenProvider=Provider))
     assert (await kafka_settings())["oauth_cb"]("") == ("token", 2000)
@@ -502,7 +514,7 @@ async def test_the_tokens_of_google_are_those_of_the_providers_hook(connect, mon
     connect(conn_type="kafka", host=host, extra=tokens)
     module = "airflow.providers.google.cloud.hooks.managed_kafka"
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SourceUnfit, match=r"'own' asks for a login by tokens.*ManagedKafkaHook"):
+    with pytest.raises(SourceMisconfigured, match=r"'own' asks for a login by tokens.*ManagedKafkaHook"):
         await kafka_settings()
     hook = SimpleNamespace(get_confluent_token=lambda _: ("token", 1))
     for parent in (
@@ -520,5 +532,7 @@ async def test_tokens_that_the_client_fetches_itself_ask_no_hook(connect, monkey
     connect(conn_type="kafka", host="a", extra={**tokens, "sasl.oauthbearer.method": "oidc"})
     assert "oauth_cb" not in await kafka_settings()
     connect(conn_type="kafka", host="a", extra={**tokens, "oauth_cb": "a.function"})
-    with pytest.raises(SourceUnfit, match="'own' asks for a login by tokens, and the Kafka provider has none"):
+    with pytest.raises(
+        SourceMisconfigured, match="'own' asks for a login by tokens, and the Kafka provider has none"
+    ):
         await kafka_settings()

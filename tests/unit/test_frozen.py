@@ -15,11 +15,11 @@ from airflow_events import task_proof
 from airflow_events.api import keys, task_events, variables
 from airflow_events.inbox import entries, starts
 from airflow_events.inbox.entries import Answer, End, Phase, Place, Status, Stored
-from airflow_events.listeners import positions
 from airflow_events.listeners.base import Wait
 from airflow_events.listeners.directory import DirectoryListener
 from airflow_events.listeners.http import address_of
 from airflow_events.listeners.rabbitmq import RabbitMQListener
+from airflow_events.listeners.support import positions
 from airflow_events.triggers.event import EventTrigger, identity, recording
 from airflow_events.triggers.events import EventsTrigger
 from airflow_events.triggers.starts import StartTrigger
@@ -107,7 +107,7 @@ def test_what_is_asked_of_the_inbox_and_answered():
         ],
         "park": ["ti", "place", "generation", "kwargs", "at", "then"],
         "join": ["ti", "place", "generation", "kwargs", "host"],
-        "hosted": ["ti", "place", "host", "after", "brief"],
+        "hosted": ["ti", "place", "host", "trigger", "after", "brief"],
         "record": [
             "ti", "place", "generation", "record_id", "event", "identity", "content", "committed", "after",
             "arguments", "end",

@@ -43,7 +43,7 @@ from airflow_events.inbox.entries import (
     as_json,
     entry_of,
 )
-from airflow_events.listeners.clock import Clock
+from airflow_events.listeners.support.clock import Clock
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.triggers import gathering as gathering_
 from airflow_events.triggers import outcome, polling, reference

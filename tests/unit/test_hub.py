@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 from airflow_events.errors import SourceUnreachable
-from airflow_events.listeners.hub import Hub, Seeker
+from airflow_events.listeners.support.hub import Hub, Seeker
 
 
 class Source:
@@ -312,7 +312,7 @@ class Stubborn(MemoryHub):
 
 
 async def test_it_ends_although_its_client_swallows_a_cancellation(monkeypatch):
-    monkeypatch.setattr("airflow_events.listeners.hub._GOODBYE", 0.2)
+    monkeypatch.setattr("airflow_events.listeners.support.hub._GOODBYE", 0.2)
     hub = Stubborn(Source())
     task = take(hub)
     await asyncio.sleep(0.05)

@@ -10,10 +10,10 @@ from datetime import datetime, timedelta, timezone
 import pendulum
 import pytest
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners import log
 from airflow_events.listeners.base import Wait
-from airflow_events.listeners.log import LogHub, Reader, Watcher, message_of, since_of
-from airflow_events.listeners.values import Match
+from airflow_events.listeners.support import watching as log
+from airflow_events.listeners.support.values import Match
+from airflow_events.listeners.support.watching import LogHub, Reader, Watcher, message_of, since_of
 
 NOW = datetime.now(timezone.utc)
 
@@ -67,7 +67,7 @@ class MemoryHub(LogHub):
     async def connect(self):
         self.open = 0
         if self.made_anew:
-            self.start_over("was made anew")
+            self.start_over("was recreated")
 
     async def disconnect(self):
         pass

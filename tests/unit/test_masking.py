@@ -6,7 +6,7 @@ import pytest
 from airflow.models.trigger import Trigger
 from airflow.sdk._shared.secrets_masker import redact
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.masking import masked, masked_call
+from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.waits import arguments

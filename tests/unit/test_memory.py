@@ -16,7 +16,7 @@ from airflow.serialization.serialized_objects import DagSerialization
 from airflow.triggers.base import BaseTrigger
 from airflow_events import wait_for_event
 from airflow_events.inbox.entries import Answer, Begin, Status
-from airflow_events.listeners.clock import Clock
+from airflow_events.listeners.support.clock import Clock
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.inbox import Inbox

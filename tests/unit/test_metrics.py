@@ -17,7 +17,7 @@ from airflow_events import metrics
 from airflow_events.errors import EventLost
 from airflow_events.inbox.entries import Answer, Record
 from airflow_events.listeners.base import EventListener, Wait
-from airflow_events.listeners.commit import delivered
+from airflow_events.listeners.support.commit import delivered
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.gathering import Gathering, Held
 

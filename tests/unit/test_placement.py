@@ -30,8 +30,8 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.serialization.serialized_objects import DagSerialization
 from airflow_events import EventListener, wait_for_event, wait_for_events
 from airflow_events.errors import UndefinedInTemplate
-from airflow_events.listeners import serde
 from airflow_events.listeners.base import Wait
+from airflow_events.listeners.support import serde
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.placement import Placement, placement
 from airflow_events.operators.wait_for_event import WaitForEventOperator, timezone_name

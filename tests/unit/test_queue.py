@@ -9,9 +9,9 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.hub import Seeker
-from airflow_events.listeners.queue import InHand, QueueHub, QueueListener, receive, skip
-from airflow_events.listeners.shared import shared
+from airflow_events.listeners.support.hub import Seeker
+from airflow_events.listeners.support.queue import InHand, QueueHub, QueueListener, receive, skip
+from airflow_events.listeners.support.shared import shared
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.polling import Poll, TimeIsUp
 
@@ -266,7 +266,7 @@ async def test_what_is_in_hand_is_acknowledged_also_after_the_hub_gave_up(box, m
 
 
 async def test_a_hub_stays_as_long_as_its_source_waits_to_hear(box, monkeypatch):
-    monkeypatch.setattr("airflow_events.listeners.shared._LINGER", 0.1)
+    monkeypatch.setattr("airflow_events.listeners.support.shared._LINGER", 0.1)
     box.put("1")
     event = await soon(poll().run())
     hub = InHand.of_loop().hubs["1"]

@@ -11,7 +11,7 @@ import pytest
 from airflow.sdk import DAG
 from airflow_events import wait_for_event
 from airflow_events.listeners.http import HttpListener
-from airflow_events.listeners.schemas import check_schema, fits, misfit
+from airflow_events.listeners.support.schemas import check_schema, fits, misfit
 
 ORDER = {"type": "object", "required": ["order"], "properties": {"order": {"type": "integer"}}}
 OF_TERM = {"type": "object", "properties": {"left": {"$ref": "#"}}, "required": ["left", "op"]}
@@ -25,7 +25,7 @@ TERM = {
 
 # What takes hours where it is judged by trying: each a schema that somebody might write, and what a sender sends.
 SLOW = """
-from airflow_events.listeners.schemas import fits, misfit
+from airflow_events.listeners.support.schemas import fits, misfit
 
 many, term = range(100_000), 1
 for _ in range(90):

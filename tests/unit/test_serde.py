@@ -8,7 +8,7 @@ import pendulum
 import pytest
 from airflow.sdk.api.datamodels._generated import XComResponse
 from airflow_events.errors import EventNotSerializable, UnknownOutcome
-from airflow_events.listeners.serde import DEEPEST, arguments_digest, check, decode, encode
+from airflow_events.listeners.support.serde import DEEPEST, arguments_digest, check, decode, encode
 from airflow_events.triggers import outcome
 
 

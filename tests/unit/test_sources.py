@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(folder.name for folder in (ROOT / "listeners").iterdir() if (folder / "__init__.py").exists())
+FOLDERS = {folder.name for folder in (ROOT / "listeners").iterdir() if (folder / "__init__.py").exists()}
+SOURCES = sorted(FOLDERS - {"support"})
 # Files need no client and no server.
 WITH_CLIENTS = [name for name in SOURCES if name != "directory"]
 

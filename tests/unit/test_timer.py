@@ -5,9 +5,9 @@ from datetime import datetime, timedelta, timezone
 
 import pendulum
 import pytest
-from airflow_events.listeners import clock as clocks
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.clock import Clock
+from airflow_events.listeners.support import clock as clocks
+from airflow_events.listeners.support.clock import Clock
 from airflow_events.listeners.timer import TimerListener, when
 
 START = datetime(2026, 5, 1, 8, tzinfo=timezone.utc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from airflow_events.listeners.turns import Turns
+from airflow_events.listeners.support.turns import Turns
 
 
 def start(turns, count, turn, done):

@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.values import Index, Match, checked, decode
+from airflow_events.listeners.support.values import Index, Match, checked, decode
 
 
 @pytest.mark.parametrize(

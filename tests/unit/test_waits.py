@@ -23,7 +23,7 @@ from airflow_events.inbox import transactions
 from airflow_events.inbox.entries import Begin, End, Finish, Phase, Status
 from airflow_events.inbox.entries import Record as RecordEntry
 from airflow_events.inbox.models import EventTaken, EventWait
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from airflow_events.triggers.calls import Calls
 from airflow_events.waits import Order, Stage
 from sqlalchemy import insert, select, update

@@ -11,7 +11,7 @@ from airflow.models.trigger import Trigger
 from airflow_events.inbox import hosts, transactions
 from airflow_events.inbox.entries import Begin, End, Finish, Hosted, Join, Record, Status
 from airflow_events.inbox.models import EventHost
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from sqlalchemy import delete, func, select, update
 
 DONE, OUTLIVED = Status.DONE, Status.OUTLIVED

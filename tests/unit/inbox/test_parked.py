@@ -14,7 +14,7 @@ from airflow_events.inbox import rotation, transactions, waking
 from airflow_events.inbox.alarm import Alarm
 from airflow_events.inbox.entries import End, Finish, Park, Record, Status, as_json
 from airflow_events.inbox.models import EventWait
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from cryptography.fernet import Fernet
 from sqlalchemy import select, update
 

@@ -13,7 +13,7 @@ from airflow.sdk.serde import serialize
 from airflow_events.inbox import transactions
 from airflow_events.inbox.entries import Place, Places, Status, answer_of, as_json, entry_of
 from airflow_events.inbox.models import EventTaken, EventWait
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from sqlalchemy import insert, select, update
 
 ARGUMENTS = hashlib.sha256(b"arguments").hexdigest()

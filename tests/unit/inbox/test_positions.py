@@ -8,7 +8,7 @@ import pytest
 from airflow_events.inbox import transactions
 from airflow_events.inbox.entries import Positions, Status, answer_of, as_json, entry_of
 from airflow_events.inbox.models import EventPosition
-from airflow_events.listeners import positions
+from airflow_events.listeners.support import positions
 from sqlalchemy import delete, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session

@@ -22,7 +22,7 @@ from airflow.utils.sqlalchemy import get_dialect_name
 from airflow_events import waits as shown
 from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.entries import End
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 from fastapi.encoders import jsonable_encoder
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st

@@ -16,8 +16,8 @@ from airflow_events.api import sending
 from airflow_events.api.refusals import HasEvent, Moving, NoSuchWait, Over, TooEarly, Unfit
 from airflow_events.inbox.database import in_transaction
 from airflow_events.inbox.entries import Status
-from airflow_events.listeners import schemas
 from airflow_events.listeners.base import Wait
+from airflow_events.listeners.support import schemas
 from airflow_events.triggers import outcome
 from sqlalchemy import insert, select
 

@@ -77,7 +77,7 @@ _APP = functools.cache(create_app)
 
 class ApiServer:
     """
-    An API server with the app of this package, as Airflow mounts it, which can be away.
+    An API server with the app of this package, as Airflow mounts it, which can be unreachable.
 
     :ivar refusals: what the next requests get instead of an answer.
     :ivar batches: how many entries the requests had that came to the inbox.

@@ -1,4 +1,4 @@
-"""The inbox's client in a triggerer, against API servers that answer, refuse, hang up, or are away."""
+"""The inbox's client in a triggerer, against API servers that answer, refuse, hang up, or are unreachable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import trustme
 from airflow_events import inbox_token, settings
 from airflow_events.errors import InboxRefused
 from airflow_events.inbox.entries import Answer, Begin, Finish, Record, Status
-from airflow_events.listeners.positions import Known, Positions
+from airflow_events.listeners.support.positions import Known, Positions
 from airflow_events.triggers import inbox as module
 from airflow_events.triggers import inbox_http
 from airflow_events.triggers.inbox import Inbox
@@ -276,7 +276,7 @@ async def test_a_token_that_is_refused_is_not_used_again(api, inbox, said, of_an
 async def test_another_key_than_the_api_servers_until_it_is_the_same(api, inbox, said, of_another, monkeypatch):
     server = api()
     with monkeypatch.context() as wrong:
-        wrong.setattr(inbox_token, "sign", lambda *, anew=False: of_another)
+        wrong.setattr(inbox_token, "sign", lambda *, fresh=False: of_another)
         asked = asyncio.create_task(inbox.ask(Begin("a")))
         await until(lambda: said)
     assert "401 the token is signed with another key" in said[0][2]

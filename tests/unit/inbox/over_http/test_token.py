@@ -50,7 +50,7 @@ def test_it_is_used_again_for_some_minutes_and_signed_anew_long_before_it_expire
         first = sign()
         clock.shift(100)
         assert sign() == first
-        second = sign(anew=True)
+        second = sign(fresh=True)
         assert second != first
         assert sign() == second
         clock.shift(120)

@@ -7,7 +7,7 @@ import heapq
 import itertools
 from datetime import datetime, timezone
 
-from airflow_events.listeners.shared import OnePerLoop
+from airflow_events.listeners.support.shared import OnePerLoop
 
 # Seconds. Looking at the clock in steps bounds by how much a moment is late after it was set forward.
 _LONGEST_SLEEP = 60.0

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import jmespath
 from airflow_events.errors import EventNotSerializable, EventUndecodable
-from airflow_events.listeners import serde
+from airflow_events.listeners.support import serde
 
 Format = Literal["json", "text", "bytes"]
 OnUndecodable = Literal["fail", "skip", "dead_letter"]

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, Generic, TypeVar
 
-from airflow_events.errors import EventUndecodable, SourceUnfit
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.base import Wait, current_wait
-from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.moments import when
-from airflow_events.listeners.shared import shared
-from airflow_events.listeners.values import Index, Match, OnUndecodable, checked, unreadable
+from airflow_events.listeners.support.hub import Hub, Seeker
+from airflow_events.listeners.support.shared import shared
+from airflow_events.listeners.support.timestamps import when
+from airflow_events.listeners.support.values import Index, Match, OnUndecodable, checked, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +75,15 @@ def message_of(timestamp: datetime | None, size: int, where: str, event: Callabl
     Make a message of what a source has; whatever is wrong with it is its own matter, and fails no reader.
 
     :param timestamp: None, where it has none that can be read, counts as published now.
-    :param event: makes the event. What it raises makes the message undecodable; only `OSError` and `SourceUnfit`
-        escape, which are not the message's, but the source's or a schema registry's.
+    :param event: makes the event. What it raises makes the message undecodable; only `OSError` and
+        `SourceMisconfigured` escape, which are not the message's, but the source's or a schema registry's.
     """
     timestamp = timestamp or datetime.now(timezone.utc)
     try:
         return Message(timestamp, size, where, event())
     except EventUndecodable as error:
         return Message(timestamp, size, where, {}, error)
-    except (OSError, SourceUnfit):
+    except (OSError, SourceMisconfigured):
         raise
     except Exception as error:
         return Message(timestamp, size, where, {}, unreadable(where, error))
@@ -409,7 +409,7 @@ async def first_match(
     Return the first message that matches, of a log that all who watch it read by one hub.
 
     :param key: of the hub, in this event loop; ``make`` makes it for the first who watches.
-    :param match: see `airflow_events.listeners.values.Match`.
+    :param match: see `airflow_events.listeners.support.values.Match`.
     :param since: see `since_of`.
     :raises ValueError: ``match`` or ``since`` is none.
     """

@@ -2,7 +2,7 @@
 One connection to a source for all the waits of a triggerer that use it, and who gets what comes over it.
 
 A source of your own derives from `Hub`: it says how to connect, and how to serve those who wait. The hub
-starts with the first wait and ends with the last (`airflow_events.listeners.shared`), connects again by
+starts with the first wait and ends with the last (`airflow_events.listeners.support.shared`), connects again by
 itself, and tells each wait, in its own task's log, what concerns it.
 """
 
@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from airflow_events import settings
 from airflow_events.errors import SourceUnreachable
-from airflow_events.listeners.shared import background
-from airflow_events.listeners.turns import Turns
+from airflow_events.listeners.support.shared import background
+from airflow_events.listeners.support.turns import Turns
 from tenacity import RetryCallState
 from tenacity.wait import wait_exponential, wait_random
 
@@ -114,7 +114,7 @@ class Hub(abc.ABC, Generic[_S]):
         """
         Return what ``seeker`` was given.
 
-        :raises SourceUnreachable: the source was away for longer than ``[events] unreachable_timeout``.
+        :raises SourceUnreachable: the source was unreachable for longer than ``[events] unreachable_timeout``.
         """
         if self._work.done():
             self._work.result()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from airflow.sdk.bases.hook import BaseHook
-from airflow_events.errors import SourceUnfit
+from airflow_events.errors import SourceMisconfigured
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
@@ -50,12 +50,14 @@ async def connection(conn_id: str, *types: str) -> Connection:
 
     :param types: the connection types that will do, the usual one first.
     :raises AirflowNotFoundException: there is no such connection.
-    :raises SourceUnfit: it is of another type.
+    :raises SourceMisconfigured: it is of another type.
     """
     found = await BaseHook.aget_connection(conn_id)
     if found.conn_type not in types:
         wanted = " or ".join(map(repr, types))
-        raise SourceUnfit(f"the connection {conn_id!r} is of type {found.conn_type!r}, and {wanted} is needed")
+        raise SourceMisconfigured(
+            f"the connection {conn_id!r} is of type {found.conn_type!r}, and {wanted} is needed"
+        )
     return found
 
 
@@ -63,16 +65,16 @@ def extras(found: Connection) -> dict[str, Any]:
     """
     Return the extras of a connection that have a value: a form sends those that were left empty as None.
 
-    :raises SourceUnfit: they cannot be read. Airflow would take them as none at all.
+    :raises SourceMisconfigured: they cannot be read. Airflow would take them as none at all.
     """
     told: Any = found.extra_dejson  # which masks in logs what is secret of it
     if found.extra:
         try:
             told = json.loads(found.extra)
         except ValueError as error:
-            raise unfit(found, "has extras that are no JSON") from error
+            raise misconfigured(found, "has extras that are no JSON") from error
         if not isinstance(told, dict):
-            raise unfit(found, "has extras that are no JSON object")
+            raise misconfigured(found, "has extras that are no JSON object")
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -84,7 +86,8 @@ def known_extras(
 
     :param known: the names of those that mean something.
     :param refused: others that people have, and why they are refused.
-    :raises SourceUnfit: there is another one; it names those that are known, and the one that may be meant.
+    :raises SourceMisconfigured: there is another one; it names those that are known, and the one that may be
+        meant.
     """
     told = {name: value for name, value in extras(found).items() if value != ""}
     check_extras(found, told, known, refused)
@@ -97,14 +100,14 @@ def check_extras(
     """
     Check that the extras by these names are known.
 
-    :raises SourceUnfit: as `known_extras` has it.
+    :raises SourceMisconfigured: as `known_extras` has it.
     """
     for name in told:
         if name in (refused or {}):
-            raise unfit(found, f"has an extra {name!r}, which is refused: {(refused or {})[name]}")
+            raise misconfigured(found, f"has an extra {name!r}, which is refused: {(refused or {})[name]}")
     if unknown := [name for name in told if name not in known]:
         names = " and ".join(map(repr, unknown))
-        raise unfit(
+        raise misconfigured(
             found,
             f"has an extra {names}, which is not known here"
             f"{''.join(_meant(name, known) for name in unknown)}; known are {', '.join(sorted(known))}",
@@ -118,21 +121,21 @@ def _meant(name: str, known: Collection[str]) -> str:
     return f" (did you mean {plain[close[0]]!r}?)" if close else ""
 
 
-def unfit(found: Connection, what: str) -> SourceUnfit:
+def misconfigured(found: Connection, what: str) -> SourceMisconfigured:
     """Return the error that says ``what`` of a connection."""
-    return SourceUnfit(f"the connection {found.conn_id!r} {what}")
+    return SourceMisconfigured(f"the connection {found.conn_id!r} {what}")
 
 
 def flag(found: Connection, told: Mapping[str, Any], name: str, default: bool = False) -> bool:
     """
     Return an extra that is yes or no; in a connection's URI it is text.
 
-    :raises SourceUnfit: it is neither.
+    :raises SourceMisconfigured: it is neither.
     """
     value = told.get(name, default)
     truth = _TRUTH.get(str(value).strip().lower())
     if truth is None:
-        raise unfit(found, f"has the extra {name}={value!r}, where true or false is needed")
+        raise misconfigured(found, f"has the extra {name}={value!r}, where true or false is needed")
     return truth
 
 
@@ -140,11 +143,11 @@ def number(found: Connection, told: Mapping[str, Any], name: str, default: int) 
     """
     Return an extra that is a whole number, from 0 on.
 
-    :raises SourceUnfit: it is none.
+    :raises SourceMisconfigured: it is none.
     """
     value = told.get(name, default)
     if isinstance(value, bool) or not str(value).strip().isdecimal():
-        raise unfit(found, f"has the extra {name}={value!r}, where a whole number is needed")
+        raise misconfigured(found, f"has the extra {name}={value!r}, where a whole number is needed")
     return int(value)
 
 
@@ -155,11 +158,11 @@ def secure(found: Connection, told: Mapping[str, Any], name: str, by_scheme: boo
     :param name: the extra that says so. That it says no counts for nothing: a form says it unless it is asked.
     :param by_scheme: whether its type or its host's scheme says so.
     :param files: the extras that mean nothing without TLS.
-    :raises SourceUnfit: there is one of these, and no TLS.
+    :raises SourceMisconfigured: there is one of these, and no TLS.
     """
     wanted = flag(found, told, name) or by_scheme
     if not wanted and (idle := [file for file in files if file in told]):
-        raise unfit(found, f"has the extra {idle[0]!r}, which is for TLS, and no {name}=true")
+        raise misconfigured(found, f"has the extra {idle[0]!r}, which is for TLS, and no {name}=true")
     return wanted
 
 
@@ -170,7 +173,7 @@ def endpoints(found: Connection, *schemes: str) -> list[Endpoint]:
     Each may have a port, else it has the connection's; and a scheme, as in ``tls://a:4222``.
 
     :param schemes: those that will do.
-    :raises SourceUnfit: a host has more, such as a login, or cannot be read.
+    :raises SourceMisconfigured: a host has more, such as a login, or cannot be read.
     """
     return hosts(found, found.host or "localhost", *schemes)
 
@@ -185,15 +188,15 @@ def _endpoint(found: Connection, text: str, schemes: Sequence[str]) -> Endpoint:
     scheme, _, rest = text.rpartition("://")
     rest = rest.rstrip("/")
     if "@" in rest:  # not told: there may be a password in it
-        raise unfit(found, "has a login within its host; put it into the fields for login and password")
+        raise misconfigured(found, "has a login within its host; put it into the fields for login and password")
     if scheme and scheme not in schemes:
         wanted = f"{' or '.join(f'{each}://' for each in schemes)} is" if schemes else "none is"
-        raise unfit(found, f"has a host that begins with {scheme}://, and {wanted} needed")
+        raise misconfigured(found, f"has a host that begins with {scheme}://, and {wanted} needed")
     if "/" in rest or "?" in rest:
-        raise unfit(found, f"has the host {text!r}, where only a name and a port may be")
+        raise misconfigured(found, f"has the host {text!r}, where only a name and a port may be")
     host, port = _host_and_port(rest)
     if not host or (port and not (port.isdecimal() and 0 < int(port) < 65536)):
-        raise unfit(found, f"has the host {text!r}, which is no name, or has no port from 1 to 65535")
+        raise misconfigured(found, f"has the host {text!r}, which is no name, or has no port from 1 to 65535")
     return Endpoint(scheme, host, int(port) if port else found.port or None)
 
 
@@ -211,14 +214,14 @@ async def check_files(found: Connection, *files: str | None) -> None:
     """
     Check that the files that a connection names can be read.
 
-    :raises SourceUnfit: one cannot.
+    :raises SourceMisconfigured: one cannot.
     """
     try:
         for file in files:
             if file:
                 await asyncio.to_thread(Path(file).read_bytes)
     except OSError as error:
-        raise SourceUnfit(
+        raise SourceMisconfigured(
             f"the connection {found.conn_id!r}: a file that it names cannot be used: {error}"
         ) from error
 
@@ -229,15 +232,15 @@ async def context(
     """
     Return what `tls` returns, made in a thread.
 
-    :raises SourceUnfit: a file, or what is in it, cannot be used.
+    :raises SourceMisconfigured: a file, or what is in it, cannot be used.
     """
     if key and not certificate:
-        raise unfit(found, "names a key, and no certificate that it is of")
+        raise misconfigured(found, "names a key, and no certificate that it is of")
     await check_files(found, *(part for part in (authorities, certificate, key) if not _is_pem(part)))
     try:
         return await asyncio.to_thread(tls, authorities, certificate, key, verify)
     except (OSError, ValueError) as error:  # of which ssl.SSLError is a kind
-        raise unfit(found, f"has a certificate or a key that cannot be used: {error}") from error
+        raise misconfigured(found, f"has a certificate or a key that cannot be used: {error}") from error
 
 
 def tls(authorities: str | None, certificate: str | None, key: str | None, verify: bool = True) -> ssl.SSLContext:

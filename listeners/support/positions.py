@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from airflow_events.listeners.shared import OnePerLoop
+from airflow_events.listeners.support.shared import OnePerLoop
 
 Ranges = list[tuple[int, int]]
 """Ranges of offsets, in order, between any two of which something is left out."""

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
-from airflow_events.listeners.hub import Hub, Seeker
-from airflow_events.listeners.shared import OnePerLoop, background, shared
-from airflow_events.listeners.values import checked, unreadable
+from airflow_events.listeners.support.hub import Hub, Seeker
+from airflow_events.listeners.support.shared import OnePerLoop, background, shared
+from airflow_events.listeners.support.values import checked, unreadable
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import time
 
 import greenback
 import pytest
-from airflow_events.triggers.watchdog import Steps
+from airflow_events.triggers.poll_steps import Steps
 
 
 async def test_results_and_errors_pass_through():

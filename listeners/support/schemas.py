@@ -14,7 +14,7 @@ import json
 from typing import Any, NoReturn
 
 import jsonschema_rs
-from airflow_events.listeners.serde import is_deeper
+from airflow_events.listeners.support.serde import is_deeper
 
 # To say what is wrong takes longer than to see that something is: seconds for what is long, and with references
 # exponentially in the depth.
@@ -36,7 +36,7 @@ def fits(schema: Any, payload: Any) -> bool:
     """
     Whether a payload fits a schema; milliseconds, also for the largest.
 
-    :param payload: as `airflow_events.listeners.serde.check` takes it.
+    :param payload: as `airflow_events.listeners.support.serde.check` takes it.
     :raises ValueError: as of `check_schema`.
     """
     return bool(_validator(_text(schema)).is_valid(payload))
