@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import SimpleNamespace
@@ -227,6 +228,8 @@ class Clients:
         """Turn Kafka's errors into ours."""
         try:
             yield
+        except FutureTimeout as error:
+            raise BrokerUnavailable("the brokers have not answered in time") from error
         except (KafkaException, SystemError) as error:
             # A fatal error that is raised while a report of delivery is called: Python finds that odd.
             cause = error if isinstance(error, KafkaException) else error.__cause__

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from typing import Any
 
 from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Clients, Place, described
@@ -160,6 +162,7 @@ class Group:
 
     def commit(self, offsets: Mapping[Place, _Offset]) -> bool:
         """Set the group's offsets, unless somebody else has set one; return whether it was done."""
+        errors: list[Any] = []
         try:
             for place, found in self._offsets(offsets).items():
                 if found[0] >= 0 and found[1] != offsets[place][1] and found != self._seen.get(place):
@@ -174,6 +177,8 @@ class Group:
             ]
         except KafkaException as failed:
             errors = [failed.args[0]]
+        except FutureTimeout:
+            errors = [KafkaError(KafkaError._TIMED_OUT)]
         if errors:
             self.close()
         for error in errors:
