@@ -44,7 +44,7 @@ def _ends(stage: Stage, name: str, count: int) -> dict[str, Any]:
     file = Path(stage.airflow.home, label)
     broker, queue = fresh_queue(stage, "redis_ours")
     runs = open_waits(stage.airflow, f"{name}_10", 10, count, due, path=str(file), queue=queue)
-    until_open(triggerer, count)
+    until_open(stage.airflow, triggerer, count)
     if name == "ours":
         assert datetime.now(timezone.utc) < due, "they are due before all wait"
         time.sleep(max((due - datetime.now(timezone.utc)).total_seconds(), 0))

@@ -1,4 +1,4 @@
-"""What the triggerer and the scheduler ask Airflow's database, with more and more waits in it."""
+"""What triggerer, scheduler and API server ask Airflow's database, with more and more waits in it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,19 @@ KINDS = {
         "find waits whose time is over": r"UPDATE task_instance .*trigger_timeout",
         "delete what nobody waits for": r"DELETE FROM trigger",
     },
+    "api-server": {
+        "look for parked waits that are due": r"SELECT event_wait\..* WHERE event_wait\.wake_at <=",
+        "ask when the next one is": r"SELECT min\(event_wait\.wake_at\)",
+        "look after hosts": r"SELECT event_host\.",
+        "look for what waits seek in Airflow": r"SELECT .*event_wait\.sought",
+    },
 }
 # Once in each loop.
-LOOPS = {"triggerer": "delete what nobody waits for", "scheduler": "choose runs to look at"}
+LOOPS = {
+    "triggerer": "delete what nobody waits for",
+    "scheduler": "choose runs to look at",
+    "api-server": "look for parked waits that are due",
+}
 LINE = re.compile(r"^QUERY \d+ LOG:  duration: ([\d.]+) ms  (?:statement|execute \S+): (.*)", re.DOTALL)
 
 
@@ -42,15 +52,14 @@ def database(stage: Stage) -> Rows:
     """Ask with more and more waits in the database. Comes last: it leaves Airflow ended, its tables full."""
     airflow, postgres = stage.airflow, stage.postgres
     triggerer = fresh_triggerer(airflow)
-    [run] = open_waits(airflow, "ours_10", OWN, OWN)
-    until_open(triggerer, OWN)
+    [run] = open_waits(airflow, "floor_10", OWN, OWN)
+    until_open(airflow, triggerer, OWN)
     settle()
     airflow.stop()
     found: Rows = []
     there = 0
-    for others in sorted(stage.options.others):
-        copy_waits(postgres, run, there, others)
-        there = others
+
+    def ask(**of: Any) -> None:
         for name in KINDS:
             component = airflow.start_one(name)
             try:
@@ -59,8 +68,16 @@ def database(stage: Stage) -> Rows:
                 seen = _look(postgres, name, stage.options.look)
             finally:
                 component.stop()
-            found.append({"name": name, "others": others, **seen})
+            found.append({"name": name, "others": there, **of, **seen})
             print(found[-1], flush=True)
+
+    for others in sorted(stage.options.others):
+        copy_waits(postgres, run, there, others)
+        there = others
+        ask(triggers=True)
+    if there:
+        take_triggers(postgres)
+        ask(triggers=False)
     return found
 
 
@@ -156,6 +173,43 @@ def copy_waits(postgres: Any, run: Any, first: int, last: int) -> None:
         connection.execute("VACUUM ANALYZE")
 
 
+def take_triggers(postgres: Any) -> None:
+    """Let the copies go on without triggers: every other one is parked for a year, and the others share hosts."""
+    of_copies = f"task_instance.run_id LIKE 'copy%' AND task_instance.trigger_id >= {COPIES}"
+    nth = f"task_instance.trigger_id - {COPIES}"
+    with connect(postgres) as connection:
+        connection.execute(
+            f"""
+            INSERT INTO event_wait (
+                dag_id, task_id, run_id, map_index, place, listener, call, arguments, generation, holder, since,
+                run_start, clears, parked, parked_try, wake_at, wake, host, hosted_at
+            )
+            SELECT
+                dag_id, task_id, run_id, map_index, -1, 'Listener', 'Listener()', sha256('a'), 1, 'box:1', now(),
+                now(), 0, repeat('k', 400), id::text, CASE WHEN even THEN now() + interval '1 year' END,
+                CASE WHEN even THEN '{{}}' END, CASE WHEN NOT even THEN sha256(('host' || nth % 4)::bytea) END,
+                CASE WHEN NOT even THEN now() END
+            FROM (SELECT *, {nth} AS nth, ({nth}) % 2 = 0 AS even FROM task_instance WHERE {of_copies}) AS copy
+            """
+        )
+        connection.execute(
+            f"""
+            INSERT INTO event_host (host, trigger_id)
+            SELECT sha256(('host' || nth % 4)::bytea), min({COPIES} + nth)
+            FROM (SELECT {nth} AS nth FROM task_instance WHERE {of_copies} AND ({nth}) % 2 = 1) AS copy GROUP BY 1
+            """
+        )
+        anchors = "(SELECT trigger_id FROM event_host)"
+        connection.execute(
+            f"UPDATE task_instance SET trigger_id = NULL WHERE {of_copies} AND trigger_id NOT IN {anchors}"
+        )
+        connection.execute(f"DELETE FROM trigger WHERE id >= {COPIES} AND id NOT IN {anchors}")
+        connection.execute(
+            f"UPDATE trigger SET classpath = 'airflow_events.triggers.host.HostTrigger' WHERE id >= {COPIES}"
+        )
+        connection.execute("VACUUM ANALYZE")
+
+
 def table(rows: Rows) -> str:
     lines = [
         "| alone with the database | waits of others in it | loops a second | queries in each "
@@ -165,7 +219,7 @@ def table(rows: Rows) -> str:
     for row in rows:
         kind, most = max(row["of it"].items(), key=lambda item: float(item[1]))
         lines.append(
-            f"| {row['name']} | {row['others']:,} | {row['loops'] / row['seconds']:.2f} | {row['queries']:.0f} "
+            f"| {row['name']} | {_others(row)} | {row['loops'] / row['seconds']:.2f} | {row['queries']:.0f} "
             f"| {row['ms']:,.1f} ms | {kind}: {most:,.1f} ms |"
         )
     return "\n".join(
@@ -174,9 +228,16 @@ def table(rows: Rows) -> str:
             "",
             f"Measured: the queries of {rows[0]['seconds']:.0f} s, as PostgreSQL wrote them down with their "
             f"time. The triggerer has {OWN} waits itself; the others' are rows of Airflow's own tables, {EACH:,} "
-            f"to a triggerer that is alive and {OWN} to a run. Nothing happens meanwhile.",
+            f"to a triggerer that is alive and {OWN} to a run. Without triggers, half of them are parked for a "
+            "year, and the others share four hosts. Nothing happens meanwhile.",
         ]
     )
 
 
-PARTS = {"database": Part(database, table, ("ours_10",))}
+def _others(row: dict[str, Any]) -> str:
+    if row.get("triggers", True):
+        return f"{row['others']:,}"
+    return f"{row['others']:,}, parked and hosted"
+
+
+PARTS = {"database": Part(database, table, ("floor_10",))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,14 +129,14 @@ def opened(
     triggerer = fresh_triggerer(airflow)
     others = [airflow.run(beside)] if beside else []
     if others:
-        until_open(triggerer, 1)
+        until_open(airflow, triggerer, 1)
         settle()
     memory, files = collected(airflow, triggerer), open_files(triggerer[0])
     before()
     began = time.monotonic()
     runs = open_waits(airflow, dag_id, waits, count, **conf)
     made = time.monotonic() - began
-    until_open(triggerer, count + len(others))
+    until_open(airflow, triggerer, count + len(others))
     seconds = time.monotonic() - began
     settle()
     more = open_files(triggerer[0]) - files
@@ -148,11 +149,25 @@ def tenth(waits: int) -> int:
     return max(waits // 100, 1) * 10
 
 
-def until_open(triggerer: tuple[Any, Any], count: int) -> None:
-    """Wait until so many triggers run: the supervisor has one open log for each."""
+def until_open(airflow: Any, triggerer: tuple[Any, Any], count: int) -> None:
+    """Wait until so many wait: those with a trigger of which the supervisor has an open log, and those without."""
     from deployment import until
 
-    until(lambda: _logs(triggerer[0]) >= count, f"{count} triggers run", timeout=60 + count, pause=0.2)
+    def wait() -> bool:
+        with_trigger, without = deferred(airflow)
+        return with_trigger + without >= count and _logs(triggerer[0]) >= with_trigger
+
+    until(wait, f"{count} tasks wait", timeout=60 + count, pause=0.2)
+
+
+def deferred(airflow: Any) -> tuple[int, int]:
+    """Return how many deferred task instances have a trigger, and how many are parked or hosted."""
+    import psycopg
+
+    query = "SELECT count(trigger_id), count(*) FROM task_instance WHERE state = 'deferred'"
+    with psycopg.connect(re.sub(r"\+\w+", "", airflow.database)) as connection:
+        [(with_trigger, all_of_them)] = connection.execute(query)
+    return with_trigger, all_of_them - with_trigger
 
 
 def _logs(process: Any) -> int:

@@ -57,7 +57,7 @@ class Source:
             airflow.run(f"{name}_1", {"queue": queue, "number": f"{n}"}, run_id=f"{label}-{n}")
             for n, queue in enumerate(queues)
         ]
-        until_open(triggerer, count)
+        until_open(airflow, triggerer, count)
         began = time.time()
         # How long it takes depends on when a message comes, seen from who asks every so many seconds.
         draw = random.Random(turn)

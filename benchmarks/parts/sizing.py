@@ -7,80 +7,92 @@ from typing import Any
 
 from parts.plots import size
 
-# Waits in all, in each triggerer, and in each run.
-CASES = (
-    (1_000, 1_000, 10),
-    (10_000, 1_000, 10),
-    (10_000, 10_000, 10),
-    (100_000, 1_000, 10),
-    (100_000, 10_000, 10),
-    (1_000_000, 1_000, 10),
-    (1_000_000, 10_000, 10),
-    (1_000_000, 10_000, 1),
-)
+# Waits in all, and of which kind.
+CASES = tuple((waits, kind) for waits in (10_000, 100_000, 1_000_000) for kind in ("trigger", "hosted", "parked"))
+WHAT = {
+    "trigger": "a trigger each",
+    "hosted": "watches, [hosted](life-of-a-wait.md#hosted-waits)",
+    "parked": "timers and HTTP, [parked](life-of-a-wait.md#parked-waits)",
+}
+# Which row of the part `large` says what one of each kind takes.
+MEASURED_AS = {"trigger": "floor", "hosted": "kafka_watch", "parked": "ours"}
+# Of those with a trigger each, and of the others for whom somebody polls, in each triggerer; and in each run.
+IN_EACH, IN_RUN = 10_000, 10
+HOSTED_IN_EACH = 250_000
 # The same as places in tasks of `wait_for_events`.
 PLACES = 1_000_000
 IN_ONE = 10_000
 # Airflow's own: seconds between two loops, and `[scheduler] max_dagruns_per_loop_to_schedule`.
 PAUSE = 1.0
 RUNS_A_LOOP = 20
-# That a watch makes for its message: to read its record, to write it, and to write its return value.
-WATCH, REQUESTS = "kafka_watch", 3
 
 
 def projection(results: dict[str, Any]) -> str:
-    if not {"database", "memory", "messages"} <= results.keys():
+    """Return the table of what waits would take, of what the parts `database` and `large` measured."""
+    if not {"database", "large"} <= results.keys():
         return "Not measured yet."
-    rows = [row for row in results["memory"]["rows"] if row["name"] == "ours" and row["in_dag"] == 10]
-    one = max(rows, key=lambda row: row["waits"])
-    each = (one["runner"] + one["supervisor"]) / one["waits"]
-    asked = results["database"]["rows"]
-    watches = next(row for row in results["messages"]["rows"] if row["name"] == WATCH)
-    took = watches["ends"][-1] / watches["waits"] / REQUESTS
-    besides = took - milliseconds(asked, "triggerer", watches["waits"]) / 1000
+    asked, large = results["database"]["rows"], {row["name"]: row for row in results["large"]["rows"]}
+    if all(row.get("triggers", True) for row in asked):
+        return "Not measured yet."
+    each = {
+        kind: max(large[name]["runner"] + large[name]["supervisor"], 0) / large[name]["waits"]
+        for kind, name in MEASURED_AS.items()
+    }
     lines = [
-        "| waits | triggerers | memory of all triggerers | a triggerer's loop comes every "
-        "| requests that it answers in a second, at most | cores of the database that the loops take, idle "
-        "| the scheduler has looked at each run once after |",
+        "| waits | each of them | triggerers | memory of all triggerers | cores of the database that triggerers' "
+        "loops take, idle | and an API server's | the scheduler has looked at each run once after |",
         "|---|---|---|---|---|---|---|",
     ]
-    for waits, in_each, in_run in CASES:
+    for waits, kind in CASES:
+        in_each = {"trigger": IN_EACH, "hosted": HOSTED_IN_EACH}.get(kind, waits)
         triggerers = -(-waits // in_each)
+        memory = size(each[kind] * waits) if each[kind] * waits >= 1000 else "nothing to speak of"
         lines.append(
-            f"| {waits:,}, {in_run} to a run | {triggerers:,} with {in_each:,} each | {size(each * waits)} "
-            f"| {_loops(asked, besides, waits, triggerers, waits // in_run)} |"
+            f"| {waits:,} | {WHAT[kind]} | {triggerers:,} | {memory} "
+            f"| {_loops(asked, waits, triggerers, waits // IN_RUN, triggers=kind == 'trigger')} |"
         )
     tasks = PLACES // IN_ONE
     lines.append(
-        f"| {PLACES:,} in {tasks:,} tasks of `wait_for_events` | 1 "
-        f"| [{IN_ONE:,} in one](many-events.md#what-it-costs) | {_loops(asked, besides, tasks, 1, tasks)} |"
+        f"| {PLACES:,} | places in {tasks:,} tasks of `wait_for_events` | 1 "
+        f"| [{IN_ONE:,} in one](many-events.md#what-it-costs) | {_loops(asked, tasks, 1, tasks, triggers=True)} |"
     )
     most = max(row["others"] for row in asked)
+    floor, watch = large["floor"], large["kafka_watch"]
     return "\n".join(
         [
             *lines,
             "",
-            f"Projected, all of it: {each:.0f} KB for each wait, as measured with {one['waits']:,} of ours in "
-            "DAGs of 10 tasks; the time of a loop in the database between and beyond the measured points on "
-            f"straight lines (measured up to {most:,} waits); {PAUSE:.0f} s between two loops, and none where "
-            f"requests come, of which each takes one, and {1000 * besides:.0f} ms besides what the database takes "
-            f"for the loop, as measured with messages to {watches['waits']:,} watches at once "
-            f"({1000 * took:.0f} ms for a request); {RUNS_A_LOOP} runs in a loop of one scheduler. What events "
-            "themselves cost, and what the queries of many triggerers do to each other, is not in it.",
+            f"Projected, all of it: memory as measured with {floor['waits']:,} waits in DAGs of 10 tasks "
+            f"({each['trigger']:.0f} KB for a trigger, {each['hosted']:.1f} KB for one of {watch['waits']:,} "
+            "hosted watches); the time of a loop in the database between the measured points on straight lines "
+            f"(measured up to {most:,} waits, with triggers and without); {PAUSE:.0f} s between two loops; "
+            f"{IN_EACH:,} waits with a trigger to a triggerer, "
+            f"{HOSTED_IN_EACH:,} hosted ones; {IN_RUN} waits to a "
+            f"run, and {RUNS_A_LOOP} runs in a loop of one scheduler. What events themselves cost, and what the "
+            "queries of many triggerers do to each other, is not in it.",
         ]
     )
 
 
-def _loops(asked: list[dict[str, Any]], besides: float, waits: int, triggerers: int, runs: int) -> str:
-    loop = milliseconds(asked, "triggerer", waits) / 1000
-    looked = runs / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits) / 1000)
-    cores = triggerers * loop / (PAUSE + loop)
-    return f"{PAUSE + loop:.1f} s | {1 / (loop + besides):.1f} | {cores:,.2f} | {duration(looked)}"
+def _loops(asked: list[dict[str, Any]], waits: int, triggerers: int, runs: int, *, triggers: bool) -> str:
+    loop, api = (
+        milliseconds(asked, name, waits, triggers=triggers) / 1000 for name in ("triggerer", "api-server")
+    )
+    looked = runs / RUNS_A_LOOP * (PAUSE + milliseconds(asked, "scheduler", waits, triggers=triggers) / 1000)
+    return f"{triggerers * loop / (PAUSE + loop):,.2f} | {api / (PAUSE + api):,.3f} | {duration(looked)}"
 
 
-def milliseconds(rows: list[dict[str, Any]], name: str, waits: int) -> float:
-    """Return the database's time for a loop: on a line between the measured points, and on the last one beyond."""
-    points = sorted((row["others"], row["ms"]) for row in rows if row["name"] == name)
+def milliseconds(rows: list[dict[str, Any]], name: str, waits: int, *, triggers: bool = True) -> float:
+    """
+    Return the database's time for a loop: on a line between the measured points, and on the last one beyond.
+
+    :param triggers: whether the waits have some. With none, of others, both measure the same.
+    """
+    points = sorted(
+        (row["others"], row["ms"])
+        for row in rows
+        if row["name"] == name and (not row["others"] or row.get("triggers", True) is triggers)
+    )
     if len(points) == 1:
         return float(points[0][1])
     left, right = next(

@@ -207,7 +207,7 @@ def start(stage: Stage) -> Rows:
             until(lambda run=runs[0]: "are waited for" in run.logs("wait"), "all wait", 300, 0.1)
         else:
             runs = open_waits(stage.airflow, f"{name}_10", 10, count)
-            until_open(triggerer, count)
+            until_open(stage.airflow, triggerer, count)
         found.append({"name": name, "waits": count, "seconds": round(time.monotonic() - began, 2)})
         end(stage.airflow, runs)
         print(found[-1], flush=True)
@@ -240,7 +240,7 @@ def burst(stage: Stage) -> Rows:
         triggerer = fresh_triggerer(stage.airflow)
         due = datetime.now(timezone.utc) + timedelta(seconds=45 + count // 10)
         runs = open_waits(stage.airflow, f"{name}_10", 10, count, due)
-        until_open(triggerer, count)
+        until_open(stage.airflow, triggerer, count)
         assert datetime.now(timezone.utc) < due, "they are due before all wait"
         found.append({"name": name, "waits": count, "ends": successes(runs, due, 600)})
         print(name, found[-1]["ends"][-1], flush=True)
