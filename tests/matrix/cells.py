@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Seconds.
 STANDS_FIRM = 4
+MISSED = 15
 # There no event is recorded, or is the wait's no longer, so that a deadline may come first.
 WITHOUT_A_RECORD = ("deferring", "beginning", "polling", "polled", "recording", "lost")
 
@@ -92,6 +93,7 @@ class Cell:
     _run: Run | None = None
     _process: psutil.Process | None = None
     _reached: float = 0
+    _ended: float = 0
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -124,6 +126,7 @@ class Cell:
         dag = dag_id(self.source, self.path, DEADLINE if self.fault.has_deadline else None)
         self._run = Run(stage.airflow, dag, run_id)
         self._process = None
+        self._ended = 0.0
         self._arm()
         stage.airflow.run(dag, conf(self.base), run_id=run_id)
 
@@ -151,16 +154,35 @@ class Cell:
         """
         reached = list(self._armed.parent.glob(f"{self.gap.id}.reached.*"))
         if not reached:
+            if self._has_missed_it(stage):
+                self._begin_under_another_name(stage)
             return False
         if self._process is None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._process = psutil.Process(int(reached[0].name.rpartition(".")[2]))
                 self._reached = time.monotonic()
         if self._process is None or is_gone(self._process):
-            self.base = self.base.with_name(f"{self.base.name}x")
-            self.begin(stage, f"{self.run.run_id}x")
+            self._begin_under_another_name(stage)
             return False
         return time.monotonic() - self._reached > STANDS_FIRM
+
+    def _has_missed_it(self, stage: Stage) -> bool:
+        """
+        Whether the task has ended, and its trigger was cancelled before it came to the gap behind that.
+
+        On a busy machine Airflow sees that it has ended before the answer has come to the trigger.
+        """
+        if (self.gap.place, self.gap.name) != ("triggerer", "finished"):
+            return False
+        row = stage.row(self.run)
+        if row is None or row.finished_by is None:
+            return False
+        self._ended = self._ended or time.monotonic()
+        return time.monotonic() - self._ended > MISSED
+
+    def _begin_under_another_name(self, stage: Stage) -> None:
+        self.base = self.base.with_name(f"{self.base.name}x")
+        self.begin(stage, f"{self.run.run_id}x")
 
     @property
     def passed(self) -> bool:
