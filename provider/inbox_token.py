@@ -29,6 +29,8 @@ _LEEWAY = 60  # by how much clocks may differ
 
 # The last token, when it was signed, and in which process.
 _signed: tuple[str, float, int] = ("", 0.0, 0)
+# By how many seconds the clock of the API server is ahead of this process's, as far as that matters.
+_ahead = 0.0
 
 
 def sign(*, fresh: bool = False) -> str:
@@ -40,7 +42,7 @@ def sign(*, fresh: bool = False) -> str:
     """
     global _signed
     token, at, pid = _signed
-    now = time.time()
+    now = time.time() + _ahead
     if fresh or not at <= now < at + _USE or pid != os.getpid():
         from airflow.utils.net import get_hostname
 
@@ -49,6 +51,16 @@ def sign(*, fresh: bool = False) -> str:
         token = jwt.encode(claims, keys()[0], algorithm=_ALGORITHM)
         _signed = token, now, pid
     return token
+
+
+def follow_clock(moment: float) -> None:
+    """
+    Sign from now on by the clock of the API server, which has refused a token.
+
+    :param moment: what that one shows, in seconds since the epoch.
+    """
+    global _ahead
+    _ahead = moment - time.time()
 
 
 def check(token: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 
 import httpx
 from airflow.sdk.configuration import conf
@@ -73,7 +75,10 @@ class Post:
         reason = f"{response.status_code} {detail(response)}"
         if response.status_code in (413, 422):
             raise Unfit(reason)
-        self._sign_fresh = response.status_code == 401
+        if response.status_code == 401:
+            self._sign_fresh = True
+            with contextlib.suppress(KeyError, ValueError, TypeError):  # there is none, or it is no date
+                inbox_token.follow_clock(parsedate_to_datetime(response.headers["Date"]).timestamp())
         after = response.headers.get("Retry-After", "")
         raise Failed(
             reason,

@@ -273,6 +273,19 @@ async def test_a_token_that_is_refused_is_not_used_again(api, inbox, said, of_an
     assert said == []
 
 
+@pytest.mark.parametrize("days", [2, -2])
+async def test_a_clock_that_is_wrong_by_days(api, inbox, said, monkeypatch, days):
+    """The API server refuses the token, and says what time it is."""
+    server = api()
+    monkeypatch.setattr(module, "_PATIENCE", 60)
+    monkeypatch.setattr(inbox_token, "_signed", ("", 0.0, 0))
+    monkeypatch.setattr(inbox_token, "_ahead", days * 86400.0)  # of what `sign` takes for the time
+    await inbox.ask(Begin("a"))
+    assert len(server.asked_at) == 2
+    assert abs(inbox_token._ahead) < 60
+    assert said == []
+
+
 async def test_another_key_than_the_api_servers_until_it_is_the_same(api, inbox, said, of_another, monkeypatch):
     server = api()
     with monkeypatch.context() as wrong:

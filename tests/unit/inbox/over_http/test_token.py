@@ -27,6 +27,7 @@ def have(monkeypatch):
         monkeypatch.setenv("AIRFLOW__CORE__FERNET_KEY", fernet_key)
         monkeypatch.setenv("AIRFLOW__EVENTS__INBOX_SECRET", secret)
         monkeypatch.setattr(inbox_token, "_signed", ("", 0.0, 0))
+        monkeypatch.setattr(inbox_token, "_ahead", 0.0)
         inbox_token.keys.cache_clear()
 
     begin(OLD)
