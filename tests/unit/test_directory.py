@@ -387,10 +387,12 @@ async def test_arguments_that_will_not_do_are_named(drops, kwargs, message):
 
 @pytest.mark.parametrize("listener", [DirectoryListener, DirectoryWatchListener])
 async def test_a_directory_that_does_not_come_is_named(tmp_path, listener, monkeypatch, caplog):
+    task = poll(tmp_path / "missing", listener=listener)
+    while "missing cannot be reached, which is tried again" not in caplog.text:
+        await asyncio.sleep(0.02)
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     with pytest.raises(SourceUnreachable, match=r"missing could not be reached.*no such directory to watch"):
-        await soon(poll(tmp_path / "missing", listener=listener))
-    assert "missing cannot be reached, which is tried again" in caplog.text
+        await soon(task)
 
 
 @pytest.mark.parametrize("listener", [DirectoryListener, DirectoryWatchListener])
