@@ -162,7 +162,7 @@ class Group:
 
     def commit(self, offsets: Mapping[Place, _Offset]) -> bool:
         """Set the group's offsets, unless somebody else has set one; return whether it was done."""
-        errors: list[Any] = []
+        errors: list[Any]
         try:
             for place, found in self._offsets(offsets).items():
                 if found[0] >= 0 and found[1] != offsets[place][1] and found != self._seen.get(place):

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from airflow_events import settings
 from airflow_events.errors import SourceUnreachable
-from airflow_events.listeners.support.shared import background
+from airflow_events.listeners.support.shared import background, woken
 from airflow_events.listeners.support.turns import Turns
 from tenacity import RetryCallState
 from tenacity.wait import wait_exponential, wait_random
@@ -184,14 +184,10 @@ class Hub(abc.ABC, Generic[_S]):
     async def pause(self, seconds: float) -> None:
         """Wait, but not longer than until another seeker has come. Meanwhile the source has nothing to say."""
         self._changed.clear()
-        changed = asyncio.ensure_future(self._changed.wait())
         end = time.monotonic() + seconds
-        try:
-            while not changed.done() and (left := end - time.monotonic()) > 0:
-                await asyncio.wait({changed}, timeout=min(left, _LONGEST_PAUSE))
-                self.heard()
-        finally:
-            changed.cancel()
+        while not self._changed.is_set() and (left := end - time.monotonic()) > 0:
+            await woken(self._changed, min(left, _LONGEST_PAUSE))
+            self.heard()
 
     async def _run(self) -> None:
         try:
