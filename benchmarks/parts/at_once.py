@@ -10,10 +10,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, text
-
 from parts import Part, Rows, Stage
-from parts.processes import fresh_triggerer, open_waits, until_open
+from parts.processes import connect, fresh_triggerer, open_waits, until_open
 from parts.queues import REDIS, fresh_queue, order_of
 
 NAMES = {
@@ -67,19 +65,17 @@ def _send(broker: Any, orders: list[dict[str, str]]) -> None:
 def _watch(stage: Stage, runs: list[Any], begin: float, fire: Callable[[], Any]) -> dict[str, Any]:
     """Return after how many seconds each wait was seen to have succeeded, as another connection sees it."""
     at = time.time()
-    engine = create_engine(stage.postgres.url, isolation_level="AUTOCOMMIT")
     ids = [run.run_id for run in runs]
-    query = text("SELECT count(*) FROM task_instance WHERE state = 'success' AND run_id = ANY(:ids)")
+    query = "SELECT count(*) FROM task_instance WHERE state = 'success' AND run_id = ANY(%s)"
     seen: list[float] = []
-    with engine.connect() as connection:
+    with connect(stage.postgres.url) as connection:
         fire()
         fired = time.time() - at
         while len(seen) < 10 * len(runs):
-            done = connection.execute(query, {"ids": ids}).scalar_one()
+            [(done,)] = connection.execute(query, (ids,))
             seen += [round(time.time() - begin, 3)] * (done - len(seen))
             assert time.time() - begin < _LONGEST, f"{len(seen)} after {_LONGEST} s"
             time.sleep(_EVERY)
-    engine.dispose()
     workers = sum(run.worker_starts(f"wait{number}") for run in runs for number in range(10))
     return {"seen": seen, "firing": round(fired, 2), "workers": workers}
 

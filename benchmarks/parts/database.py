@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.processes import fresh_triggerer, open_waits, settle, until_open
+from parts.processes import connect, fresh_triggerer, open_waits, settle, until_open
 
 # Waits that the triggerer has itself, meanwhile.
 OWN = 10
@@ -117,17 +117,11 @@ def kind_of(name: str, query: str) -> str:
 
 
 def _set(postgres: Any, *settings: str) -> None:
-    with connect(postgres) as connection:
+    with connect(postgres.url) as connection:
         for setting in settings:
             connection.execute(f"ALTER SYSTEM SET {setting}")
         connection.execute("SELECT pg_reload_conf()")
     time.sleep(1)
-
-
-def connect(postgres: Any) -> Any:
-    import psycopg
-
-    return psycopg.connect(f"postgresql://airflow@127.0.0.1:{postgres.port}/postgres", autocommit=True)
 
 
 def copy_waits(postgres: Any, run: Any, first: int, last: int) -> None:
@@ -142,7 +136,7 @@ def copy_waits(postgres: Any, run: Any, first: int, last: int) -> None:
     jobs = f"generate_series({-(-first // EACH)}, {-(-last // EACH) - 1}) AS copy"
     # Of the run's waits each has a number, by which its copies and those of its trigger find each other.
     number = f"{COPIES} + copy * {OWN} + nth"
-    with connect(postgres) as connection:
+    with connect(postgres.url) as connection:
 
         def copy(table: str, copies: str, where: str, order: str, **changes: str) -> None:
             query = (
@@ -177,7 +171,7 @@ def take_triggers(postgres: Any) -> None:
     """Let the copies go on without triggers: every other one is parked for a year, and the others share hosts."""
     of_copies = f"task_instance.run_id LIKE 'copy%' AND task_instance.trigger_id >= {COPIES}"
     nth = f"task_instance.trigger_id - {COPIES}"
-    with connect(postgres) as connection:
+    with connect(postgres.url) as connection:
         connection.execute(
             f"""
             INSERT INTO event_wait (

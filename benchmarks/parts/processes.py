@@ -162,12 +162,17 @@ def until_open(airflow: Any, triggerer: tuple[Any, Any], count: int) -> None:
 
 def deferred(airflow: Any) -> tuple[int, int]:
     """Return how many deferred task instances have a trigger, and how many are parked or hosted."""
-    import psycopg
-
     query = "SELECT count(trigger_id), count(*) FROM task_instance WHERE state = 'deferred'"
-    with psycopg.connect(re.sub(r"\+\w+", "", airflow.database)) as connection:
+    with connect(airflow.database) as connection:
         [(with_trigger, all_of_them)] = connection.execute(query)
     return with_trigger, all_of_them - with_trigger
+
+
+def connect(url: str) -> Any:
+    """Connect to Airflow's database, of which SQLAlchemy has the URL."""
+    import psycopg
+
+    return psycopg.connect(re.sub(r"\+\w+", "", url), autocommit=True)
 
 
 def _logs(process: Any) -> int:
