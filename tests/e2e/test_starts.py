@@ -161,29 +161,27 @@ def test_of_two_triggerers_that_die_in_turn_no_event_starts_two_runs(airflow, fo
     until(lambda: names(airflow) == sorted([*before, *files]), "each has one run")
 
 
-def test_each_event_becomes_one_asset_event(airflow, folders):
-    base = folders["by_asset"]
-    files = [f"file {number}" for number in range(10)]
+def taken_though_killed(airflow, base, files):
+    """Drop files, kill the triggerer over what it has recorded, and wait until all are archived."""
     base.arm("recorded")
     drop(base, *files)
     base.reached("recorded")
     airflow.components["triggerer"].kill()
     airflow.restart("triggerer")
     until(lambda: base.archived == files, f"all are archived: {base.archived}")
+
+
+def test_each_event_becomes_one_asset_event(airflow, folders):
+    files = [f"file {number}" for number in range(10)]
+    taken_though_killed(airflow, folders["by_asset"], files)
     [asset] = airflow.api("GET", "/assets?name_pattern=drops")["assets"][:1]
     events = airflow.api("GET", f"/assets/events?asset_id={asset['id']}&limit=100")["asset_events"]
     assert sorted(event["extra"]["payload"]["name"] for event in events) == files
 
 
 def test_batches_are_without_holes_whatever_is_killed(airflow, folders):
-    base = folders["in_batches"]
     files = [f"file {number:02}" for number in range(22)]
-    base.arm("recorded")
-    drop(base, *files)
-    base.reached("recorded")
-    airflow.components["triggerer"].kill()
-    airflow.restart("triggerer")
-    until(lambda: base.archived == files, f"all are archived: {base.archived}")
+    taken_though_killed(airflow, folders["in_batches"], files)
     found = airflow.api("GET", "/dags/in_batches/dagRuns?limit=100")["dag_runs"]
     batches = [[event["name"] for event in run["conf"]["events"]] for run in found]
     assert sorted(name for batch in batches for name in batch) == files

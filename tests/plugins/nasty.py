@@ -18,7 +18,8 @@ from airflow.models.xcom import XComModel
 from airflow.sdk.api.datamodels._generated import XComResponse as AsAWorkerReadsIt
 from airflow_events import inbox_token
 from airflow_events.api.callback import sign
-from hypothesis import HealthCheck, Phase, given, settings
+from examples import of_examples
+from hypothesis import given
 from hypothesis import strategies as st
 from in_process import ROUTES
 from schemathesis.checks import not_a_server_error
@@ -113,17 +114,6 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-def _settings(examples, repeatable):
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=repeatable,
-        database=None,
-        phases=[Phase.explicit, Phase.generate] if repeatable else list(Phase),
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 def as_described(server, method, path, *, examples, repeatable=True):
     """Make requests that keep to a route's description, and such that do not, and judge the answers by it."""
     headers = {"Authorization": f"Bearer {server.token('ADMIN')}"}
@@ -133,7 +123,7 @@ def as_described(server, method, path, *, examples, repeatable=True):
     for mode in GenerationMode:
         strategy = described[path][method.lower()].as_strategy(generation_mode=mode)
 
-        @_settings(examples, repeatable)
+        @of_examples(examples, repeatable=repeatable)
         @given(case=strategy, is_of_wait=st.booleans())
         def check(case, is_of_wait):
             if is_of_wait and case.path_parameters:
@@ -149,7 +139,7 @@ def with_any_body(server, method, path, *, examples, repeatable=True):
     server.webhook("conn")
     inbox = {"Authorization": f"Bearer {inbox_token.sign()}"}
 
-    @_settings(examples, repeatable)
+    @of_examples(examples, repeatable=repeatable)
     @given(body=BODIES, headers=HEADERS, parameters=PARAMETERS)
     def check(body, headers, parameters):
         wait = _wait(server)

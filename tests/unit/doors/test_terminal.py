@@ -9,7 +9,8 @@ import io
 import pytest
 from airflow.cli.cli_parser import get_parser
 from airflow_events.cli.definition import get_events_cli_commands
-from hypothesis import HealthCheck, Phase, given, settings
+from examples import of_examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 [EVENTS] = get_events_cli_commands()
@@ -66,14 +67,7 @@ def database(server):
         yield
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@of_examples(150)
 @given(line=lines())
 def test_whatever_is_typed(line):
     code, said = typed(line)

@@ -23,8 +23,9 @@ from airflow_events import waits as shown
 from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.entries import End
 from airflow_events.listeners.support import serde
+from examples import of_examples
 from fastapi.encoders import jsonable_encoder
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -104,14 +105,7 @@ def read_back(waits, ti):
     return BaseXCom.deserialize_value(AsAWorkerReadsIt.model_validate_json(sent))
 
 
-@settings(
-    max_examples=120,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@of_examples(120)
 @example([1, 1.0, True, "1"])
 @example({"a": (1, {2}), "b": datetime(2026, 3, 29, 2, 30, tzinfo=timezone.utc)})
 @example([date(1, 1, 1), timedelta(days=-1, microseconds=1), uuid.UUID(int=0), Decimal("1.10")])
