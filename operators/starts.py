@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from datetime import timedelta, timezone
 from typing import Any, NoReturn
 
@@ -13,8 +14,10 @@ from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.entries import START_GROUP
 from airflow_events.listeners.base import EventListener, check_arguments, check_listener, commits, describe
 from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.values import Match
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.triggers import reference
+from airflow_events.triggers.start_rules import Rules
 from airflow_events.triggers.starts import StartTrigger, digest
 
 _LARGEST_BATCH = 1000
@@ -49,14 +52,20 @@ class _StartOn:
         up_to: int | None = None,
         batch: int | None = None,
         within: timedelta | float | None = None,
+        match: Mapping[str, Any] | str | None = None,
+        key: str | None = None,
+        logical_date: str | None = None,
         name: str | None = None,
     ) -> None:
         self._what: dict[str, Any] = {} if up_to is None else {"up_to": _number("up_to", up_to)}
+        self._what |= _rules(match, key, logical_date)
         if batch is not None or within is not None:
             if batch is None or within is None:
                 raise ValueError(
                     "batch is how many events a run has, within how long it waits for them: give both"
                 )
+            if key is not None:
+                raise ValueError("of a key one event at a time starts a run: give key, or batch and within")
             self._what.update(
                 makes="batch", batch=_number("batch", batch, _LARGEST_BATCH), within=_seconds(within)
             )
@@ -68,6 +77,9 @@ class _StartOn:
         up_to: int | None = None,
         batch: int | None = None,
         within: timedelta | float | None = None,
+        match: Mapping[str, Any] | str | None = None,
+        key: str | None = None,
+        logical_date: str | None = None,
         name: str | None = None,
     ) -> _StartOn:
         """
@@ -77,9 +89,20 @@ class _StartOn:
             source; None is the DAG's ``max_active_runs``.
         :param batch: start a run for a list of events, of at most so many, which it has as ``conf["events"]``.
         :param within: a timedelta, or seconds, after the first of them: then the run starts with what has come.
+        :param match: which events start runs: a mapping of what fields of the event must be, a dot leading into a
+            nested one, or a JMESPath expression (`airflow_events.listeners.support.values.Match`). An event that
+            does not match is acknowledged, and starts nothing. None takes each.
+        :param key: a JMESPath expression that says what an event's key is, such as ``value.customer``. While a run
+            with its key is queued or running, an event waits, unacknowledged at its source. An event for which it
+            finds null has no key, and waits for no other. None is for events without keys.
+        :param logical_date: a JMESPath expression that says what its run's logical date is, such as ``timestamp``:
+            a text in ISO 8601, in UTC unless it says otherwise, or seconds since the epoch. Of several events of
+            one moment each has the next microsecond. None is for runs without one.
         :param name: of the asset; None is the listener and its arguments.
         """
-        return _StartOn(up_to=up_to, batch=batch, within=within, name=name)
+        return _StartOn(
+            up_to=up_to, batch=batch, within=within, match=match, key=key, logical_date=logical_date, name=name
+        )
 
     def __call__(self, listener: type[EventListener], /, *args: Any, **kwargs: Any) -> EventStart:
         """
@@ -90,8 +113,24 @@ class _StartOn:
         :raises ListenerUnavailable: a triggerer cannot have the listener.
         """
         trigger = _trigger(listener, args, kwargs, **self._what)
-        name = self._name or _name(listener, args, kwargs, trigger)
+        name = self._name or _name(listener, args, kwargs, trigger, self._what)
         return EventStart(name, group=START_GROUP, watchers=[AssetWatcher("start_on", trigger)])
+
+
+def _rules(match: Mapping[str, Any] | str | None, key: str | None, logical_date: str | None) -> dict[str, str]:
+    """Return the rules that are given, as a trigger has them, checked."""
+    for name, expression in (("key", key), ("logical_date", logical_date)):
+        if expression is not None and not isinstance(expression, str):
+            raise TypeError(f"{name} is a JMESPath expression or None, not {expression!r}")
+    Match(match)
+    try:
+        matches = None if match is None else json.dumps(match, sort_keys=True)
+    except TypeError as error:
+        raise TypeError(f"match takes what JSON has, not {match!r}") from error
+    given = {"match": matches, "key": key, "logical_date": logical_date}
+    rules = {name: rule for name, rule in given.items() if rule is not None}
+    Rules(**rules)
+    return rules
 
 
 def _number(name: str, value: Any, most: int | None = None) -> int:
@@ -157,10 +196,15 @@ def _check(listener: type[EventListener], args: Any, kwargs: Any) -> None:
     check_arguments(listener, args, kwargs)
 
 
-def _name(listener: type[EventListener], args: Any, kwargs: Any, trigger: StartTrigger) -> str:
+def _name(
+    listener: type[EventListener], args: Any, kwargs: Any, trigger: StartTrigger, what: Mapping[str, Any]
+) -> str:
     """Return a name that tells what the asset is, and, where that is shortened or masked, what no other has."""
     shown = describe(listener.__name__, redact(list(args)), redact(kwargs))
     arguments = [repr(one) for one in args] + [f"{key}={value!r}" for key, value in kwargs.items()]
-    if shown != f"{listener.__name__}({', '.join(arguments)})" or len(shown) > 500 or not shown.isascii():
+    is_short = shown == f"{listener.__name__}({', '.join(arguments)})"
+    # Assets of one name are one asset: what makes another trigger has to make another name.
+    shown += "".join(f" {name}={value}" for name, value in what.items() if name != "makes")
+    if not is_short or len(shown) > 500 or not shown.isascii():
         shown = f"{shown[:500].encode('ascii', 'backslashreplace').decode()} #{digest(trigger)[:8]}"
     return shown

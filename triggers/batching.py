@@ -42,7 +42,6 @@ class Batches(Starts):
         try:
             while self.room and not self._fails:
                 if batch := await self._gathered(listener):
-                    self.wanting += 1
                     await self._take(listener, batch)
         finally:
             self._slots.pop(number, None)

@@ -15,9 +15,11 @@ So it does not matter which process has an event, and nothing has to be handed o
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -34,6 +36,7 @@ from airflow_events.triggers import reference
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.polling import Poll
+from airflow_events.triggers.start_rules import Key, NoLogicalDate, Rules
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class What:
 
     :param reference: the listener, as `airflow_events.triggers.reference` reads it.
     :param up_to: as of `StartRoom`; ``makes`` likewise.
+    :param rules: which events start runs, and how.
     """
 
     trigger: int
@@ -65,6 +69,7 @@ class What:
     kwargs: Mapping[str, Any]
     up_to: int | None
     makes: str
+    rules: Rules
 
     @property
     def scope(self) -> str:
@@ -85,13 +90,18 @@ class Held:
     event: Any
     arrived: float | None
 
+    @functools.cached_property
+    def shapes(self) -> Any:
+        """The event as its run has it."""
+        return shapes(self.event)
+
 
 class Starts:
     """
     Polls, and starts runs, for one trigger.
 
     :ivar room: how many more runs there may be, by the last answer of the inbox.
-    :ivar wanting: how many polls and events count on it.
+    :ivar wanting: how many polls and events count on it. An event that waits for its key does not.
     """
 
     def __init__(self, what: What) -> None:
@@ -107,6 +117,7 @@ class Starts:
         self._is_nobodys = False
         self._portal = False
         self._dags: tuple[str, ...] = ()
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by key
         self.room = self.wanting = 0
 
     async def run(self) -> None:
@@ -181,14 +192,12 @@ class Starts:
         try:
             while self.wanting < self.room and not self._fails:
                 self.wanting += 1
-                held = None
                 try:
                     held = await self._polled(listener, number)
                 finally:
-                    if held is None:
-                        self.wanting -= 1
+                    self.wanting -= 1
                 if held is not None:
-                    await self._take(listener, [held])
+                    await self._take_in_turn(listener, held)
         finally:
             self._slots.pop(number, None)
             self._changed.set()
@@ -214,17 +223,48 @@ class Starts:
             self._polling.discard(number)
             if event is None and poll.event is not None:  # it came as the poll was cancelled, or cannot be stored
                 self._let_go(listener, [Held(wait, poll.event, None)])
-        return None if event is None else Held(wait, event, poll.arrived)
+        if event is None:
+            return None
+        held = Held(wait, event, poll.arrived)
+        if self._what.rules.wants(held.shapes):
+            return held
+        log.debug("%s: passed over, and acknowledged, as it does not match: %s", self._name(), event)
+        await asyncio.shield(background(self._acknowledge(listener, held, None), f"passing over {wait.id}"))
+        return None
 
-    async def _take(self, listener: type[EventListener], held: Sequence[Held]) -> None:
+    async def _take_in_turn(self, listener: type[EventListener], held: Held) -> None:
+        """Have something made of an event; of one with a key after those of that key that came before it."""
+        if (key := self._what.rules.key_of(held.shapes)) is None:
+            await self._take(listener, [held])
+            return
+        waits = True  # and nothing is asked for the event
+        try:
+            async with self._turns.setdefault(key.digest, asyncio.Lock()):
+                while True:
+                    waits = False
+                    if await self._take(listener, [held], key):
+                        return
+                    waits = True
+                    await asyncio.sleep(_LOOK_WHEN_FULL)
+        finally:
+            if waits:
+                self._let_go(listener, [held])
+
+    async def _take(self, listener: type[EventListener], held: Sequence[Held], key: Key | None = None) -> bool:
         """
-        Have something made of events.
+        Have something made of events; return False if it has to be tried again, for which they are in hand.
 
         In a task of its own: what has begun with an event goes on if this trigger is cancelled.
         """
-        await asyncio.shield(background(self._taken(listener, held), f"taking {held[0].wait.id}"))
+        self.wanting += 1
+        taking = background(self._taken(listener, held, key), f"taking {held[0].wait.id}")
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:  # nobody tries it again
+            taking.add_done_callback(lambda done: None if done.result() else self._let_go(listener, held))
+            raise
 
-    async def _taken(self, listener: type[EventListener], held: Sequence[Held]) -> None:
+    async def _taken(self, listener: type[EventListener], held: Sequence[Held], key: Key | None) -> bool:
         """Have something made of events, and acknowledge them; give them back if it is not to be."""
         await inherit_portal(self._portal)
         told: list[Told] = []
@@ -237,12 +277,26 @@ class Starts:
                     makes=self._what.makes,
                     record_id=uuid.uuid4().hex,
                     events=tuple(told),
+                    key=None if key is None else key.text,
+                    key_digest=None if key is None else key.digest,
+                    logical_date=self._what.rules.logical_date_of(held[0].shapes),
                 )
             )
             self.room = answer.room
+        except NoLogicalDate as error:
+            answer = Answer(Status.REJECTED, str(error))
         except Exception as error:
             answer = Answer(Status.INVALID, repr(error))
         self.wanting -= 1
+        if key is not None and answer.status in (Status.BUSY, Status.FULL):
+            return False
+        await self._end(listener, held, told, answer)
+        return True
+
+    async def _end(
+        self, listener: type[EventListener], held: Sequence[Held], told: Sequence[Told], answer: Answer
+    ) -> None:
+        """Acknowledge what is taken, and give back what may be taken later."""
         if answer.status in (Status.DONE, Status.TAKEN):
             self._failures = 0
             if answer.status == Status.TAKEN:
@@ -255,7 +309,7 @@ class Starts:
             )
             return
         if answer.status == Status.REJECTED:  # they stay at their source, and others go on
-            log.error("%s: left at their source, as the params refuse them: %s", self._name(), answer.message)
+            log.error("%s: left at their source, as no run can have them: %s", self._name(), answer.message)
             return
         if answer.status == Status.INVALID:
             self._has_failed(RuntimeError(f"given back, as nothing can be made of them: {answer.message}"))
@@ -263,7 +317,7 @@ class Starts:
 
     def _told(self, listener: type[EventListener], held: Held) -> Told:
         told = recording(listener, self._what.scope, held.wait, held.event)
-        return Told(json.dumps(shapes(held.event)), told["identity"], told["content"])
+        return Told(json.dumps(held.shapes), told["identity"], told["content"])
 
     async def _acknowledge(self, listener: type[EventListener], held: Held, identity: str | None) -> None:
         await inherit_portal(self._portal)

@@ -13,6 +13,7 @@ from airflow_events.listeners.support import serde
 from airflow_events.triggers import reference
 from airflow_events.triggers.batching import Batches
 from airflow_events.triggers.event import leave
+from airflow_events.triggers.start_rules import Rules
 from airflow_events.triggers.starting import Starts, What
 
 
@@ -31,6 +32,7 @@ class StartTrigger(BaseEventTrigger):
     :param makes: what is made of events, as of `StartRoom`.
     :param batch: how many events a run has at most, of a ``batch``.
     :param within: seconds after the first of them until it has those that have come.
+    :param match: as of `Rules`; ``key`` and ``logical_date`` likewise.
     """
 
     def __init__(
@@ -42,6 +44,9 @@ class StartTrigger(BaseEventTrigger):
         makes: str = "run",
         batch: int = 1,
         within: float = 0.0,
+        match: str | None = None,
+        key: str | None = None,
+        logical_date: str | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.listener = listener
@@ -50,6 +55,11 @@ class StartTrigger(BaseEventTrigger):
         self.makes = makes
         self.batch = batch
         self.within = within
+        self.rules = {
+            name: rule
+            for name, rule in (("match", match), ("key", key), ("logical_date", logical_date))
+            if rule is not None
+        }
 
     @classmethod
     def of(cls, listener: type[EventListener], args: Any, kwargs: Any, **what: Any) -> StartTrigger:
@@ -75,6 +85,7 @@ class StartTrigger(BaseEventTrigger):
                 "makes": self.makes,
                 "batch": self.batch,
                 "within": self.within,
+                **self.rules,  # those that are given, so that an upgrade leaves other triggers as they are
             },
         )
 
@@ -82,7 +93,7 @@ class StartTrigger(BaseEventTrigger):
         assert self.trigger_id is not None, "a trigger is started by a triggerer"
         refer: Any = json.loads(self.listener) if self.listener.startswith("{") else self.listener
         args, kwargs = serde.decode(self.arguments)
-        what = What(self.trigger_id, refer, args, kwargs, self.up_to, self.makes)
+        what = What(self.trigger_id, refer, args, kwargs, self.up_to, self.makes, Rules(**self.rules))
         loop = Batches(what, self.batch, self.within) if self.makes == "batch" else Starts(what)
         await loop.run()
         leave()

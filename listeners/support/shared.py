@@ -27,7 +27,8 @@ class Resource(Protocol):
 _R = TypeVar("_R", bound=Resource)
 _C = TypeVar("_C")
 _O = TypeVar("_O", bound="OnePerLoop")
-_working: set[asyncio.Task[None]] = set()
+_W = TypeVar("_W")
+_working: set[asyncio.Task[Any]] = set()
 _open: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]] = WeakKeyDictionary()
 
 
@@ -137,7 +138,7 @@ class OnePerLoop:
         return one
 
 
-def background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+def background(work: Coroutine[Any, Any, _W], name: str) -> asyncio.Task[_W]:
     """
     Start ``work`` as a task that belongs to no wait.
 

@@ -71,7 +71,7 @@ def rotate_fernet_key(args: argparse.Namespace) -> None:
 def list_starts(args: argparse.Namespace) -> None:
     """List what starts runs."""
     with create_session() as session:
-        found = waits.starts(session, dag_id=args.dag_id)
+        found = waits.starts(session, dag_ids=None if args.dag_id is None else [args.dag_id])
     rows = [
         {
             "dag_id": start.dag_id,

@@ -334,6 +334,9 @@ class StartRun(Entry):
     :param ti: nobody's; ``trigger``, ``up_to`` and ``makes`` as of `StartRoom`.
     :param record_id: made by the asker, the same when it asks again.
     :param events: one, or those of a batch.
+    :param key: of the event: no run is made while one of the same key is queued or running. None is no key.
+    :param key_digest: 16 hex digits, which tell the key from every other.
+    :param logical_date: of the run, as ISO 8601 with a time zone; None is none.
     """
 
     operation: ClassVar[str] = "start_run"
@@ -343,6 +346,9 @@ class StartRun(Entry):
     makes: str = "run"
     record_id: str = ""
     events: tuple[Told, ...] = ()
+    key: str | None = None
+    key_digest: str | None = None
+    logical_date: str | None = None
 
 
 class Status(str, enum.Enum):
@@ -367,6 +373,8 @@ class Status(str, enum.Enum):
     """The entry cannot be carried out; `Answer.message` says why."""
     FULL = "full"
     """There is no room for another run now: the event is not taken, and `Answer.message` says why."""
+    BUSY = "busy"
+    """A run with the event's key is active: the event is not taken, and `Answer.message` names the run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from airflow.assets.manager import asset_manager
@@ -184,14 +184,19 @@ def _make_runs(batch: _Batch, entry: StartRun, new: list[Told], dags: list[Dag])
     name = ", ".join(f"{dag.id}/{run_id}" for dag in dags)
     if _is_there(batch.session, [dag.id for dag in dags], run_id):  # of what is forgotten, or has no id
         return Answer(Status.TAKEN, name) if new[0].identity else Answer(Status.DONE)
+    if (busy := _active(batch.session, dags, entry)) is not None:
+        return Answer(Status.BUSY, busy)
     if not _left(dags, entry):
         return Answer(Status.FULL)
     events = [json.loads(told.event) for told in new]
-    conf = {"events": events} if entry.makes == "batch" else {"event": events[0]}
+    conf: dict[str, Any] = {"events": events} if entry.makes == "batch" else {"event": events[0]}
+    if entry.key is not None:
+        conf["key"] = entry.key
 
     def make() -> None:
+        logical_date = _free(batch.session, dags, entry.logical_date)
         for dag in dags:
-            _create_run(batch, dag.id, run_id, conf)
+            _create_run(batch, dag.id, run_id, conf, logical_date)
 
     if refused := _carefully(batch.session, make):
         return refused
@@ -237,12 +242,46 @@ def run_id_of(entry: StartRun, events: Sequence[Told]) -> str:
     """
     Return the id of the run that events start; it is frozen.
 
-    It follows from their identities and contents, or, of an event that has none, from its recording.
+    It follows from their identities and contents, or, of an event that has none, from its recording; before that
+    it has a digest of the event's key, if it has one.
     """
     named = [entry.makes, *([told.identity, told.content] for told in events)]
     if not all(told.identity for told in events):
         named = ["record", entry.record_id]
-    return f"{RUN_ID_PREFIX}{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
+    return f"{_prefix(entry)}{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
+
+
+def _prefix(entry: StartRun) -> str:
+    """Return how the ids of runs with the same key begin."""
+    return RUN_ID_PREFIX if entry.key_digest is None else f"{RUN_ID_PREFIX}{entry.key_digest}_"
+
+
+def _active(session: Session, dags: list[Dag], entry: StartRun) -> str | None:
+    """Say which run of the event's key is queued or running; None if none is, or it has no key."""
+    if entry.key_digest is None:
+        return None
+    query = select(DagRun.dag_id, DagRun.run_id).where(
+        DagRun.dag_id.in_([dag.id for dag in dags]),
+        DagRun.state.in_((DagRunState.QUEUED, DagRunState.RUNNING)),
+        DagRun.run_id.startswith(_prefix(entry), autoescape=True),
+    )
+    found = session.execute(query.limit(1)).first()
+    return None if found is None else f"{found.dag_id}/{found.run_id} is active"
+
+
+def _free(session: Session, dags: list[Dag], wanted: str | None) -> datetime | None:
+    """Return the first microsecond, from the one that is wanted on, that is the logical date of no run yet."""
+    if wanted is None:
+        return None
+    moment = datetime.fromisoformat(wanted)
+    query = select(DagRun.logical_date).where(
+        DagRun.dag_id.in_([dag.id for dag in dags]),
+        DagRun.logical_date.between(moment, moment + timedelta(seconds=1)),
+    )
+    taken = set(session.scalars(query))
+    while moment in taken:
+        moment += timedelta(microseconds=1)
+    return moment
 
 
 def _carefully(session: Session, make: Callable[[], None]) -> Answer | None:
@@ -269,11 +308,13 @@ def _carefully(session: Session, make: Callable[[], None]) -> Answer | None:
     return refused
 
 
-def _create_run(batch: _Batch, dag_id: str, run_id: str, conf: dict[str, Any]) -> None:
+def _create_run(
+    batch: _Batch, dag_id: str, run_id: str, conf: dict[str, Any], logical_date: datetime | None
+) -> None:
     batch.serialized(dag_id).create_dagrun(
         run_id=run_id,
-        logical_date=None,
-        data_interval=None,
+        logical_date=logical_date,
+        data_interval=None if logical_date is None else (logical_date, logical_date),
         run_after=batch.now,
         conf=conf,
         run_type=DagRunType.ASSET_TRIGGERED,

@@ -1,5 +1,5 @@
 """
-The routes of the page: the waits as JSON, forgetting a record, and the page's own files.
+The routes of the page: the waits and what starts runs as JSON, forgetting a record, and the page's own files.
 
 Nobody sees a DAG that Airflow would not show them, and nobody gets anything without a login, the page's own
 files included.
@@ -104,6 +104,22 @@ async def list_waits(
             limit=limit,
             offset=offset,
         )
+
+    return await in_turn(work)
+
+
+@router.get(
+    "/api/starts",
+    summary="List what starts runs",
+    responses=_NOT_LOGGED_IN,
+    dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.RUN))],
+)
+async def list_starts(user: GetUserDep) -> list[waits.Start]:
+    """Return what starts runs of the DAGs that the user may see."""
+
+    def work(session: Session) -> list[waits.Start]:
+        visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
+        return waits.starts(session, dag_ids=visible)
 
     return await in_turn(work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -42,8 +43,8 @@ class Start:
     triggerer: Triggerer | None
 
 
-def starts(session: Session, *, dag_id: str | None = None) -> list[Start]:
-    """Return what starts runs, by DAG."""
+def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[Start]:
+    """Return what starts runs, by DAG; of these DAGs, or of all."""
     query = (
         select(
             AssetModel.name,
@@ -66,14 +67,14 @@ def starts(session: Session, *, dag_id: str | None = None) -> list[Start]:
         .where(AssetModel.group == START_GROUP, DagModel.is_stale.is_(False))
         .order_by(DagModel.dag_id, AssetModel.name, Trigger.id)
     )
-    if dag_id is not None:
-        query = query.where(DagModel.dag_id == dag_id)
+    if dag_ids is not None:
+        query = query.where(DagModel.dag_id.in_(sorted(dag_ids)))
     rows = session.execute(query).all()
-    dag_ids = sorted({row.dag_id for row in rows})
+    found = sorted({row.dag_id for row in rows})
     active: dict[str, int] = {}
-    if dag_ids:
-        active = DagRun.active_runs_of_dags(dag_ids=dag_ids, exclude_backfill=True, session=session)
-    last = _last(session, dag_ids)
+    if found:
+        active = DagRun.active_runs_of_dags(dag_ids=found, exclude_backfill=True, session=session)
+    last = _last(session, found)
     return [_start(row, active.get(row.dag_id, 0), last[row.dag_id]) for row in rows]
 
 

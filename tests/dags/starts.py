@@ -35,3 +35,14 @@ in_batches = start_on.override(batch=4, within=3)(GatedDirectory, str(HOME / "in
 
 with DAG("in_batches", schedule=in_batches, max_active_runs=100):
     EmptyOperator(task_id="done")
+
+by_key = start_on.override(key="size", match="!ends_with(name, '.tmp')", logical_date="modified")
+
+with DAG("by_key", schedule=by_key(GatedDirectory, str(HOME / "by_key")), max_active_runs=100):
+
+    @task
+    def until_the_test_says_go():
+        while not (HOME / "by_key/go").exists():
+            time.sleep(0.2)
+
+    until_the_test_says_go()

@@ -7,6 +7,7 @@ import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import jwt
@@ -253,6 +254,32 @@ def test_in_the_browser_a_wait_is_found_opened_sent_an_event_and_forgotten(airfl
         page.wait_for_url("**/tasks/wait")
         page.get_by_role("link", name="Wait", exact=True).click()
         browser.frame(page).get_by_text("The wait", exact=True).wait_for()
+        assert page.problems == []
+
+
+def test_in_the_browser_what_starts_runs_is_listed(airflow, strict, chromium, token):
+    dag = "events_start_runs"
+    airflow.add_dags(Path(__file__).parents[2] / "example_dags" / "event_starts.py")
+    airflow.wait_for_dags(dag)
+    airflow.api("PATCH", f"/dags/{dag}", {"is_paused": False})
+    listed = lambda: ask(strict, "/api/starts", token=token("viewer")).json  # noqa: E731
+    until(lambda: [one["state"] for one in listed()] == ["open"], "the next event starts a run", timeout=120)
+    assert ask(strict, "/api/starts", token=token(None)).status == 403
+    with browser.logged_in(chromium, strict.url, token("viewer")) as page:
+        page.goto(f"{strict.url}/plugin/event-waits")
+        inside = browser.frame(page)
+        inside.locator("#tab-starts").click()
+        row = inside.locator("tbody tr")
+        row.wait_for()
+        assert [text.strip() for text in row.locator("td").all_inner_texts()[:5]] == [
+            dag, "DirectoryListener('starts', pattern='*.csv')", "open", "0 of 8", "none",
+        ]  # fmt: skip
+        inside.locator("#search").fill("nothing of this name")
+        inside.get_by_text("Nothing matches").wait_for()
+        inside.locator("#search").fill("EVENTS_start")
+        row.wait_for()
+        row.locator("a").first.click()
+        page.wait_for_url(f"**/dags/{dag}")
         assert page.problems == []
 
 

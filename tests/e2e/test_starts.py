@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 def folders(airflow, base_at):
     """The folders of the DAGs of tests/dags/starts.py, which Airflow has read."""
     found = {}
-    for dag_id in ("started", "started_slowly", "by_asset", "in_batches"):
+    for dag_id in ("started", "started_slowly", "by_asset", "in_batches", "by_key"):
         found[dag_id] = base_at(airflow.home / "starts" / dag_id)
         for folder in ("drops", "gates"):
             (found[dag_id].path / folder).mkdir(parents=True)
@@ -43,6 +45,10 @@ def runs(airflow, dag_id):
         page = airflow.api("GET", path)["dag_runs"]
         found += page
     return {run["dag_run_id"]: (run["conf"]["event"]["name"], run["state"]) for run in found}
+
+
+def moment(text):
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
 def names(airflow, dag_id="started"):
@@ -186,6 +192,34 @@ def test_batches_are_without_holes_whatever_is_killed(airflow, folders):
     batches = [[event["name"] for event in run["conf"]["events"]] for run in found]
     assert sorted(name for batch in batches for name in batch) == files
     assert {len(batch) for batch in batches} <= {1, 2, 3, 4} and len(batches) < 12
+
+
+def test_of_each_key_one_run_is_active_though_the_triggerer_is_killed(airflow, folders):
+    """The key is the size of the file: its name's length."""
+    base = folders["by_key"]
+    drop(base, "a", "b", "c", "dd", "ee", "part.tmp")
+    until(lambda: base.archived == ["a", "dd", "part.tmp"], f"one of each key is taken: {base.archived}")
+    for _ in range(2):
+        time.sleep(4)
+        assert (names(airflow, "by_key"), base.waiting) == (["a", "dd"], ["b", "c", "ee"])
+        triggerer = airflow.components["triggerer"]
+        triggerer.kill()
+        assert not triggerer.alive
+        airflow.restart("triggerer")
+    (base.path / "go").touch()
+    until(lambda: base.waiting == [], "the others follow", timeout=180)
+    found = airflow.api("GET", "/dags/by_key/dagRuns?limit=100&order_by=id")["dag_runs"]
+    events = [run["conf"]["event"] for run in found]
+    assert [event["name"] for event in events if event["size"] == 1] == ["a", "b", "c"]
+    assert [event["name"] for event in events if event["size"] == 2] == ["dd", "ee"]
+    assert [run["conf"]["key"] for run in found] == [str(event["size"]) for event in events]
+    dates = [run["logical_date"] for run in found]
+    assert [moment(date) for date in dates] == [moment(event["modified"]) for event in events]
+    ends = {run["dag_run_id"]: run["end_date"] for run in found}
+    by_key = {size: [run for run in found if run["conf"]["event"]["size"] == size] for size in (1, 2)}
+    for runs_of_key in by_key.values():
+        for before, after in itertools.pairwise(runs_of_key):
+            assert moment(ends[before["dag_run_id"]]) <= moment(after["queued_at"])
 
 
 def test_clearing_a_run_keeps_its_event_and_deleting_it_forgets_it(airflow, folders):

@@ -22,6 +22,7 @@ from airflow_events.listeners.rabbitmq import RabbitMQListener
 from airflow_events.listeners.support import positions
 from airflow_events.triggers.event import EventTrigger, identity, recording
 from airflow_events.triggers.events import EventsTrigger
+from airflow_events.triggers.start_rules import Key
 from airflow_events.triggers.starts import StartTrigger
 
 TRIGGER = "airflow_events.triggers.event.EventTrigger"
@@ -69,6 +70,8 @@ def test_the_arguments_of_a_trigger_that_starts_runs():
         "batch": 1,
         "within": 0.0,
     }
+    rules = {"match": '{"value.kind": "paid"}', "key": "value.customer", "logical_date": "timestamp"}
+    assert StartTrigger(listener="module:Listener", **rules).serialize()[1].items() > rules.items()
 
 
 def test_the_id_of_a_run_that_an_event_starts():
@@ -77,6 +80,8 @@ def test_the_id_of_a_run_that_an_event_starts():
     assert starts.run_id_of(one, [told]) == "event__5531a1e5cdc46e39cbdc9dede0bb3027"
     assert starts.run_id_of(batch, [told, told]) == "event__cd4ad71be15d6e721295cab89c49c264"
     assert starts.run_id_of(one, [entries.Told("1")]) == "event__d9ab968ee617c0bdcd3ed7fe474a69a6"
+    keyed = entries.StartRun(record_id="r", key="7", key_digest=Key.of("7").digest)
+    assert starts.run_id_of(keyed, [told]) == "event__7902699be42c8a8e_5531a1e5cdc46e39cbdc9dede0bb3027"
 
 
 def test_a_trigger_row_of_the_first_edition_is_read():
@@ -120,7 +125,10 @@ def test_what_is_asked_of_the_inbox_and_answered():
         "look": ["ti", "place", "generation"],
         "positions": ["ti", "place", "source", "settled", "begins"],
         "start_room": ["ti", "place", "trigger", "up_to", "makes"],
-        "start_run": ["ti", "place", "trigger", "up_to", "makes", "record_id", "events"],
+        "start_run": [
+            "ti", "place", "trigger", "up_to", "makes", "record_id", "events", "key", "key_digest",
+            "logical_date",
+        ],
     }  # fmt: skip
     assert [one.name for one in fields(End)] == [
         "state", "xcoms", "dag_result", "mapped_length", "outlets", "payload"
@@ -135,7 +143,7 @@ def test_what_is_asked_of_the_inbox_and_answered():
         "record_id", "phase", "event", "after", "place", "lost", "arguments"
     ]  # fmt: skip
     assert {status.value for status in Status} == {
-        "done", "has", "taken", "rejected", "changed", "outlived", "invalid", "full"
+        "done", "has", "taken", "rejected", "changed", "outlived", "invalid", "full", "busy"
     }  # fmt: skip
     assert {phase.value for phase in Phase} == {"recorded", "committed", "rejected"}
 

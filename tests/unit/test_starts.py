@@ -16,6 +16,7 @@ from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.triggers import starting
 from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.start_rules import NoLogicalDate, Rules
 from airflow_events.triggers.starting import shapes
 from airflow_events.triggers.starts import StartTrigger
 
@@ -47,6 +48,13 @@ def upstream(): ...
         (DirectoryListener, ["d"], {"within": 5}, ValueError, "give both"),
         (DirectoryListener, ["d"], {"batch": 1001, "within": 5}, ValueError, "at most 1000, not 1001"),
         (DirectoryListener, ["d"], {"batch": 5, "within": timedelta()}, ValueError, "more than 0 seconds"),
+        (DirectoryListener, ["d"], {"batch": 5, "within": 5, "key": "name"}, ValueError, "give key, or batch"),
+        (DirectoryListener, ["d"], {"key": "name["}, ValueError, "key is no JMESPath expression"),
+        (DirectoryListener, ["d"], {"key": 7}, TypeError, "key is a JMESPath expression or None, not 7"),
+        (DirectoryListener, ["d"], {"logical_date": "a b"}, ValueError, "logical_date is no JMESPath expression"),
+        (DirectoryListener, ["d"], {"match": "a b"}, ValueError, "match is no JMESPath expression"),
+        (DirectoryListener, ["d"], {"match": 7}, TypeError, "match is a mapping, a JMESPath expression or None"),
+        (DirectoryListener, ["d"], {"match": {"a": date(2026, 1, 1)}}, TypeError, "match takes what JSON has"),
     ],
 )
 def test_what_cannot_be_is_refused_when_the_dag_is_parsed(listener, arguments, of_asset, error, message):
@@ -70,6 +78,8 @@ def test_another_asset_cannot_be_waited_for_and_may_start_runs_too():
 def test_the_name_says_what_it_is_and_never_means_two():
     assert start_on(DirectoryListener, "d", settle=2).name == "DirectoryListener('d', settle=2)"
     assert start_on.override(name="drops")(DirectoryListener, "d").name == "drops"
+    rules = start_on.override(up_to=3, match={"size": 0}, key="name")(DirectoryListener, "d")
+    assert rules.name == "DirectoryListener('d') up_to=3 match={\"size\": 0} key=name"
     long = [start_on(DirectoryListener, "d", "x" * 300 + end).name for end in "ab"]
     assert len(set(long)) == 2 and len(long[0]) < 600
     assert start_on(DirectoryListener, "größe").name.isascii()
@@ -92,7 +102,7 @@ class Room:
 
     def __init__(self):
         self.room, self.answers, self.asked, self.looks = 0, {}, [], 0
-        self.settled = []
+        self.settled, self.entries = [], []
         self.of_room = Status.DONE
         self.hold = None  # until when answers are held back
 
@@ -106,6 +116,7 @@ class Room:
         assert isinstance(entry, StartRun)
         names = [json.loads(told.event)["name"] for told in entry.events]
         self.asked.append(names[0] if entry.makes == "run" else names)
+        self.entries.append(entry)
         if self.hold is not None:
             await self.hold.wait()
         status = self.answers.get(names[0], Status.DONE)
@@ -274,6 +285,145 @@ async def test_a_source_that_fails_is_tried_again(inbox, drops, trigger, monkeyp
     await until(lambda: archived(drops) == ["a"])
 
 
+async def test_what_does_not_match_is_acknowledged_and_starts_nothing(inbox, drops, running):
+    inbox.room = 10
+    running(match=json.dumps("ends_with(name, '.csv') && size > `0`"))
+    drop(drops, "a.csv", "b.txt")
+    (drops / "c.csv").write_text("")
+    await until(lambda: archived(drops) == ["a.csv", "b.txt", "c.csv"])
+    assert inbox.asked == ["a.csv"] and len(inbox.settled) == 1
+
+
+async def test_a_batch_is_of_what_matches(inbox, drops, running):
+    inbox.room = 10
+    batches(running, match=json.dumps({"size": "1"}))
+    drop(drops, "a", "bb", "c", "dd", "e")
+    await until(lambda: archived(drops) == ["a", "bb", "c", "dd", "e"])
+    assert [sorted(names) for names in inbox.asked] == [["a", "c", "e"]]
+
+
+@pytest.mark.parametrize("status", [Status.BUSY, Status.FULL])
+async def test_an_event_waits_for_its_key_and_others_go_on(inbox, drops, running, status):
+    inbox.room = 4
+    running(key="name")
+    inbox.answers["a"] = status
+    drop(drops, "a", "b")
+    await until(lambda: archived(drops) == ["b"])
+    drop(drops, "c")
+    await until(lambda: archived(drops) == ["b", "c"] and inbox.asked.count("a") > 2)
+    assert (drops / "a").exists() and {entry.key for entry in inbox.entries} == {"a", "b", "c"}
+    inbox.answers.clear()
+    await until(lambda: archived(drops) == ["a", "b", "c"])
+
+
+async def test_events_of_a_key_are_asked_for_in_their_order(inbox, drops, running):
+    inbox.room = 10
+    running(key='`"one"`')
+    drop(drops, "a")
+    inbox.answers["a"] = Status.BUSY
+    await until(lambda: inbox.asked.count("a") > 1)
+    drop(drops, "b")
+    looks = inbox.looks
+    await until(lambda: inbox.looks > looks + 5)
+    drop(drops, "c")
+    looks = inbox.looks
+    await until(lambda: inbox.looks > looks + 5)
+    assert {*inbox.asked} == {"a"}  # of all that wait for a key one asks
+    inbox.answers.clear()
+    await until(lambda: archived(drops) == ["a", "b", "c"])
+    assert list(dict.fromkeys(inbox.asked)) == ["a", "b", "c"]
+
+
+async def test_events_of_a_key_that_come_at_once_are_asked_for_in_the_order_of_their_source(inbox, drops, running):
+    inbox.room = 100
+    names = [f"{number:02}" for number in range(40)]
+    drop(drops, *names)
+    running(key='`"one"`')
+    await until(lambda: archived(drops) == names)
+    assert list(dict.fromkeys(inbox.asked)) == names  # a file that was read as it was archived comes again
+
+
+async def test_what_waits_for_its_key_is_given_back_when_the_trigger_is_cancelled(inbox, drops, running):
+    inbox.room = 10
+    one = running(key='`"one"`')
+    inbox.answers = {"a": Status.BUSY, "b": Status.BUSY}
+    drop(drops, "a", "b")
+    await until(lambda: len(inbox.asked) > 2)
+    one.cancel()
+    await asyncio.wait({one})
+    inbox.answers.clear()
+    running()
+    await until(lambda: archived(drops) == ["a", "b"])
+
+
+async def test_what_is_asked_as_the_trigger_is_cancelled_is_given_back_if_its_key_is_busy(inbox, drops, running):
+    inbox.room, inbox.hold = 10, asyncio.Event()
+    one = running(key="name")
+    inbox.answers = {"a": Status.BUSY}
+    drop(drops, "a", "b")
+    await until(lambda: sorted(inbox.asked) == ["a", "b"])
+    one.cancel()
+    await asyncio.wait({one})
+    inbox.hold.set()
+    await until(lambda: archived(drops) == ["b"])
+    inbox.answers.clear()
+    running()
+    await until(lambda: archived(drops) == ["a", "b"])
+
+
+async def test_an_event_without_a_key_waits_for_none(inbox, drops, running):
+    inbox.room = 10
+    running(key="nothing.here")
+    drop(drops, "a", "b")
+    await until(lambda: archived(drops) == ["a", "b"])
+    assert {entry.key for entry in inbox.entries} == {None}
+
+
+async def test_the_logical_date_is_the_events(inbox, drops, running, caplog):
+    inbox.room = 10
+    running(logical_date="modified")
+    drop(drops, "a")
+    await until(lambda: archived(drops) == ["a"])
+    [entry] = inbox.entries
+    assert datetime.fromisoformat(entry.logical_date) == datetime.fromisoformat(
+        json.loads(entry.events[0].event)["modified"]
+    )
+
+
+async def test_an_event_without_a_moment_for_its_logical_date_stays_at_its_source(inbox, drops, running, caplog):
+    inbox.room = 10
+    running(logical_date="name")
+    drop(drops, "a", "2026-11-28T10:00:00+01:00")
+    await until(lambda: len(archived(drops)) == 1)
+    assert [entry.logical_date for entry in inbox.entries] == ["2026-11-28T09:00:00+00:00"]
+    await until(lambda: "the logical date cannot be 'a'" in caplog.text)
+    assert (drops / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "moment"),
+    [
+        ("2026-11-28", "2026-11-28T00:00:00+00:00"),
+        ("2026-11-28T01:02:03.000004", "2026-11-28T01:02:03.000004+00:00"),
+        (1_795_824_000.5, "2026-11-28T00:00:00.500000+00:00"),
+        ("1795824000", "2026-11-28T00:00:00+00:00"),
+        (None, None),
+        ("PT1H", "it is a duration"),
+        (True, "of type bool"),
+        ([1], "of type list"),
+        (1e30, "cannot be 1e"),
+        ("soon", "neither ISO 8601"),
+    ],
+)
+def test_moments_for_a_logical_date(found, moment):
+    rules = Rules(logical_date="at")
+    if moment is None or moment.endswith("+00:00"):
+        assert rules.logical_date_of({"at": found}) == moment
+    else:
+        with pytest.raises(NoLogicalDate, match=moment):
+            rules.logical_date_of({"at": found})
+
+
 def batches(running, **more):
     return running(makes="batch", **{"batch": 3, "within": 600.0, **more})
 
@@ -324,7 +474,7 @@ async def test_many_batches_follow_one_another(inbox, drops, running):
 
 
 async def test_a_source_that_fails_for_days_is_tried_each_minute():
-    loop = starting.Starts(starting.What(7, "m:L", [], {}, None, "run"))
+    loop = starting.Starts(starting.What(7, "m:L", [], {}, None, "run", Rules()))
     loop._failures = 5000
     loop._has_failed(OSError("no such source"))
     assert loop._fails and loop._fails_until - loop._now() <= 60

@@ -254,9 +254,39 @@ function table(stage, waits, wanted, sort) {
   return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
 
+// ---- what starts runs
+
+const START_STATES = {
+  open: ["success", "The next event starts a run"],
+  full: ["deferred", "There are as many runs as may be: events wait at their source"],
+  paused: ["none", "The DAG is paused: events wait at their source"],
+  broken: ["failed", "The DAG's file has import errors: events wait at their source"],
+  "no trigger": ["up_for_retry", "Airflow has made no trigger yet: it does when it reads the DAG's file the next time"],
+  "no triggerer": ["failed", "No triggerer that lives has the trigger"],
+};
+const START_COLUMNS = ["DAG", "Starts on", "State", "Active runs", "Last event", "Triggerer"];
+
+function startRow(start) {
+  const [look, title] = START_STATES[start.state] ?? ["none", null];
+  const dag = `dags/${encodeURIComponent(start.dag_id)}`;
+  return h("tr", {},
+    h("td", { class: "name" }, airflowLink(dag, { class: "cut", title: start.dag_id }, start.dag_id)),
+    h("td", { class: "call" }, h("code", { title: start.asset }, start.asset)),
+    h("td", {}, h("span", { class: `badge is-${look}`, title }, start.state)),
+    h("td", {}, `${start.active.toLocaleString("en")} of ${start.up_to.toLocaleString("en")}`),
+    h("td", { class: "time" }, relative(start.last_event, "none"),
+      start.last_run && airflowLink(`${dag}/runs/${encodeURIComponent(start.last_run)}`, { class: "cut quiet", title: start.last_run }, start.last_run)),
+    h("td", {}, triggerer({ ...start, state: null }) ?? h("span", { class: "quiet" }, "–")));
+}
+
+function startTable(starts) {
+  const head = START_COLUMNS.map((title) => h("th", { scope: "col" }, title));
+  return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, starts.map(startRow))));
+}
+
 function list(query) {
   const wanted = {
-    stage: query.get("stage") === "ended" ? "ended" : "open",
+    stage: ["ended", "starts"].includes(query.get("stage")) ? query.get("stage") : "open",
     text: query.get("text") ?? "",
     order: query.get("order") ?? "",
     descending: query.get("descending") === "true",
@@ -288,7 +318,8 @@ function list(query) {
     const more = { limit: LIMIT, offset: wanted.offset, ...(wanted.order && { order: wanted.order, descending: wanted.descending }) };
     let page, stuck, error;
     try {
-      [page, stuck] = await Promise.all([ask(wanted.stage, more), ask("recorded", { limit: 20 })]);
+      const asked = wanted.stage === "starts" ? call(new URL("starts", API)) : ask(wanted.stage, more);
+      [page, stuck] = await Promise.all([asked, ask("recorded", { limit: 20 })]);
     } catch (problem) {
       error = problem;
     }
@@ -302,18 +333,20 @@ function list(query) {
       role: "tab", id: `tab-${stage}`, "aria-selected": String(wanted.stage === stage),
       onclick: () => change({ stage, order: "", descending: false, offset: 0 }),
     }, title, count === null ? null : h("span", { class: "count" }, count.toLocaleString("en")));
-    const some = page.waits.length > 0;
-    const stages = { open: ["Nothing waits", "No task of a DAG that you may see waits for an event."], ended: ["Nothing has ended yet", "Waits that succeeded, failed or were skipped appear here."] };
-    const none = wanted.text ? ["Nothing matches", `No ${wanted.stage} wait has “${wanted.text}” in its DAG, run, task or listener.`] : stages[wanted.stage];
+    const starts = wanted.stage === "starts" ? page.filter(({ dag_id, asset }) => `${dag_id} ${asset}`.toLowerCase().includes(wanted.text.toLowerCase())) : [];
+    const some = starts.length > 0 || page.waits?.length > 0;
+    const stages = { open: ["Nothing waits", "No task of a DAG that you may see waits for an event."], ended: ["Nothing has ended yet", "Waits that succeeded, failed or were skipped appear here."], starts: ["No event starts runs", "No DAG that you may see has a schedule of start_on."] };
+    const none = wanted.text && wanted.stage === "starts" ? ["Nothing matches", `No DAG and no listener that starts runs has “${wanted.text}” in its name.`]
+      : wanted.text ? ["Nothing matches", `No ${wanted.stage} wait has “${wanted.text}” in its DAG, run, task or listener.`] : stages[wanted.stage];
     return [
       stuck.waits.length > 0 && h("section", { class: "stuck", "aria-label": "Recorded, not committed" },
         h("header", {}, h("h2", {}, "Recorded, not committed", h("span", { class: "count" }, stuck.total.toLocaleString("en"))),
           h("p", { class: "quiet" }, "The event is safe in Airflow's database; its source has not been told to forget it yet. If one stays here, its log says why.")),
         table("recorded", stuck.waits, wanted),
         stuck.more && h("p", { class: "quiet body" }, "These are the first 20; search to see others.")),
-      h("div", { class: "tabs", role: "tablist" }, tab("open", "Open", wanted.stage === "open" ? page.total : null), tab("ended", "Ended", null)),
-      some ? table(wanted.stage, page.waits, wanted, sort) : empty(...none),
-      (some || wanted.offset > 0) && pager(page),
+      h("div", { class: "tabs", role: "tablist" }, tab("open", "Open", wanted.stage === "open" ? page.total : null), tab("ended", "Ended", null), tab("starts", "Starts runs", null)),
+      !some ? empty(...none) : wanted.stage === "starts" ? startTable(starts) : table(wanted.stage, page.waits, wanted, sort),
+      wanted.stage !== "starts" && (some || wanted.offset > 0) && pager(page),
     ].filter(Boolean);
   }
 

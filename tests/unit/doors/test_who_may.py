@@ -34,6 +34,7 @@ MAY = {
     ("GET", "/inbox"): {"triggerer"},
     ("POST", "/inbox"): {"triggerer"},
     ("GET", "/api/waits"): {*VIEWERS, "user of blue"},
+    ("GET", "/api/starts"): {*VIEWERS, "user of blue"},
     ("GET", _PAGE): VIEWERS,
     ("POST", f"{_PAGE}/forget"): EDITORS,
     ("GET", "/page/"): LOGGED_IN,

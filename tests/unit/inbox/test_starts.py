@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import airflow_events.waits as waits_of_airflow
 import pytest
@@ -45,6 +45,7 @@ from airflow_events.inbox.entries import (
 )
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.directory import DirectoryListener
+from airflow_events.triggers.start_rules import Key
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -300,6 +301,51 @@ def test_an_event_that_the_params_refuse_is_not_taken_and_harms_no_other(airflow
     assert airflow.taken().keys() == {hexed(2)}
 
 
+def keyed(key):
+    one = Key.of(key)
+    return {"key": one.text, "key_digest": one.digest}
+
+
+def test_of_a_key_one_run_is_active_at_a_time(airflow):
+    airflow.parse("order", max_active_runs=9)
+    assert airflow.start(1, **keyed("x")).status == Status.DONE
+    [first] = airflow.runs()
+    assert first.conf == {"event": {"n": 1}, "key": "x"}
+    waits = airflow.start(2, **keyed("x"))
+    assert (waits.status, waits.message, waits.room) == (Status.BUSY, f"order/{first.run_id} is active", 8)
+    assert airflow.start(1, record_id="again", **keyed("x")).status == Status.TAKEN
+    others = [airflow.start(3, **keyed("y")), airflow.start(4, **keyed(7)), airflow.start(5)]
+    assert {answer.status for answer in others} == {Status.DONE}
+    airflow.end(first, "running")
+    assert airflow.start(2, **keyed("x")).status == Status.BUSY
+    airflow.end(first, "failed")
+    assert airflow.start(2, **keyed("x")).status == Status.DONE
+    airflow.end(first, "queued")  # it is cleared; both are there by then
+    assert airflow.start(6, **keyed("x")).status == Status.BUSY
+    assert [run.conf["event"]["n"] for run in airflow.runs()] == [1, 3, 4, 5, 2]
+
+
+def test_of_a_key_one_run_is_made_in_one_transaction_too(airflow):
+    airflow.parse("order", max_active_runs=9)
+    entries = [airflow.entry(number, **keyed("x")) for number in range(3)]
+    assert [answer.status for answer in starts.start(airflow.session, entries)] == [
+        Status.DONE, Status.BUSY, Status.BUSY,
+    ]  # fmt: skip
+    assert airflow.taken().keys() == {hexed(0)}
+
+
+def test_a_run_has_the_logical_date_that_its_event_says(airflow):
+    airflow.parse("order", "other", max_active_runs=9)
+    moment = datetime(2026, 11, 28, 12, 0, 0, 999_999, tzinfo=timezone.utc)
+    for number in range(3):
+        assert airflow.start(number, logical_date=moment.isoformat()).status == Status.DONE
+    for dag_id in ("order", "other"):
+        runs = airflow.runs(dag_id)
+        dates = [moment + timedelta(microseconds=number) for number in range(3)]
+        assert [run.logical_date for run in runs] == dates
+        assert [(run.data_interval_start, run.data_interval_end) for run in runs] == [(d, d) for d in dates]
+
+
 def test_what_airflow_refuses_leaves_nothing(airflow, monkeypatch):
     airflow.parse("order", max_active_runs=3)
     monkeypatch.setenv("AIRFLOW__SCHEDULER__ALLOWED_RUN_ID_PATTERN", "^never$")
@@ -332,13 +378,15 @@ def test_a_run_is_made_of_the_latest_version_of_the_dag(airflow):
     assert (first.created_dag_version.version_number, second.created_dag_version.version_number) == (1, 2)
 
 
-def test_parsing_again_leaves_the_trigger_as_it_is(airflow):
+@pytest.mark.parametrize("rules", [{}, {"match": {"name": "a"}, "key": "name", "logical_date": "modified"}])
+def test_parsing_again_leaves_the_trigger_as_it_is(airflow, rules):
     """Airflow compares triggers by a hash of what they were serialized to, and by what it reads from its row."""
-    airflow.parse("order", schedule=start_on.override(up_to=4)(DirectoryListener, "drops", settle=0.5))
+    airflow.parse("order", schedule=start_on.override(up_to=4, **rules)(DirectoryListener, "drops", settle=0.5))
     before = airflow.trigger
-    airflow.parse("order", schedule=start_on.override(up_to=4)(DirectoryListener, "drops", settle=0.5))
+    airflow.parse("order", schedule=start_on.override(up_to=4, **rules)(DirectoryListener, "drops", settle=0.5))
     assert airflow.trigger == before
-    assert airflow.session.scalars(select(AssetModel.name)).all() == ["DirectoryListener('drops', settle=0.5)"]
+    [name] = airflow.session.scalars(select(AssetModel.name))
+    assert name.startswith("DirectoryListener('drops', settle=0.5) up_to=4")
 
 
 def test_another_schedule_is_another_trigger(airflow):
@@ -415,7 +463,8 @@ def test_what_starts_runs_is_listed(airflow):
         return start
 
     airflow.parse("order", schedule=start_on.override(up_to=2)(DirectoryListener, "drops"))
-    assert (listed().asset, listed().state, listed().up_to) == ("DirectoryListener('drops')", "no triggerer", 2)
+    assert listed().asset == "DirectoryListener('drops') up_to=2"
+    assert (listed().state, listed().up_to) == ("no triggerer", 2)
     now = datetime.now(timezone.utc)
     job = Job(job_type="TriggererJob", state="running", hostname="box", latest_heartbeat=now)
     airflow.session.add(job)
@@ -434,7 +483,7 @@ def test_what_starts_runs_is_listed(airflow):
     airflow.session.execute(delete(AssetWatcherModel))
     airflow.set_paused("order", paused=False)
     assert (listed().state, listed().up_to) == ("no trigger", 16)
-    assert waits_of_airflow.starts(airflow.session, dag_id="another") == []
+    assert waits_of_airflow.starts(airflow.session, dag_ids=["another"]) == []
     airflow.set("order", is_stale=True)
     assert waits_of_airflow.starts(airflow.session) == []
 
@@ -484,6 +533,26 @@ def test_of_two_servers_each_event_starts_one_run_and_no_more_than_there_is_room
         assert session.scalar(select(func.count()).select_from(DagRun)) == 30
         assert session.scalar(select(func.count()).select_from(EventTaken)) == 30
         assert session.scalar(select(func.count()).select_from(TaskInstance)) == 60
+
+
+def test_of_two_servers_one_starts_a_run_of_a_key(engine, committed_dag):
+    found, start = [], threading.Barrier(2)
+
+    def serve(number):
+        start.wait()
+        for index in range(number, 20, 2):
+            told = Told("1", hexed(index), CONTENT)
+            entry = StartRun(trigger=committed_dag, record_id=f"{index}", events=(told,), **keyed("x"))
+            found.extend(answer.status for answer in carry_out(engine, [entry]))
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (found.count(Status.DONE), found.count(Status.BUSY)) == (1, 19)
+    with Session(engine) as session:
+        assert session.scalar(select(func.count()).select_from(DagRun)) == 1
 
 
 def carry_out(engine, entries):
