@@ -125,6 +125,9 @@ class EventListener(abc.ABC):
     listener that has nothing to commit share a trigger then. What their polls log is in the log of one of them.
     """
 
+    not_taken: ClassVar[Mapping[str, str]] = {}
+    """Arguments that users may expect `poll_for_event` to take, and why it does not; for the error's text."""
+
     @abc.abstractmethod
     async def poll_for_event(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -286,12 +289,14 @@ def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: 
     """
     Check that ``poll_for_event`` takes these arguments.
 
-    :raises TypeError: it does not; the message has its signature.
+    :raises TypeError: it does not; the message has its signature, or why it does not.
     """
     signature = inspect.signature(listener.poll_for_event)
     try:
         signature.bind(None, *args, **kwargs)
     except TypeError as error:
+        for name in kwargs.keys() & listener.not_taken.keys():
+            raise TypeError(f"{listener.__qualname__} takes no {name}: {listener.not_taken[name]}") from None
         raise TypeError(
             f"{listener.__qualname__}.poll_for_event{signature} does not take these arguments: {error}"
         ) from None

@@ -7,7 +7,7 @@ Files that are dropped into a directory, without any server.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,6 +35,8 @@ class DirectoryListener(FinalIdListener):
     The file stays where it is until the event is recorded. If it is written to again before it was moved, the
     event was of half a file: it is dropped, and the wait goes on until the file has settled again.
     """
+
+    not_taken: ClassVar[Mapping[str, str]] = {"match": "a file is chosen by its name, with pattern"}
 
     async def poll_for_event(
         self,

@@ -7,7 +7,7 @@ without a group; `client` makes Kafka's clients of an Airflow connection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +42,13 @@ class KafkaListener(FinalIdListener):
     settled; the group's committed offset follows it, and is the lowest one that is not. A group belongs to one
     Airflow, and has no members. The connection's user needs ``Read`` on topic and group.
     """
+
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "match": (
+            "an offset that is left open holds up the group's, for good. KafkaWatchListener has match, and "
+            "takes nothing away; start_on.override(match=...) passes over what does not match"
+        )
+    }
 
     async def poll_for_event(
         self,

@@ -8,6 +8,7 @@ stream has its messages; `client` makes connections of an Airflow connection.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
@@ -41,6 +42,14 @@ class NatsListener(FinalIdListener):
 
     A consumer belongs to one Airflow.
     """
+
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "match": (
+            "each message that is given back counts against the consumer's max_deliver. Give the consumer a "
+            "filter subject; NatsWatchListener has match, and takes nothing away; "
+            "start_on.override(match=...) passes over what does not match"
+        )
+    }
 
     async def poll_for_event(
         self,

@@ -104,6 +104,7 @@ class PostgresListener(QueueListener):
         dead_letter: str | None = None,
         on_commit: OnCommit = "mark",
         order_by: str | Sequence[str] | None = None,
+        match: Mapping[str, Any] | None = None,
         channel: str | None = CHANNEL,
         poll_interval: float | timedelta = 30.0,
         require_persistence: bool = True,
@@ -127,6 +128,9 @@ class PostgresListener(QueueListener):
         :param on_commit: ``mark`` writes into ``acknowledged_at`` when; ``delete`` deletes the row.
         :param order_by: a column or several, by which to take the rows; ``-`` in front puts the largest first.
             None is by ``id``.
+        :param match: which rows this wait takes: what fields of the value must be, as text, numbers or booleans; a
+            dot leads into a nested one, and a number is equal to its text as PostgreSQL writes it. Other rows are
+            left to others. The value has to be of type jsonb. None takes each row.
         :param channel: where ``NOTIFY`` says that there are new rows. None listens nowhere.
         :param poll_interval: seconds between two looks at the table if nothing is notified.
         :param require_persistence: refuse an unlogged table.
@@ -137,8 +141,8 @@ class PostgresListener(QueueListener):
         :raises SourceUnreachable: the server was unreachable, refused the login, or was a standby, for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
-        from airflow_events.listeners.postgres.consume import Looks, TableHub
-        from airflow_events.listeners.postgres.table import check_table, source_of
+        from airflow_events.listeners.postgres.consume import Looks, RowSeeker, TableHub
+        from airflow_events.listeners.postgres.table import check_table, source_of, wanted_of
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
         _check_channel(channel)
@@ -146,6 +150,7 @@ class PostgresListener(QueueListener):
         if dead_letter is not None:
             check_table(dead_letter, "dead_letter")
         interval = seconds(poll_interval, "poll_interval")
+        wanted = wanted_of(match)
         looks = Looks(_order(order_by), channel, interval, require_persistence)
 
         def read(row: Row) -> dict[str, Any]:
@@ -170,6 +175,7 @@ class PostgresListener(QueueListener):
             lambda: TableHub(source, looks),
             read,
             {"skip": skip, "dead_letter": to_dead_letters}.get(on_undecodable),
+            lambda: RowSeeker(wanted),
         )
 
     def event_id(self, event: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,7 +22,7 @@ from airflow_events.listeners.postgres.client import (
     run,
     system_of,
 )
-from airflow_events.listeners.postgres.table import COLUMNS, LOOK, TABLE, VALUES, Source, ordering
+from airflow_events.listeners.postgres.table import COLUMNS, TABLE, VALUES, Source, Wanted, looking, ordering
 from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import Delivery, InHand, QueueHub
 from psycopg import AsyncConnection, errors, sql
@@ -62,6 +63,15 @@ class Row(NamedTuple):
     raw: bytes | None
 
 
+class RowSeeker(Seeker):
+    """A wait for a row."""
+
+    def __init__(self, wanted: Wanted | None) -> None:
+        """:param wanted: what is to be found in its value; None is anything."""
+        super().__init__()
+        self.wanted = wanted
+
+
 class TableHub(QueueHub):
     """
     Reads rows for the waits on one table.
@@ -77,7 +87,9 @@ class TableHub(QueueHub):
         self._source = source
         self._looks = looks
         self._order = ordering(source, looks.order)
-        self._look_for = sql.Composed([])
+        self._unacknowledged: sql.Composable = sql.SQL("true")
+        self._value_type = ""
+        self._waiting: dict[Wanted | None, dict[RowSeeker, None]] = {}
         self._connection: AsyncConnection[Any] | None = None
         self._origin: Origin | None = None
         self._next_look = 0.0
@@ -101,7 +113,25 @@ class TableHub(QueueHub):
         """Do nothing: rows are acknowledged over another connection than they are read over."""
 
     def joined(self, seeker: Seeker) -> None:
+        assert isinstance(seeker, RowSeeker)
+        self._waiting.setdefault(seeker.wanted, {})[seeker] = None
         self._next_look = 0.0
+
+    def left(self, seeker: Seeker) -> None:
+        assert isinstance(seeker, RowSeeker)
+        seekers = self._waiting.get(seeker.wanted, {})
+        seekers.pop(seeker, None)
+        if not seekers:
+            self._waiting.pop(seeker.wanted, None)
+
+    def pass_on(self, delivery: Delivery) -> None:
+        self.forget(delivery.id)
+        self._next_look = 0.0
+        self._changed.set()
+
+    async def release(self, id: str) -> None:
+        if (delivery := self.in_hand.get(id)) is not None:
+            self.pass_on(delivery)
 
     async def serve(self) -> None:
         assert self._connection is not None and self._origin is not None
@@ -126,21 +156,51 @@ class TableHub(QueueHub):
 
     async def _look(self, connection: AsyncConnection[Any], origin: Origin) -> None:
         self._next_look = time.monotonic() + self._looks.interval
-        wanted = min(self.wanted, _AT_ONCE)
+        waiting = self._open_seekers()
+        if not waiting:
+            return
+        wanted = {of: len(seekers) for of, seekers in waiting.items()}
+        look = looking(self._source, self._order, self._unacknowledged, wanted, _AT_ONCE)
         held = [str(row.id) for row in self._held() if row.origin == origin]
-        [*_, rows, [(oid,)]] = await run(connection, self._look_for, {"held": held, "wanted": wanted}, raw=True)
+        [*_, [(oid,)]] = answers = await run(connection, look.statement, {**look.asked, "held": held}, raw=True)
         if oid != origin.oid:
             raise errors.OperationalError("the table was recreated")
-        if len(rows) == wanted:
-            self._next_look = 0.0
-        for row, created_at, raw in rows:
-            row = row.decode() if isinstance(row, bytes) else row
-            moment = created_at and created_at.replace(tzinfo=timezone.utc)
-            id = coordinates(*origin, row)
-            if id in InHand.of_loop().hubs:  # a wait of another hub has been quicker
+        for rows, ones in zip(answers[-1 - len(look.found_by) : -1], look.found_by, strict=True):
+            if len(rows) == min(_AT_ONCE, sum(wanted[one] for one in ones or (None,))):
                 self._next_look = 0.0
-            else:
-                self.offer(id, Row(origin, row, moment, raw))
+            for row, created_at, raw, which in rows:
+                self._hand_out(waiting[ones[which - 1] if ones else None], origin, row, created_at, raw)
+
+    def _open_seekers(self) -> dict[Wanted | None, deque[RowSeeker]]:
+        """Return the waits that have no row yet, by what they want; those that can have none fail."""
+        waiting: dict[Wanted | None, deque[RowSeeker]] = {}
+        for wanted, seekers in self._waiting.items():
+            if wanted is not None and self._value_type != "jsonb":
+                for seeker in seekers:
+                    seeker.fail(
+                        SourceMisconfigured(
+                            f"{self.name}: match needs a value of type jsonb, and the column "
+                            f"{self._source.columns.value!r} is of type {self._value_type}"
+                        )
+                    )
+            if some := deque(seeker for seeker in seekers if not seeker.done):
+                waiting[wanted] = some
+        return waiting
+
+    def _hand_out(self, waiting: deque[RowSeeker], origin: Origin, row: Any, created_at: Any, raw: Any) -> None:
+        """Give a row to the wait that has waited longest of those that want it."""
+        while waiting and waiting[0].done:
+            waiting.popleft()
+        if not waiting:
+            self._next_look = 0.0
+            return
+        row = row.decode() if isinstance(row, bytes) else row
+        moment = created_at and created_at.replace(tzinfo=timezone.utc)
+        id = coordinates(*origin, row)
+        if id in InHand.of_loop().hubs:  # a wait of another hub has been quicker, or one that wants something else
+            self._next_look = 0.0
+        elif (delivery := self.hold(id, Row(origin, row, moment, raw))) is not None:
+            waiting.popleft().give(delivery)
 
     def _held(self) -> Iterator[Row]:
         """Return the rows that waits of this triggerer have, by whichever hub, and those set aside here."""
@@ -172,11 +232,6 @@ class TableHub(QueueHub):
         if id in self._locked:
             raise locked(self._source, id)
         self.forget(id)
-
-    async def _return(self, delivery: Delivery) -> None:
-        self.forget(delivery.id)
-        self._next_look = 0.0
-        self._changed.set()
 
     async def _check(self, connection: AsyncConnection[Any]) -> None:
         name, columns = self.name, self._source.columns
@@ -213,7 +268,7 @@ class TableHub(QueueHub):
         # Of a table whose rows are deleted some may be marked, from before.
         is_marked = columns.acknowledged_at in found
         unacknowledged = self._source.statement("{acknowledged_at} IS NULL") if is_marked else sql.SQL("true")
-        self._look_for = self._source.statement(LOOK, unacknowledged=unacknowledged, order=self._order)
+        self._unacknowledged, self._value_type = unacknowledged, found[columns.value].type
         self._origin = Origin(await system_of(connection), database, table, oid)
 
     def _check_columns(self, found: dict[str, _Column]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from airflow_events.listeners.postgres.client import LIMIT, client_of, refusals, run
+from airflow_events.listeners.support.values import Match
 from psycopg import AsyncConnection, errors, sql
 
 OnCommit = Literal["mark", "delete"]
@@ -68,11 +69,30 @@ SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synch
 # No lock: one that is held until the event is recorded would block the acknowledgement, and pins what vacuum may
 # remove. No position either: a transaction that took its number early may commit late.
 LOOK = f"""{_READ}
-SELECT {{id}}, {{timestamp}}, {{value}} FROM {{table}}
-WHERE {{unacknowledged}} AND {{id}} IS NOT NULL AND {{id}} <> ALL(%(held)s)
-ORDER BY {{order}} LIMIT %(wanted)s;
-
+{{rows}}
 SELECT to_regclass({{name}})::oid
+"""
+
+# What is to be taken at all, and is in nobody's hand.
+_OPEN = "{unacknowledged} AND {id} IS NOT NULL AND {id} <> ALL(%(held)s)"
+
+# The first rows, whatever they are.
+ANY = f"""
+SELECT {{id}}, {{timestamp}}, {{value}}, 0 FROM {{table}} WHERE {_OPEN}
+ORDER BY {{order}} LIMIT %(wanted)s;
+"""
+
+# For each value that is wanted in the same fields, the first rows with it, and which value it is.
+MATCHING = f"""
+SELECT id, created_at, value, which FROM (
+    SELECT
+        {{id}} AS id, {{timestamp}} AS created_at, {{value}} AS value, wanted.airflow_events_which AS which,
+        wanted.airflow_events_most AS most,
+        row_number() OVER (PARTITION BY wanted.airflow_events_which ORDER BY {{order}}) AS nth
+    FROM {{table}} JOIN unnest({{texts}}, {{most}}::int[]) WITH ORDINALITY
+        AS wanted({{names}}, airflow_events_most, airflow_events_which) ON {{equal}}
+    WHERE {_OPEN}
+) AS found WHERE nth <= most ORDER BY nth, which LIMIT {{limit}};
 """
 
 # A table that was made again has rows by the same ids, and they are others.
@@ -227,6 +247,103 @@ def check_table(table: str, name: str = "table") -> None:
     if len(parts) > 2 or not all(parts):
         raise ValueError(f"{name} is 'table' or 'schema.table', not {table!r}")
     _check_names(table)
+
+
+Wanted = tuple[tuple[str, ...], tuple[str, ...]]
+"""Fields of a value, and what each of them must be."""
+
+
+def wanted_of(match: Mapping[str, Any] | None) -> Wanted | None:
+    """
+    Return what a user wants to find in rows; None if it is anything.
+
+    :raises TypeError: it is no mapping of fields to text, numbers or booleans.
+    """
+    if match is None:
+        return None
+    if not isinstance(match, Mapping) or not match:
+        raise TypeError(
+            f"match is a mapping of fields of the value to what they must be, or None, not {match!r}: the server "
+            "looks for rows, and knows no JMESPath"
+        )
+    for field, value in match.items():
+        if not isinstance(field, str) or not isinstance(value, (str, int, float)):
+            raise TypeError(f"match maps fields to text, numbers or booleans, not {field!r} to {value!r}")
+    key = Match(match).key
+    assert key is not None
+    return key
+
+
+class Look(NamedTuple):
+    """
+    One look at a table.
+
+    :ivar asked: its parameters.
+    :ivar found_by: of each of its answers but the last, what its rows have, numbered from 1; nothing if they are
+        any.
+    """
+
+    statement: sql.Composed
+    asked: dict[str, Any]
+    found_by: list[list[Wanted]]
+
+
+def looking(
+    source: Source,
+    order: sql.Composable,
+    unacknowledged: sql.Composable,
+    wanted: Mapping[Wanted | None, int],
+    limit: int,
+) -> Look:
+    """
+    Return the statement of a look; its parameter ``held`` is still to be given.
+
+    :param wanted: what waits want, and how many of them; None is any row.
+    :param limit: how many rows an answer has at most.
+    """
+    more = {"order": order, "unacknowledged": unacknowledged, "limit": sql.Literal(limit)}
+    asked: dict[str, Any] = {}
+    parts: list[sql.Composable] = []
+    by_fields: dict[tuple[str, ...], list[Wanted]] = {}
+    for one in wanted:
+        if one is not None:
+            by_fields.setdefault(one[0], []).append(one)
+    if None in wanted:
+        asked["wanted"] = min(wanted[None], limit)
+        parts.append(source.statement(ANY, **more))
+
+    def parameter(value: Any) -> sql.Placeholder:  # in which there may be a percent sign
+        name = f"asked_{len(asked)}"
+        asked[name] = value
+        return sql.Placeholder(name)
+
+    def field(name: str) -> sql.Composed:
+        """Return a field of the value as text, in a form of which there may be an index."""
+        *path, last = name.split(".")
+        value = identifier(source.columns.value)
+        if not path:
+            return sql.SQL("({} ->> {}::text)").format(value, parameter(last))
+        return sql.SQL("({} #>> {}::text[])").format(value, parameter([*path, last]))
+
+    for names, ones in by_fields.items():
+        columns, texts, equal = [], [], []
+        for number, name in enumerate(names):
+            column = sql.Identifier(f"airflow_events_{number}")
+            columns.append(column)
+            texts.append(sql.SQL("{}::text[]").format(parameter([one[1][number] for one in ones])))
+            equal.append(sql.SQL("{} = {}").format(field(name), column))
+        parts.append(
+            source.statement(
+                MATCHING,
+                texts=sql.SQL(", ").join(texts),
+                most=parameter([wanted[one] for one in ones]),
+                names=sql.SQL(", ").join(columns),
+                equal=sql.SQL(" AND ").join(equal),
+                **more,
+            )
+        )
+    found_by: list[list[Wanted]] = [[]] if None in wanted else []
+    return Look(source.statement(LOOK, rows=sql.Composed(parts)), asked, found_by + list(by_fields.values()))
 
 
 def ordering(source: Source, order: tuple[str, ...]) -> sql.Composed:

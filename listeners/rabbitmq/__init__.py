@@ -7,6 +7,7 @@ RabbitMQ: a queue as a queue, and a stream as a log.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
@@ -45,6 +46,14 @@ class RabbitMQListener(QueueListener):
     received it. If that is closed by then the broker delivers the message again, it is known by its id, and is
     acknowledged by whoever gets it.
     """
+
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "match": (
+            "each message that is given back counts against the queue's delivery limit. Bind a queue for "
+            "what is wanted; RabbitMQWatchListener has match, and takes nothing away; "
+            "start_on.override(match=...) passes over what does not match"
+        )
+    }
 
     async def poll_for_event(
         self,

@@ -7,6 +7,7 @@ of an Airflow connection.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
@@ -39,6 +40,14 @@ class RedisListener(QueueListener):
     A group belongs to one Airflow. Its user needs ``XREADGROUP``, ``XACK``, ``XCLAIM`` and ``XAUTOCLAIM`` on the
     stream, and ``XGROUP`` where nobody else makes the group.
     """
+
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "match": (
+            "an entry that does not match would stay pending, and be claimed again and again. "
+            "RedisWatchListener has match, and takes nothing away; start_on.override(match=...) passes over "
+            "what does not match"
+        )
+    }
 
     async def poll_for_event(
         self,

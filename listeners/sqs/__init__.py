@@ -8,8 +8,9 @@ Airflow connection.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
@@ -43,6 +44,14 @@ class SqsListener(FinalIdListener):
     The user needs ``sqs:ReceiveMessage``, ``sqs:DeleteMessage``, ``sqs:ChangeMessageVisibility``,
     ``sqs:GetQueueAttributes``, and ``sqs:GetQueueUrl`` for a queue that is not given by its URL.
     """
+
+    not_taken: ClassVar[Mapping[str, str]] = {
+        "match": (
+            "each message that is given back counts against the queue's maxReceiveCount. Let a filter policy "
+            "of SNS or EventBridge fill a queue of its own; start_on.override(match=...) passes over what "
+            "does not match"
+        )
+    }
 
     async def poll_for_event(
         self,

@@ -586,6 +586,83 @@ async def test_the_order_is_to_be_chosen(broker, waits):
     assert [(await soon(waits.poll(number, **order)))["value"] for number in range(4)] == [1, 2, 3, 0]
 
 
+# Rows that a wait wants, and others.
+
+
+async def test_a_wait_takes_the_rows_that_match_and_leaves_the_others(broker, waits):
+    values = [
+        {"kind": "paid", "order": {"id": 7}, "late": False},
+        {"kind": "100 %", "order": {"id": 8}},
+        {"kind": "it's \"x\"", "order": {"id": 8}},
+        [1], "text", None, {"kind": None},
+        {"kind": "paid", "order": {"id": 9}, "late": True},
+    ]  # fmt: skip
+    for value in values:
+        broker.run(f"INSERT INTO {broker.queue} (value) VALUES (%s)", json.dumps(value))
+    for number, (match, found) in enumerate(
+        [
+            ({"kind": "paid", "late": True}, values[7]),
+            ({"order.id": "8", "kind": 'it\'s "x"'}, values[2]),
+            ({"kind": "100 %"}, values[1]),
+            ({"kind": "paid"}, values[0]),
+        ]
+    ):
+        event = await soon(waits.poll(number, match=match))
+        assert event["value"] == found
+        await waits.commit(event, number)
+    nothing_more = waits.poll(10, match={"kind": "paid"})
+    await nothing(nothing_more)
+    broker.run(f"INSERT INTO {broker.queue} (value) VALUES (%s)", json.dumps({"kind": "paid", "n": 2}))
+    assert (await soon(nothing_more))["value"] == {"kind": "paid", "n": 2}
+    assert broker.unacknowledged() == 5
+    assert [(await soon(waits.poll(20 + number)))["value"] for number in range(4)] == values[3:7]
+
+
+async def test_a_thousand_waits_want_a_row_each_over_one_connection(broker, waits):
+    tasks = {number: waits.poll(number, match={"order": number, "kind": "paid"}) for number in range(1000)}
+    any_row = waits.poll(1000, match={"other": "x"})
+    await asyncio.sleep(0.3)
+    broker.run(
+        f"INSERT INTO {broker.queue} (value) SELECT jsonb_build_object('order', n / 2, 'kind', kind) "
+        "FROM generate_series(1999, 0, -1) n, unnest(ARRAY['paid', 'sent']) kind"
+    )
+    for number, task in tasks.items():
+        assert (await soon(task, 60))["value"] == {"order": number, "kind": "paid"}
+    assert broker.clients() == 1
+    await nothing(any_row, 0.2)
+    assert broker.unacknowledged() == 4000
+
+
+async def test_rows_that_nobody_wants_hold_up_no_other(broker, waits):
+    broker.run(f"INSERT INTO {broker.queue} (value) SELECT '{{}}' FROM generate_series(1, 1300)")
+    broker.send({"kind": "paid"})
+    assert (await soon(waits.poll(match={"kind": "paid"})))["value"] == {"kind": "paid"}
+
+
+async def test_a_row_that_is_given_back_goes_to_another_wait_that_wants_it(broker, waits):
+    broker.send({"kind": "paid"})
+    event = await soon(waits.poll(0, match={"kind": "paid"}))
+    other, same = waits.poll(1, match={"kind": "sent"}), waits.poll(2, match={"kind": "paid"})
+    await nothing(same, 0.3)
+    await waits.release(event, 0)
+    assert (await soon(same))["id"] == event["id"]
+    await nothing(other, 0.3)
+
+
+@pytest.mark.parametrize("match", ["kind == 'paid'", {}, {"kind": None}, {"kind": ["paid"]}, {7: "paid"}])
+async def test_a_match_that_the_server_cannot_look_for_is_refused(broker, waits, match):
+    with pytest.raises(TypeError, match="match"):
+        await soon(waits.poll(match=match))
+
+
+async def test_a_match_needs_jsonb_and_waits_without_one_go_on(broker, waits):
+    broker.run(f"ALTER TABLE {broker.queue} ALTER COLUMN value TYPE json")
+    with pytest.raises(SourceMisconfigured, match="match needs a value of type jsonb"):
+        await soon(waits.poll(match={"kind": "paid"}))
+    broker.send(1)
+    assert (await soon(waits.poll(1)))["value"] == 1
+
+
 # What is refused.
 
 _ALTER = "ALTER TABLE {table} "

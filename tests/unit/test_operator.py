@@ -12,6 +12,11 @@ from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
 from airflow_events import EventListener, wait_for_event
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
+from airflow_events.listeners.kafka import KafkaListener
+from airflow_events.listeners.nats import NatsListener
+from airflow_events.listeners.rabbitmq import RabbitMQListener
+from airflow_events.listeners.redis import RedisListener
+from airflow_events.listeners.sqs import SqsListener
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.placement import placement
 from airflow_events.operators.wait_for_event import WaitForEventOperator
@@ -85,6 +90,22 @@ def test_what_is_no_listener_is_refused(dag, listener, message):
 def test_arguments_that_the_listener_does_not_take_are_refused(dag, args, kwargs, message):
     with pytest.raises(TypeError, match=message):
         wait_for_event(TimerListener, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("listener", "message"),
+    [
+        (KafkaListener, "KafkaListener takes no match: an offset that is left open holds up the group's"),
+        (RedisListener, "would stay pending"),
+        (NatsListener, "Give the consumer a filter subject"),
+        (RabbitMQListener, "Bind a queue for what is wanted"),
+        (SqsListener, "filter policy"),
+        (DirectoryListener, "chosen by its name, with pattern"),
+    ],
+)
+def test_a_consumer_that_cannot_leave_what_does_not_match_says_why(dag, listener, message):
+    with pytest.raises(TypeError, match=message):
+        wait_for_event(listener, "q", match={"kind": "paid"})
 
 
 @pytest.mark.parametrize(
