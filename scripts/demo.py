@@ -17,6 +17,7 @@ from pathlib import Path
 import bootstrap
 
 HOME = bootstrap.ROOT / ".demo"
+STARTED = "events_start_runs"
 
 
 def say(text: str) -> None:
@@ -68,11 +69,12 @@ def show(airflow, once: bool) -> None:
     airflow.prepare()
     # The others need a server, and its client.
     folder = Path(examples.__file__).parent
-    airflow.add_dags(*(folder / f"{name}.py" for name in ("ray_events", "file_drops", "own_listener")))
-    drops = HOME / "drops"
+    airflow.add_dags(*(folder / f"{name}.py" for name in ("ray_events", "file_drops", "own_listener", "event_starts")))
+    drops, starts = HOME / "drops", HOME / "starts"
     drops.mkdir()
+    starts.mkdir()
     airflow.start()
-    airflow.wait_for_dags("events_ray_example", "events_file_drops", "events_own_listener")
+    airflow.wait_for_dags("events_ray_example", "events_file_drops", "events_own_listener", STARTED)
     say(f"Airflow answers at {airflow.url} (no login)")
 
     say("")
@@ -103,6 +105,15 @@ def show(airflow, once: bool) -> None:
     say(f"   it got {runs[0].xcom('count_lines')}, and west.csv is still there: {(drops / 'west.csv').exists()}")
 
     say("")
+    say("4. Nothing waits, and three files are dropped: each starts a run of its own")
+    for name in ("east.csv", "centre.csv", "coast.csv"):
+        (starts / name).write_text("a,b\n")
+        say(f"   dropped {(starts / name).relative_to(bootstrap.ROOT)}")
+    for run in started_runs(airflow, 3):
+        say(f"   {STARTED}: run {run['dag_run_id']} for {run['conf']['event']['name']}: {run['state']}")
+
+    say("")
+    say(f"What waits, and what starts runs: {airflow.url}/plugin/event-waits")
     say(f"Look around: {airflow.url}/dags  (a run of events_file_drops will take {drops}/west.csv)")
     if not once:
         say("Ctrl-C ends all of it")
@@ -110,6 +121,15 @@ def show(airflow, once: bool) -> None:
             time.sleep(1)
         ended = [component for component in airflow.components.values() if not component.alive]
         say(f"{ended[0].name} has ended by itself; see {ended[0].log}")
+
+
+def started_runs(airflow, count: int) -> list:
+    """Return the runs that events have started, once so many have finished."""
+    while True:
+        runs = airflow.api("GET", f"/dags/{STARTED}/dagRuns?order_by=id")["dag_runs"]
+        if sum(run["state"] in ("success", "failed") for run in runs) >= count:
+            return runs
+        time.sleep(0.5)
 
 
 def follow(run) -> None:
