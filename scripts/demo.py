@@ -63,13 +63,15 @@ def main() -> None:
 
 
 def show(airflow, once: bool) -> None:
-    import airflow_events.example_dags as examples
+    from airflow_events import example_dags
 
     say(f"Preparing Airflow in {HOME.relative_to(bootstrap.ROOT)} (SQLite, LocalExecutor)")
     airflow.prepare()
     # The others need a server, and its client.
-    folder = Path(examples.__file__).parent
-    airflow.add_dags(*(folder / f"{name}.py" for name in ("ray_events", "file_drops", "own_listener", "event_starts")))
+    folder = Path(example_dags.__file__).parent
+    airflow.add_dags(
+        *(folder / f"{name}.py" for name in ("ray_events", "file_drops", "own_listener", "event_starts"))
+    )
     drops, starts = HOME / "drops", HOME / "starts"
     drops.mkdir()
     starts.mkdir()

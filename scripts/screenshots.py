@@ -37,10 +37,12 @@ def main() -> None:
         airflow.prepare()
         shutil.copy(STAGE / "shop_listeners.py", airflow.plugins)
         airflow.add_dags(STAGE / "shop.py")
-        for folder in ("drops", "rates/european-central-bank/daily/reference-rates"):
+        for folder in ("drops", "returns", "invoices", "rates/european-central-bank/daily/reference-rates"):
             (DATA / folder).mkdir(parents=True)
         airflow.start()
-        airflow.wait_for_dags("shop_orders", "shop_payments", "shop_refunds", "shop_reports")
+        airflow.wait_for_dags(
+            "shop_orders", "shop_payments", "shop_refunds", "shop_reports", "shop_returns", "shop_invoices"
+        )
         paid = play(airflow)
         with browser.browser() as chromium:
             for theme in ("light", "dark"):
@@ -68,6 +70,10 @@ def play(airflow):
         until(lambda run=run: "deferred" in {task["state"] for task in run.tasks().values()}, f"{run} waits")
     stuck = ("events", "list", "--stage", "recorded", "--dag-id", "shop_payments", "--output", "json")
     until(lambda: json.loads(airflow.airflow(*stuck)), "the payment is recorded")
+    for number in range(1, 4):
+        (DATA / "returns" / f"return-{number}.json").write_text("{}")
+    listed = lambda: json.loads(airflow.airflow("events", "starts", "--output", "json"))  # noqa: E731
+    until(lambda: {one["state"] for one in listed()} == {"open", "full"}, "one starts runs, one is full")
     return done[0]
 
 
@@ -105,6 +111,10 @@ def take(airflow, chromium, theme, paid):
         inside.get_by_role("link", name="shop_refunds").first.click()
         inside.locator("#send").click()
         picture("send")
+        page.goto(f"{airflow.url}/plugin/event-waits")
+        inside.locator("#tab-starts").click()
+        inside.locator("td", has_text="shop_returns").first.wait_for()
+        picture("starts")
         page.goto(f"{paid.url}/tasks/order_file/plugin/event-wait")
         inside.locator(".log ol").wait_for()
         picture("tab")

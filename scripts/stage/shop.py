@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import DAG, task
-from airflow_events import wait_for_event
+from airflow_events import start_on, wait_for_event
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.timer import TimerListener
@@ -40,3 +41,13 @@ with DAG("shop_reports", schedule=None, catchup=False):
         "rates/european-central-bank/daily/reference-rates",
         pattern="eurofxref-daily-*.xml",
     )
+
+with DAG(
+    "shop_returns", schedule=start_on(DirectoryListener, "returns", settle=0), catchup=False, max_active_runs=2
+):
+    wait("inspection")(HttpListener, "return-{{ dag_run.conf.event.name }}")
+
+invoices = start_on.override(match="ends_with(name, '.pdf')", key="name")(DirectoryListener, "invoices")
+
+with DAG("shop_invoices", schedule=invoices, catchup=False, max_active_runs=8):
+    EmptyOperator(task_id="pay")
