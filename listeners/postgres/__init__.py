@@ -195,12 +195,11 @@ class PostgresListener(QueueListener):
         Acknowledge the row by its id.
 
         :raises LockNotAvailable: somebody has locked it; that can be tried again.
+        :raises SourceMisconfigured: the server does not let us.
         """
-        from airflow_events.listeners.postgres.consume import locked
-
         source, oid = _source_of(event)
-        if await source.acknowledge(oid, [event["id"]]):
-            raise locked(source, event["id"])
+        for refused in (await source.acknowledge(oid, [event["id"]])).values():
+            raise refused
 
 
 def _source_of(event: Any) -> tuple[Source, int | None]:

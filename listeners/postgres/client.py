@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import json
 import os
@@ -31,7 +32,15 @@ if TYPE_CHECKING:
 
 # Seconds for which a hub waits for notifications, after which it sees new waits.
 BLOCK = 0.5
-LOST = (errors.OperationalError, errors.InterfaceError, errors.ReadOnlySqlTransaction, OSError)
+LOST = (
+    errors.OperationalError,
+    errors.InterfaceError,
+    errors.ReadOnlySqlTransaction,
+    # After which the server hangs up; they are the role's or the server's settings.
+    errors.IdleInTransactionSessionTimeout,
+    errors.lookup("25P04"),  # transaction_timeout, since PostgreSQL 17
+    OSError,
+)
 # Seconds that a statement may take, unless the user's own statement_timeout is shorter.
 LONGEST = 300
 LIMIT = f"""
@@ -88,6 +97,15 @@ async def system_of(connection: AsyncConnection[Any]) -> str:
         about = connection.info.get_parameters()
         return f"{about.get('host', 'localhost')}:{about.get('port', 5432)}"
     return str(system)
+
+
+def codec_of(encoding: str) -> str:
+    """Return what Python calls an encoding of a database; one that it does not know is read as UTF-8."""
+    name = re.sub("^WIN", "cp", encoding) if encoding != "SQL_ASCII" else "utf-8"
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return "utf-8"
 
 
 class _RawLoader(Loader):

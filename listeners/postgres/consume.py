@@ -15,6 +15,7 @@ from airflow_events.listeners.postgres.client import (
     LONGEST_PAUSE,
     LOST,
     SERVE_WITHIN,
+    codec_of,
     connect,
     coordinates,
     listen,
@@ -89,11 +90,14 @@ class TableHub(QueueHub):
         self._order = ordering(source, looks.order)
         self._unacknowledged: sql.Composable = sql.SQL("true")
         self._value_type = ""
+        self._read: sql.Composable = sql.SQL("")
         self._waiting: dict[Wanted | None, dict[RowSeeker, None]] = {}
         self._connection: AsyncConnection[Any] | None = None
         self._origin: Origin | None = None
         self._next_look = 0.0
-        self._locked: set[str] = set()
+        self._refused: dict[str, Exception] = {}  # by a message's id, why it could not be acknowledged
+        self._was_there = False
+        self._codec: str | None = None
         super().__init__(str(source))
 
     async def connect(self) -> None:
@@ -141,7 +145,10 @@ class TableHub(QueueHub):
         left = self._next_look - time.monotonic()
         if left <= 0:
             with refusals(self.name):
-                await self._look(self._connection, self._origin)
+                try:
+                    await self._look(self._connection, self._origin)
+                except errors.UndefinedTable as error:
+                    raise errors.OperationalError(str(error)) from error
         else:
             await self._until_something_comes(self._connection, min(left, LONGEST_PAUSE))
 
@@ -160,7 +167,7 @@ class TableHub(QueueHub):
         if not waiting:
             return
         wanted = {of: len(seekers) for of, seekers in waiting.items()}
-        look = looking(self._source, self._order, self._unacknowledged, wanted, _AT_ONCE)
+        look = looking(self._source, self._order, self._unacknowledged, self._read, wanted, _AT_ONCE)
         held = [str(row.id) for row in self._held() if row.origin == origin]
         [*_, [(oid,)]] = answers = await run(connection, look.statement, {**look.asked, "held": held}, raw=True)
         if oid != origin.oid:
@@ -196,6 +203,8 @@ class TableHub(QueueHub):
             return
         row = row.decode() if isinstance(row, bytes) else row
         moment = created_at and created_at.replace(tzinfo=timezone.utc)
+        if raw is not None and self._codec is not None:
+            raw = _as_utf8(raw, self._codec)
         id = coordinates(*origin, row)
         if id in InHand.of_loop().hubs:  # a wait of another hub has been quicker, or one that wants something else
             self._next_look = 0.0
@@ -211,13 +220,15 @@ class TableHub(QueueHub):
                 yield from (delivery.message for delivery in hub.in_hand.values())
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
-        """Acknowledge rows; those that somebody has locked are told apart in `settle`."""
-        self._locked.difference_update(deliveries)
+        """Acknowledge rows; those that are refused are told apart in `settle`."""
+        for id in deliveries:
+            self._refused.pop(id, None)
         by_table: dict[int, dict[int | str, str]] = {}
         for id, delivery in deliveries.items():
             by_table.setdefault(delivery.message.origin.oid, {})[delivery.message.id] = id
         for oid, rows in by_table.items():
-            self._locked.update(rows[row] for row in await self._source.acknowledge(oid, list(rows)))
+            refused = await self._source.acknowledge(oid, list(rows))
+            self._refused.update({rows[row]: error for row, error in refused.items()})
 
     async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
         """Do nothing: a row is everybody's until it is acknowledged."""
@@ -227,10 +238,11 @@ class TableHub(QueueHub):
         Acknowledge a row.
 
         :raises LockNotAvailable: somebody has locked it; that can be tried again.
+        :raises SourceMisconfigured: the server does not let us.
         """
         await self._acknowledging.add(id)
-        if id in self._locked:
-            raise locked(self._source, id)
+        if (refused := self._refused.pop(id, None)) is not None:
+            raise refused
         self.forget(id)
 
     async def _check(self, connection: AsyncConnection[Any]) -> None:
@@ -239,16 +251,20 @@ class TableHub(QueueHub):
         if in_recovery:  # which may be about to end
             raise errors.OperationalError("the server is in recovery (a read-only standby); its primary is needed")
         [tables] = await run(connection, TABLE, {"table": self._source.identifier.as_string(None)})
+        if not tables and self._was_there:  # whoever drops or renames it may be about to make another
+            raise errors.OperationalError("there is no such table any more")
         if not tables:
             raise SourceMisconfigured(
                 f"{name}: there is no such table, or it is not in the search path; the statements for one are "
                 f"what airflow_events.listeners.postgres.create_table({self._source.table!r}) returns"
             )
-        [(database, table, oid, kind, persistence, is_deletable)] = tables
+        [(database, table, oid, kind, persistence, is_deletable, has_children, encoding)] = tables
         if kind != "r":
             raise SourceMisconfigured(
                 f"{name}: it is of pg_class.relkind {kind!r}; an ordinary table ('r') is needed"
             )
+        if has_children:
+            raise SourceMisconfigured(f"{name}: other tables inherit from it, whose rows may have the same ids")
         if persistence == "u" and self._looks.require_persistence:
             raise SourceMisconfigured(
                 f"{name}: it is UNLOGGED, so a crash of the server empties it; alter it with SET LOGGED, or "
@@ -269,6 +285,11 @@ class TableHub(QueueHub):
         is_marked = columns.acknowledged_at in found
         unacknowledged = self._source.statement("{acknowledged_at} IS NULL") if is_marked else sql.SQL("true")
         self._unacknowledged, self._value_type = unacknowledged, found[columns.value].type
+        # The server refuses to tell text that it cannot convert, and with it all other rows.
+        self._codec = None if encoding == "UTF8" or self._value_type == "bytea" else codec_of(encoding)
+        as_it_is = f"convert_to({{value}}::text, '{encoding}')"
+        self._read = self._source.statement("{value}" if self._codec is None else as_it_is)
+        self._was_there = True
         self._origin = Origin(await system_of(connection), database, table, oid)
 
     def _check_columns(self, found: dict[str, _Column]) -> None:
@@ -300,9 +321,12 @@ class TableHub(QueueHub):
                 )
 
 
-def locked(source: Source, row: int | str) -> errors.LockNotAvailable:
-    """Return the error that a row cannot be acknowledged now."""
-    return errors.LockNotAvailable(f"{source}: somebody has locked the row {row}, or the table")
+def _as_utf8(raw: bytes, codec: str) -> bytes:
+    """Return text in UTF-8; as it is, if it is not of its database's encoding."""
+    try:
+        return raw.decode(codec).encode()
+    except UnicodeDecodeError:
+        return raw
 
 
 @dataclass(frozen=True)

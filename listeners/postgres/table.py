@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
+from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.postgres.client import LIMIT, client_of, refusals, run
 from airflow_events.listeners.support.values import Match
 from psycopg import AsyncConnection, errors, sql
@@ -16,6 +17,8 @@ _TEXTS = ("json", "jsonb", "text", "character varying", "character")
 VALUES = (*_TEXTS, "bytea")
 # That somebody has a row, or the table, for the moment.
 _LOCKED = (errors.LockNotAvailable, errors.DeadlockDetected)
+# What one row of many may be refused for: also a constraint, a trigger's own error.
+_OF_ROWS = (*_LOCKED, errors.IntegrityError, errors.RaiseException, errors.DataError)
 
 CREATE = """\
 CREATE TABLE {table} (
@@ -78,7 +81,7 @@ _OPEN = "{unacknowledged} AND {id} IS NOT NULL AND {id} <> ALL(%(held)s)"
 
 # The first rows, whatever they are.
 ANY = f"""
-SELECT {{id}}, {{timestamp}}, {{value}}, 0 FROM {{table}} WHERE {_OPEN}
+SELECT {{id}}, {{timestamp}}, {{read}}, 0 FROM {{table}} WHERE {_OPEN}
 ORDER BY {{order}} LIMIT %(wanted)s;
 """
 
@@ -86,7 +89,7 @@ ORDER BY {{order}} LIMIT %(wanted)s;
 MATCHING = f"""
 SELECT id, created_at, value, which FROM (
     SELECT
-        {{id}} AS id, {{timestamp}} AS created_at, {{value}} AS value, wanted.airflow_events_which AS which,
+        {{id}} AS id, {{timestamp}} AS created_at, {{read}} AS value, wanted.airflow_events_which AS which,
         wanted.airflow_events_most AS most,
         row_number() OVER (PARTITION BY wanted.airflow_events_which ORDER BY {{order}}) AS nth
     FROM {{table}} JOIN unnest({{texts}}, {{most}}::int[]) WITH ORDINALITY
@@ -99,11 +102,13 @@ SELECT id, created_at, value, which FROM (
 _WHICH = "{id} = ANY(%(ids)s) AND coalesce(to_regclass({name})::oid = %(oid)s::oid, true)"
 
 _MARK = f"""{_WRITE}
-UPDATE {{table}} SET {{acknowledged_at}} = clock_timestamp() WHERE {_WHICH} AND {{acknowledged_at}} IS NULL
+UPDATE {{table}} SET {{acknowledged_at}} = clock_timestamp() WHERE {_WHICH} AND {{acknowledged_at}} IS NULL;
+SELECT {{id}} FROM {{table}} WHERE {_WHICH} AND {{acknowledged_at}} IS NULL
 """
 
 _DELETE = f"""{_WRITE}
-DELETE FROM {{table}} WHERE {_WHICH}
+DELETE FROM {{table}} WHERE {_WHICH};
+SELECT {{id}} FROM {{table}} WHERE {_WHICH}
 """
 
 _BURY = f"""{_WRITE}
@@ -115,7 +120,8 @@ VALUES (%(id)s, %(value)s, %(reason)s, clock_timestamp())
 TABLE = """
 SELECT
     current_database(), n.nspname || '.' || c.relname, c.oid, c.relkind, c.relpersistence,
-    has_table_privilege(c.oid, 'DELETE')
+    has_table_privilege(c.oid, 'DELETE'), EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid),
+    current_setting('server_encoding')
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass(%(table)s)
 """
 
@@ -176,35 +182,48 @@ class Source:
         given = {"table": self.identifier, "name": name, "timestamp": timestamp, **identifiers, **more}
         return sql.SQL(text).format(**given)
 
-    async def acknowledge(self, oid: int | None, rows: Sequence[int | str]) -> list[int | str]:
+    async def acknowledge(self, oid: int | None, rows: Sequence[int | str]) -> dict[int | str, Exception]:
         """
         Mark rows as acknowledged, or delete them; of those that are gone, or marked already, change nothing.
 
         :param oid: the table's, when they were read; None if that is not known.
-        :return: those that it could not, since somebody has locked them.
+        :return: why it could not, of those that it could not.
         """
         with refusals(str(self)):
             async with client_of(self.conn_id) as client:
                 try:
-                    await self._acknowledge(client, oid, rows, "2s")
-                except _LOCKED:  # of which the others must not suffer
-                    return [row for row in rows if not await self._is_free(client, oid, row)]
-        return []
+                    return await self._acknowledge(client, oid, rows, "2s")
+                except _OF_ROWS:  # of which the others must not suffer
+                    refused: dict[int | str, Exception] = {}
+                    for row in rows:
+                        refused |= await self._acknowledge_one(client, oid, row)
+                    return refused
 
-    async def _is_free(self, client: AsyncConnection[Any], oid: int | None, row: int | str) -> bool:
-        """Acknowledge one row, and return whether nobody has locked it."""
+    async def _acknowledge_one(
+        self, client: AsyncConnection[Any], oid: int | None, row: int | str
+    ) -> dict[int | str, Exception]:
         try:
-            await self._acknowledge(client, oid, [row], "50ms")
+            return await self._acknowledge(client, oid, [row], "50ms")
         except _LOCKED:
-            return False
-        return True
+            return {row: errors.LockNotAvailable(f"{self}: somebody has locked the row {row}, or the table")}
+        except _OF_ROWS as error:
+            return {row: SourceMisconfigured(f"{self}: the row {row} cannot be acknowledged: {error}")}
 
     async def _acknowledge(
         self, client: AsyncConnection[Any], oid: int | None, rows: Sequence[int | str], patience: str
-    ) -> None:
+    ) -> dict[int | str, Exception]:
         statement = self.statement(_MARK if self.on_commit == "mark" else _DELETE)
         ids = [str(row) for row in rows]  # as text, to which the server gives the column's type
-        await run(client, statement, {"oid": oid, "ids": ids, "patience": patience})
+        [*_, left] = await run(client, statement, {"oid": oid, "ids": ids, "patience": patience})
+        unchanged = {str(row) for (row,) in left}
+        return {
+            row: SourceMisconfigured(
+                f"{self}: the server has not acknowledged the row {row}, without an error: a policy of row-level "
+                "security or a trigger keeps the connection's user from it"
+            )
+            for row in rows
+            if str(row) in unchanged
+        }
 
     async def bury(self, row: int | str, raw: bytes | None, reason: str, dead_letters: str) -> None:
         """Add a row that cannot be read to the table for such."""
@@ -292,16 +311,18 @@ def looking(
     source: Source,
     order: sql.Composable,
     unacknowledged: sql.Composable,
+    read: sql.Composable,
     wanted: Mapping[Wanted | None, int],
     limit: int,
 ) -> Look:
     """
     Return the statement of a look; its parameter ``held`` is still to be given.
 
+    :param read: the value, as it is read.
     :param wanted: what waits want, and how many of them; None is any row.
     :param limit: how many rows an answer has at most.
     """
-    more = {"order": order, "unacknowledged": unacknowledged, "limit": sql.Literal(limit)}
+    more = {"order": order, "unacknowledged": unacknowledged, "read": read, "limit": sql.Literal(limit)}
     asked: dict[str, Any] = {}
     parts: list[sql.Composable] = []
     by_fields: dict[tuple[str, ...], list[Wanted]] = {}

@@ -21,9 +21,10 @@ class Server(Postgres):
         super().start()
         until(self._lets_in, "PostgreSQL has recovered", timeout=30)
 
-    def connect(self) -> psycopg.Connection[Any]:
+    def connect(self, **changes: str) -> psycopg.Connection[Any]:
         """Connect as another application would; each statement is a transaction."""
-        about = {"host": "127.0.0.1", "port": self.port, "user": "airflow", "dbname": "postgres"}
+        about: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, "user": "airflow", "dbname": "postgres"}
+        about |= changes
         # Whatever a test makes the user's default.
         return psycopg.connect(autocommit=True, options="-c default_transaction_read_only=off", **about)
 

@@ -32,7 +32,7 @@ from airflow_events.listeners.postgres import watch as watching
 from airflow_events.listeners.postgres.client import LONGEST
 from airflow_events.listeners.postgres.consume import TableHub
 from airflow_events.listeners.postgres.watch import QueryHub
-from airflow_events.listeners.support import serde
+from airflow_events.listeners.support import queue, serde
 from airflow_events.triggers.event import recording
 from broker import nothing, soon, until_told
 from of_postgres import PostgresJsonb, PostgresTable
@@ -206,6 +206,19 @@ async def test_a_row_that_another_triggerer_had_and_somebody_has_locked(broker, 
     assert broker.unacknowledged() == 0
 
 
+async def test_a_role_whose_transactions_are_timed_waits_on(broker, waits, settings, caplog):
+    settings("transaction_timeout = '300ms'")
+    with broker.server.connect() as other:
+        other.execute("SET transaction_timeout = 0")
+        other.execute("BEGIN")
+        other.execute(f"LOCK {broker.queue}")
+        task = waits.poll(poll_interval=0.1)
+        await until_told(caplog, "cannot be reached")
+        other.execute("ROLLBACK")
+    broker.send("a")
+    assert (await soon(task, 30))["value"] == "a"
+
+
 async def test_a_table_that_is_locked_is_waited_for(broker, waits, caplog):
     task = waits.poll()
     await nothing(task, 0.5)
@@ -267,7 +280,7 @@ async def test_rows_are_deleted_by_choice_and_marked_ones_are_not_delivered(brok
     for _ in range(2):
         await waits.commit(event)
     assert event["value"] == "c"
-    assert broker.run(f"SELECT FROM {broker.queue}") == []
+    assert broker.run(f"SELECT id FROM {broker.queue}") == []
     with pytest.raises(SourceMisconfigured, match="it has no column 'acknowledged_at'"):
         await soon(waits.poll(1))
 
@@ -663,6 +676,88 @@ async def test_a_match_needs_jsonb_and_waits_without_one_go_on(broker, waits):
     assert (await soon(waits.poll(1)))["value"] == 1
 
 
+# Rows that cannot be acknowledged, or not be read.
+
+
+@pytest.fixture
+def kept_from_marking(broker, connect):
+    """Let the connection be of a user who sees rows, and whose marks change nothing, without an error."""
+    broker.run(f"CREATE ROLE reader LOGIN; GRANT SELECT, UPDATE (acknowledged_at) ON {broker.queue} TO reader")
+    broker.run(f"ALTER TABLE {broker.queue} ENABLE ROW LEVEL SECURITY")
+    broker.run(f"CREATE POLICY seen ON {broker.queue} FOR SELECT USING (true)")
+    connect(login="reader")
+    yield
+    broker.run(f"DROP TABLE {broker.queue}; DROP OWNED BY reader; DROP ROLE reader")
+
+
+async def test_a_row_that_the_server_silently_does_not_mark_is_not_taken_for_acknowledged(
+    broker, waits, kept_from_marking
+):
+    broker.send("a", "b")
+    event = await soon(waits.poll())
+    with pytest.raises(SourceMisconfigured, match="has not acknowledged the row 1, without an error"):
+        await waits.commit(event)
+    assert (await soon(waits.poll(1)))["value"] == "b"
+    await waits.end()
+    with pytest.raises(SourceMisconfigured, match="row-level security or a trigger"):
+        await waits.commit(event)  # of a process that does not have it
+
+
+async def test_a_row_that_a_constraint_keeps_does_not_keep_the_others(broker, waits):
+    broker.run(f"CREATE TABLE {broker.queue}_of (id bigint REFERENCES {broker.queue})")
+    broker.send("a", "b", "c")
+    events = [await soon(waits.poll(number, on_commit="delete")) for number in range(3)]
+    broker.run(f"INSERT INTO {broker.queue}_of VALUES (%s)", events[1]["id"])
+    done = await asyncio.gather(
+        *(waits.commit(event, number) for number, event in enumerate(events)), return_exceptions=True
+    )
+    assert [type(error) for error in done] == [type(None), SourceMisconfigured, type(None)]
+    assert "violates foreign key constraint" in str(done[1])
+    broker.run(f"DROP TABLE {broker.queue}_of")
+    await waits.commit(events[1], 1)
+    assert broker.unacknowledged() == 0
+
+
+async def test_a_table_that_others_inherit_from_is_refused(broker, waits):
+    broker.run(f"CREATE TABLE {broker.queue}_eu (PRIMARY KEY (id)) INHERITS ({broker.queue})")
+    with pytest.raises(SourceMisconfigured, match="other tables inherit from it"):
+        await soon(waits.poll())
+
+
+async def test_a_table_that_is_gone_for_a_moment_is_waited_for(broker, waits, caplog):
+    task = waits.poll(poll_interval=0.1)
+    await nothing(task, 0.5)
+    broker.run(f"ALTER TABLE {broker.queue} RENAME TO aside")
+    await until_told(caplog, "cannot be reached")
+    broker.run(f"ALTER TABLE aside RENAME TO {broker.queue}")
+    broker.send("a")
+    assert (await soon(task, 30))["value"] == "a"
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("SQL_ASCII", b"\xe4"), ("WIN1252", b"\x81")])
+async def test_a_row_in_no_encoding_stops_no_other(broker, waits, connect, encoding, byte):
+    broker.run(f"CREATE DATABASE other ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'")
+    with broker.server.connect(dbname="other", client_encoding="SQL_ASCII") as connection:
+        connection.execute(create_table(broker.queue, value_type="text"))
+        for raw in (b'"first"', b'"' + byte + b'"', b'"stra\xdfe"', b'"last"'):
+            value = f"convert_from(decode('{raw.hex()}', 'hex'), '{encoding}')"
+            connection.execute(f"INSERT INTO {broker.queue} (value) VALUES ({value})")
+    connect(schema="other")
+    try:
+        assert (await soon(waits.poll(0)))["value"] == "first"
+        with pytest.raises(EventUndecodable):
+            await soon(waits.poll(1))
+        if encoding == "WIN1252":
+            assert (await soon(waits.poll(2)))["value"] == "straße"
+        else:  # bytes of which nobody says what they mean
+            with pytest.raises(EventUndecodable):
+                await soon(waits.poll(2))
+        assert (await soon(waits.poll(3)))["value"] == "last"
+    finally:
+        await waits.end()
+        broker.run("DROP DATABASE other WITH (FORCE)")
+
+
 # What is refused.
 
 _ALTER = "ALTER TABLE {table} "
@@ -710,7 +805,7 @@ async def test_a_table_that_is_made_fit_is_taken_by_those_who_come_later(broker,
     broker.run(f"ALTER TABLE {broker.queue} RENAME COLUMN payload TO value")
     task = waits.poll(1)
     await nothing(task)
-    broker.run(f"DROP TABLE {broker.queue}")
+    broker.run(f"ALTER TABLE {broker.queue} RENAME COLUMN value TO payload")
     later = waits.poll(2)
     with pytest.raises(SourceMisconfigured, match="it was changed while it was in use"):
         await soon(later)
@@ -740,7 +835,8 @@ async def test_a_user_with_what_it_takes_to_mark(broker, waits, taker):
     assert broker.unacknowledged() == 0
 
 
-async def test_a_user_with_what_it_takes_to_delete_and_to_add_dead_letters(broker, waits, taker):
+async def test_a_user_with_what_it_takes_to_delete_and_to_add_dead_letters(broker, waits, taker, monkeypatch):
+    monkeypatch.setattr(queue, "_POSTPONED", 1.0)
     broker.run(f"ALTER TABLE {broker.queue} DROP COLUMN acknowledged_at, ALTER COLUMN value TYPE text")
     broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json'), ('1')")
     by_choice = {"on_commit": "delete", "on_undecodable": "dead_letter", "dead_letter": broker.dead_letter}
@@ -756,8 +852,10 @@ async def test_a_user_with_what_it_takes_to_delete_and_to_add_dead_letters(broke
     event = await soon(waits.poll(**by_choice))
     await waits.commit(event)
     assert event["value"] == 1
+    waits.poll(1, **by_choice)
+    while broker.run(f"SELECT id FROM {broker.queue}"):
+        await asyncio.sleep(0.1)
     assert broker.dead_letters() == [b"{no json"]
-    assert broker.run(f"SELECT FROM {broker.queue}") == []
 
 
 async def test_a_schema_that_is_closed(broker, waits, taker):
