@@ -172,7 +172,8 @@ class Server:
         except errors.NoServersError as error:
             raise ConnectionError(str(self._trouble or error)) from (self._trouble or error)
         except errors.Error as error:
-            if "auth" in str(error).lower():
+            # The server lets some seconds pass for the login, and a slow network, or a busy loop, more than that.
+            if "auth" in str(error).lower() and "timeout" not in str(error).lower():
                 raise SourceMisconfigured(f"the connection {self._conn_id!r} is not let in: {error}") from error
             raise ConnectionError(str(error)) from error
         except ImportError as error:

@@ -235,6 +235,11 @@ async def bury(hub: ConsumerHub, source: Source, message: Received, subject: str
         raise SourceMisconfigured(
             f"{source}: its consumer would deliver its own dead letters, as it has {subject!r}"
         )
+    if SOURCE in message.stored.headers:  # by way of a mirror, or of a stream that has this one as a source
+        raise SourceMisconfigured(
+            f"{source}: the message {message.stored.sequence} is a dead letter itself, of "
+            f"{message.stored.headers[SOURCE]}; {subject!r} must not lead back to the stream"
+        )
     headers = {name: value for name, value in message.stored.headers.items() if _may_be_kept(name)}
     headers[REASON] = _line(error.reason)
     headers[SOURCE] = _line(f"the message {message.stored.sequence} of {source}")

@@ -18,6 +18,9 @@ from airflow_events.listeners.nats.messages import (
 )
 from airflow_events.listeners.support.values import Format
 from airflow_events.listeners.support.watching import READ_BYTES, LogHub, Message, Reader, message_of
+from nats.js.errors import APIError
+
+_TOO_MANY_CONSUMERS = 10026
 
 
 class StreamHub(LogHub[int]):
@@ -65,7 +68,15 @@ class StreamHub(LogHub[int]):
             config["filter_subject"] = self._subject
         stream = self._source.stream
         with refusals(self._source):
-            about = await self._server.api(f"CONSUMER.CREATE.{stream}", stream_name=stream, config=config)
+            try:
+                about = await self._server.api(f"CONSUMER.CREATE.{stream}", stream_name=stream, config=config)
+            except APIError as error:
+                if error.err_code != _TOO_MANY_CONSUMERS:
+                    raise
+                # One may be ours, of a connection that was lost: the server ends it after a while.
+                raise ConnectionError(
+                    f"the stream has as many consumers as it may: {error.description}"
+                ) from error
         begins = about["delivered"]["stream_seq"] + 1 if position is None else position
         return _ConsumerReader(self._server, self._source, str(about["name"]), self._message, begins)
 

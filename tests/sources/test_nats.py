@@ -14,8 +14,11 @@ import pytest
 from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.nats import NatsListener, NatsWatchListener, client, consume
-from airflow_events.listeners.support import connections
+from airflow_events.listeners.support import connections, queue
 from broker import nothing, soon, until_told
+from nats import errors
+from nats.aio.client import Client
+from nats.js.api import StreamConfig, StreamSource
 from test_watch import ago
 
 from deployment import until
@@ -447,14 +450,48 @@ async def test_a_dead_letter_as_large_as_the_server_takes_has_no_headers(broker,
         ("own", r"would deliver its own dead letters, as it has '.*\.dead'"),
     ],
 )
-async def test_dead_letters_that_would_be_lost_or_come_again(broker, waits, subject, message):
+async def test_dead_letters_that_would_be_lost_or_come_again(broker, waits, subject, message, monkeypatch):
+    monkeypatch.setattr(queue, "_POSTPONED", 0.5)
     broker.send_raw(b"{no json")
     subject = f"{broker.queue}.dead" if subject == "own" else subject
     with pytest.raises(SourceMisconfigured, match=message):
         await soon(waits.poll(**dead_letters(broker, dead_letter=subject)))
     assert broker.unacknowledged() == 1
+    broker.send("good")
+    assert (await soon(waits.poll(1, **dead_letters(broker, dead_letter=subject))))["value"] == "good"
     with pytest.raises(EventUndecodable):
-        await soon(waits.poll(1))
+        await soon(waits.poll(2))
+
+
+@pytest.mark.parametrize("how", ["mirror", "sources"])
+async def test_a_dead_letter_that_leads_back_to_the_stream_is_not_sent_again(broker, waits, how):
+    origin, broker.queue = broker.queue, f"{broker.queue}-{how}"
+    of = StreamSource(name=origin)
+    config = StreamConfig(name=broker.queue, **{how: of if how == "mirror" else [of]})
+    broker.ask(lambda client: client.jetstream().add_stream(config))
+    changes = dead_letters(broker, dead_letter=f"{origin}.dead")
+    tasks = [waits.poll(number, **changes) for number in range(2)]
+    await asyncio.sleep(0.3)
+    broker.ask(lambda client: client.jetstream().publish(f"{origin}.sent", b"{no json"))
+    done, _ = await asyncio.wait(tasks, timeout=15, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(SourceMisconfigured, match="is a dead letter itself, of the message 1 of"):
+        done.pop().result()
+    assert broker.ask(lambda client: client.jetstream().stream_info(origin)).state.messages == 2
+
+
+async def test_a_login_that_took_too_long_is_tried_again(broker, waits, monkeypatch):
+    """The server lets two seconds pass, and a loop or a network may be busy for longer."""
+    connect, failures = Client.connect, []
+
+    async def connect_late(self, *args, **kwargs):
+        if not failures:
+            failures.append(1)
+            raise errors.Error("nats: 'Authentication Timeout'")
+        await connect(self, *args, **kwargs)
+
+    broker.send("a")
+    monkeypatch.setattr(Client, "connect", connect_late)
+    assert (await soon(waits.poll()))["value"] == "a" and failures
 
 
 async def test_dead_letters_in_the_same_stream_of_which_the_consumer_has_other_subjects(broker, waits):
