@@ -69,6 +69,7 @@ class GroupHub(QueueHub):
                 await _check_persistence(self._client, self._source)
             with contextlib.suppress(exceptions.NoPermissionError):  # if it is there, nothing need be made
                 await self._make_group(self._start)
+        self._start = "0"  # whatever is added while it is gone is new
 
     async def disconnect(self) -> None:
         if self._client is not None:

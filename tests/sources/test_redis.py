@@ -16,6 +16,19 @@ from of_redis import Redis6, Valkey
 pytestmark = pytest.mark.parametrize("server", [Valkey, Redis6], ids=lambda broker: broker.name, indirect=True)
 
 
+async def test_what_is_added_while_a_stream_is_made_again_is_all_new(broker, waits):
+    """Also for a group that began at the end of the stream, and though the connection was lost meanwhile."""
+    task = waits.poll(start="$")
+    await nothing(task)
+    with broker.client as client:
+        together = client.pipeline()
+        together.delete(broker.queue)
+        together.xadd(broker.queue, {"v": '"a"'})
+        together.client_kill_filter(_type="normal", skipme=True)
+        together.execute()
+    assert (await soon(task))["value"] == "a"
+
+
 async def test_an_entry_of_several_fields_is_a_dict_of_texts(broker, waits):
     task = waits.poll(field=None)
     with broker.client as client:
