@@ -143,7 +143,7 @@ def refusals(source: Source) -> Iterator[None]:
     except (exceptions.ProbableAuthenticationError, exceptions.AuthenticationError) as error:
         raise SourceMisconfigured(f"{source}: the server refused the login: {error}") from error
     except exceptions.ConnectionNotAllowed as error:
-        if "is down" in str(error):
+        if "is down" in str(error) or "limit" in str(error):  # of channels, which others may close
             raise ConnectionError(str(error)) from error
         raise SourceMisconfigured(f"{source}: the server refused the connection: {error}") from error
     except exceptions.ConnectionNotImplemented as error:
@@ -215,7 +215,11 @@ async def _open(found: Connection, url: URL, options: dict[str, Any]) -> Abstrac
 
 def _url(found: Connection, told: dict[str, Any], node: Endpoint, safe: bool) -> URL:
     login = (found.login, found.password or "") if found.login else ("guest", found.password or "guest")
-    query = {"heartbeat": str(number(found, told, "heartbeat", 60)), "name": "airflow-events"}
+    if (heartbeat := number(found, told, "heartbeat", 60)) <= 0:
+        raise misconfigured(
+            found, f"has the extra heartbeat={heartbeat}: a server that is gone would not be noticed"
+        )
+    query = {"heartbeat": str(heartbeat), "name": "airflow-events"}
     return URL.build(
         scheme="amqps" if safe else "amqp",
         host=node.host,
