@@ -201,7 +201,12 @@ class Clients:
 
     def producer(self) -> Producer:
         """Make a producer, whose messages are on all brokers that are to have them when it has delivered them."""
-        ours = {"enable.idempotence": True, "linger.ms": 0, "message.timeout.ms": round(PATIENCE * 1000)}
+        ours = {
+            "enable.idempotence": True,
+            "linger.ms": 0,
+            "message.timeout.ms": round(PATIENCE * 1000),
+            "message.max.bytes": 1_000_000_000,  # how large one may be, the topic says
+        }
         with self.refusals():
             return Producer({**self._settings, **ours, "error_cb": self._note}, logger=log)
 

@@ -35,7 +35,7 @@ from airflow_events.listeners.kafka.schemas import Decoder, Formats
 from airflow_events.listeners.support.positions import Known, Positions, Ranges, after, union
 from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from airflow_events.listeners.support.shared import background, connected
-from confluent_kafka import KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ _PAUSE = 2.0
 _LONGEST_COMMIT = 3.0
 # Over how many settled messages it is quicker to jump than to read them.
 _FAR = 1000
+# Bytes of why a dead letter could not be read, in its header.
+_LONGEST_REASON = 1000
 # With it begins the metadata of the offsets that we commit.
 _MARK = "airflow-events"
 
@@ -451,20 +453,29 @@ class GroupHub(QueueHub):
             headers: list[Any] = list(message.headers() or ())
         except ValueError:  # names that are no text
             headers = []
-        headers += [
-            (REASON, error.reason.encode()),
+        ours = [
+            (REASON, error.reason.encode()[:_LONGEST_REASON]),
             (SOURCE, place_of(message, self._source).encode()),
         ]
-        said: list[Any] = []
         with self._clients.refusals():
-            self._producer.produce(
-                topic, message.value(), message.key(), headers=headers, on_delivery=lambda *told: said.append(told)
-            )
-            self._producer.flush(PATIENCE + 5)
-            if not said:
-                raise BrokerUnavailable(f"no broker has taken a dead letter for {topic!r}")
-            if said[0][0] is not None:
-                raise KafkaException(said[0][0])
+            try:
+                self._send(topic, message, [*headers, *ours])
+            except KafkaException as refused:
+                if refused.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                    raise
+                self._send(topic, message, headers)  # the topic takes what it was, and no more
+
+    def _send(self, topic: str, message: Message, headers: list[Any]) -> None:
+        assert self._producer is not None
+        said: list[Any] = []
+        self._producer.produce(
+            topic, message.value(), message.key(), headers=headers, on_delivery=lambda *told: said.append(told)
+        )
+        self._producer.flush(PATIENCE + 5)
+        if not said:
+            raise BrokerUnavailable(f"no broker has taken a dead letter for {topic!r}")
+        if said[0][0] is not None:
+            raise KafkaException(said[0][0])
 
 
 def _mark(owner: str) -> str:
