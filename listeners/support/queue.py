@@ -32,6 +32,8 @@ _AT_ONCE = 500
 REASON, SOURCE = "airflow-events-reason", "airflow-events-source"
 # Seconds that giving back may take; after that the source has to notice by itself.
 _LONGEST_RETURN = 5.0
+# Seconds until another wait tries what to do with a message that cannot be read, where one has failed to.
+_POSTPONED = 30.0
 
 _H = TypeVar("_H", bound="QueueHub")
 
@@ -133,6 +135,15 @@ class QueueHub(Hub[Seeker]):
         while len(self._unreadable) > _REMEMBERED:
             self._unreadable.popitem(last=False)
         self.aside[delivery.id] = delivery
+
+    def postpone(self, delivery: Delivery) -> None:
+        """Give the message to no wait for a while, since nothing can be done with it now."""
+        delivery.wait = ""
+        background(self._release_later(delivery.id), f"postponing {delivery.id}")
+
+    async def _release_later(self, id: str) -> None:
+        await asyncio.sleep(_POSTPONED)
+        await self.release(id)
 
     async def settle(self, id: str) -> None:
         """
@@ -356,6 +367,9 @@ async def receive(
                 except hub.lost as gone:  # it is done again when there is a connection
                     log.warning("%s: not done yet, as the connection is gone (%r): %s", hub.name, gone, error)
                     await hub.release(delivery.id)
+                except Exception:  # this wait fails for it, and others get what is behind it
+                    hub.postpone(delivery)
+                    raise
                 except BaseException:
                     await hub.release(delivery.id)
                     raise
