@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +26,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from airflow_events import metrics, settings
 from airflow_events.errors import (
     ArgumentsChanged,
+    CommitFailed,
     EventLost,
     EventUndecodable,
     InboxRefused,
@@ -68,6 +68,8 @@ log = logging.getLogger(__name__)
 _ENDED = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
 # Seconds after the deadline at which the scheduler ends a wait that no triggerer has ended.
 GRACE = 300.0
+# Characters of an XCom's key.
+_LONGEST_KEY = 512
 
 # Seconds. What comes before them is waited for here: it is over before Airflow has seen that a wait is parked.
 _SOON = 5.0
@@ -200,7 +202,11 @@ class EventTrigger(BaseTrigger):
         _let_go_of_the_dag(context)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        assert self.wait is not None, "a trigger is started by the scheduler or by WaitForEventOperator"
+        if self.wait is None:
+            raise RuntimeError(
+                "the DAG was changed while this wait was open, and its waits begin on a worker now: nothing says "
+                "here what this one waits for; its next try, or a clear, begins there and has what was recorded"
+            )
         listener = reference.load(self.listener)
         if self.task_instance is None:  # dag.test(), where there is no API server
             yield await self._in_a_test(listener, Wait(**self.wait))
@@ -462,7 +468,7 @@ class EventTrigger(BaseTrigger):
         """Return what ends the task when its time is up."""
         if self.default:
             return await self._end(self.default[0])
-        if self.soft_fail:
+        if self.soft_fail and not self.finish_on_worker:
             return End(state="skipped")
         return _by_a_worker(outcome.TimedOut(deadline))
 
@@ -480,13 +486,13 @@ class EventTrigger(BaseTrigger):
             if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
                 return await self._on_worker(value)
             length = len(value)
-        values = {}
+        values: dict[str, Any] = {}
         if self.push and value is not None:
-            values[BaseXCom.XCOM_RETURN_KEY] = value
             if self.multiple_outputs:
-                if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+                if not isinstance(value, Mapping) or not all(map(_is_key, value)):
                     return await self._on_worker(value)
                 values.update(value)
+            values[BaseXCom.XCOM_RETURN_KEY] = value
         return End(
             xcoms={key: await self._serialized(key, item) for key, item in values.items()},
             dag_result=self._dag_result,
@@ -747,9 +753,20 @@ async def settle(
     :param entry: by which it was to be recorded; ``answer`` says which wait has it.
     """
     log.info("The source has delivered an event again that %s has; it is acknowledged", answer.message)
-    with contextlib.suppress(EventLost):
-        if await acknowledge(listener, wait, event):
-            await ask(Settle(entry.ti, identity=entry.identity or ""))
+    try:
+        is_confirmed = await acknowledge(listener, wait, event)
+    except EventLost:
+        return
+    except CommitFailed as failed:  # it stays in hand, and this wait waits on for one of its own
+        log.warning("It cannot be acknowledged now, and will be delivered once more: %s", failed)
+        return
+    if is_confirmed:
+        await ask(Settle(entry.ti, identity=entry.identity or ""))
+
+
+def _is_key(key: Any) -> bool:
+    """Whether an XCom can have the key, in each of Airflow's databases."""
+    return isinstance(key, str) and len(key) <= _LONGEST_KEY and max(key, default="") < "\U00010000"
 
 
 def _let_go_of_the_dag(context: Context) -> None:

@@ -181,7 +181,7 @@ class EventsTrigger(EventTrigger):
         if self.default:
             self.log.info("Delivering the default in the place of what is missing")
             end = await self._end(self._result(gathering))
-        elif self.soft_fail:
+        elif self.soft_fail and not self.finish_on_worker:
             end = End(state="skipped")
         else:
             end = _by_a_worker(outcome.TimedOut(self.deadline, count))

@@ -20,10 +20,10 @@ from airflow.utils.session import create_session
 from airflow_events import inbox_token, settings
 from airflow_events.api.requests import parse, read
 from airflow_events.errors import InboxKeyMissing, InboxTokenRefused
-from airflow_events.inbox.entries import Entry, as_json, entry_of
+from airflow_events.inbox.entries import Answer, Entry, Status, as_json, entry_of
 from airflow_events.provider_info import VERSION
 from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, status
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ def _answers(raw: bytes) -> bytes:
     entries = _entries(parse(raw))
     try:
         answers = transactions.carry_out(entries)
+    except DataError:
+        answers = [answer for entry in entries for answer in _alone(entry)]
     except DBAPIError as error:
         if _lacks_tables(error):
             log.error(
@@ -94,6 +96,17 @@ def _answers(raw: bytes) -> bytes:
             ) from None
         raise
     return json.dumps({"answers": [as_json(answer) for answer in answers], "version": VERSION}).encode()
+
+
+def _alone(entry: Entry) -> list[Answer]:
+    """Carry out one entry, of which the database may refuse what it has to write."""
+    from airflow_events.inbox import transactions
+
+    try:
+        return transactions.carry_out([entry])
+    except DataError as error:
+        log.warning("The database refuses what it is to write", exc_info=error)
+        return [Answer(Status.INVALID, f"the database refuses it: {str(error.orig).splitlines()[0]}")]
 
 
 def _entries(body: Any) -> list[Entry]:

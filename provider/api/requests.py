@@ -95,7 +95,7 @@ async def read(request: Request, limit: int, option: str) -> bytes:
 def parse(raw: bytes) -> Any:
     """Return what a body says."""
     try:
-        return json.loads(raw.decode(), parse_constant=_refuse)
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise HTTPException(
             status.HTTP_422_UNPROCESSABLE_CONTENT, f"the body is no JSON: {error or 'nested too deeply'}"

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from airflow.models.renderedtifields import RenderedTaskInstanceFields
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
+from airflow.models.xcom import XComModel
 from airflow.utils.state import TaskInstanceState
 from airflow_events.inbox import hosts, legacy, sought, starts, tasks
 from airflow_events.inbox.alarm import alarm
@@ -295,6 +296,7 @@ def begin(session: Session, entries: Sequence[Begin]) -> list[Answer]:
         _execute(session, delete(EventTaken).where(EventTaken.record_id.in_(sorted(given_up))))
     _set_timeouts(session, timeouts)
     _show(session, [(task, entry.rendered) for entry, task in known])
+    _clear_xcoms(session, [task for entry, task in known if entry.rendered is not None])
     return answers
 
 
@@ -872,6 +874,14 @@ def _clear_timeouts(session: Session, recorded: Iterable[Task]) -> None:
     ids = sorted({task.id for task in recorded if task.trigger_timeout is not None})
     if ids:
         _execute(session, update(TaskInstance).where(TaskInstance.id.in_(ids)).values(trigger_timeout=None))
+
+
+def _clear_xcoms(session: Session, begun: Sequence[Task]) -> None:
+    """Delete what an earlier life of tasks has returned, as a worker does that starts a try."""
+    keys = [(task.dag_run_id, task.task_id, task.map_index) for task in begun]
+    if keys:
+        columns = (XComModel.dag_run_id, XComModel.task_id, XComModel.map_index)
+        _execute(session, delete(XComModel).where(tuple_(*columns).in_(keys)))
 
 
 def _show(session: Session, rendered: Iterable[tuple[Task, Mapping[str, Any] | None]]) -> None:

@@ -154,6 +154,22 @@ def test_without_replay_a_clear_waits_for_another_and_a_retry_does_not(waits):
     assert waits.record(ti, begun.generation, '"second"').status == DONE
 
 
+def test_what_an_earlier_life_returned_is_gone_where_no_worker_begins_the_next(waits):
+    """A worker deletes it as it starts a try, and pushes what a pre_execute may have for it."""
+    ti = waits.deferred()
+    generation = waits.begin(ti, replay=False, rendered={}).generation
+    waits.record(ti, generation, record_id="r", committed=True, end=End(xcoms={"return_value": {"a": 1}, "a": 1}))
+    assert waits.xcoms(ti) == {"return_value": {"a": 1}, "a": 1}
+    on_worker = waits.again(ti, cleared=True)
+    waits.begin(on_worker, replay=False)
+    assert waits.xcoms(on_worker).keys() == {"return_value", "a"}
+    again = waits.again(on_worker, cleared=True)
+    generation = waits.begin(again, replay=False, rendered={}).generation
+    assert waits.xcoms(again) == {}
+    assert waits.finish(again, generation, end=End("skipped")).status == Status.DONE
+    assert waits.xcoms(again) == {}
+
+
 def test_the_deadline_counts_from_the_first_try_and_again_from_a_clear(waits):
     ti = waits.deferred()
     first = waits.begin(ti, timeout=60.0).deadline

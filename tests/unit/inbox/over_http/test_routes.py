@@ -19,7 +19,7 @@ from airflow_events.provider_info import VERSION
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 
 INBOX = "/events/inbox"
 
@@ -186,6 +186,18 @@ def test_what_else_the_database_refuses_is_not_taken_for_missing_tables(client, 
         raise_it([])
     carries_out(raise_it)
     assert "migrate" not in client.post(INBOX, json=asked(Begin("a"))).json()["detail"]
+
+
+def test_what_the_database_refuses_of_one_does_not_hold_up_the_others(client, carries_out):
+    def carry_out(entries):
+        if any(entry.ti == "b" for entry in entries):
+            raise DataError("INSERT", {}, ValueError("value too long for type character varying(512)"))
+        return done(entries)
+
+    carries_out(carry_out)
+    answers = client.post(INBOX, json=asked(Begin("a"), Begin("b"), Begin("c"))).json()["answers"]
+    assert [answer["status"] for answer in answers] == ["done", "invalid", "done"]
+    assert answers[1]["message"] == "the database refuses it: value too long for type character varying(512)"
 
 
 def test_it_says_which_tables_there_are(client, database):
