@@ -16,10 +16,10 @@ def check_key(key: Any) -> str:
     """
     Return ``key`` if it can be one.
 
-    :raises ValueError: it is empty or longer than 256 characters, or is no text.
+    :raises ValueError: it is empty or longer than 256 characters, has a line end, or is no text.
     """
-    if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY:
-        raise ValueError(f"a key is a text of 1 to {LONGEST_KEY} characters, not {key!r:.100}")
+    if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY or "\n" in key or "\r" in key:
+        raise ValueError(f"a key is a text of 1 to {LONGEST_KEY} characters in one line, not {key!r:.100}")
     return key
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from airflow.sdk.bases.operator import BaseOperator
 from airflow.sdk.configuration import conf
+from airflow.sdk.definitions._internal.abstractoperator import DEFAULT_POOL_NAME
 from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions._internal.types import is_arg_set
 from airflow.sdk.definitions.param import Param, ParamsDict
 from airflow.sdk.definitions.xcom_arg import XComArg
-from airflow_events.listeners.support.serde import localized
+from airflow_events.listeners.support.serde import localized, simple
 from airflow_events.operators import templates
 from airflow_events.triggers import reference
 
@@ -67,7 +68,7 @@ def resolves_at_run_time(value: Any) -> bool:
 
 def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
     arguments = [getattr(task, field) for field in task.template_fields]
-    literals = [task.default if task.has_default else None, *([] if task.arguments_as_text else arguments)]
+    literals = simple([task.default if task.has_default else None, *([] if task.arguments_as_text else arguments)])
     if not reference.is_importable(task.listener) and (why := reference.unsteady(task.listener)):
         return f"the triggerer cannot import {task.listener.__qualname__}, and {why}"
     if resolves_at_run_time(arguments):
@@ -78,6 +79,8 @@ def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
         return why
     if missing := _params_without_value(task):
         return f"its param {missing} has no default, and Airflow's triggerer stops at such a one"
+    if checked := _param_with_schema(task):
+        return f"its param {checked} has a schema, which only workers hold its value against"
     if task.map_index_template:
         return "it has a map_index_template, which only workers render"
     if _runs_before(task):
@@ -86,6 +89,8 @@ def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
         return f"its class defines {method}, which only workers call"
     if task.max_active_tis_per_dag is not None or task.max_active_tis_per_dagrun is not None:
         return "it has a max_active_tis_per_dag or max_active_tis_per_dagrun, which hold back workers alone"
+    if task.pool != DEFAULT_POOL_NAME:
+        return "it has a pool, whose slots hold back workers alone"
     if conf.getboolean("triggerer", "queues_enabled", fallback=False):
         return "[triggerer] queues_enabled needs a queue, which the scheduler does not give to triggers"
     return None
@@ -179,6 +184,14 @@ def _params_without_value(task: WaitForEventOperator) -> str | None:
     process (`TriggerRunner.create_triggers`).
     """
     return next((name for name, param in _params(task) if not is_arg_set(param.value)), None)
+
+
+def _param_with_schema(task: WaitForEventOperator) -> str | None:
+    """Name a param of the task's own that has a schema; those of the DAG are checked as a run is made."""
+    found = {name: param.schema for name, param in _params(task)}  # the task's own last
+    of_dag = task.dag.params if task.has_dag() else None  # type: ignore[no-untyped-call]
+    checked = {name: of_dag.get_param(name).schema for name in of_dag} if isinstance(of_dag, ParamsDict) else {}
+    return next((name for name, schema in found.items() if schema and schema != checked.get(name)), None)
 
 
 def _param_not_kept(task: WaitForEventOperator, names: frozenset[str | None]) -> str | None:

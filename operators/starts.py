@@ -15,6 +15,7 @@ from airflow_events.inbox.entries import START_GROUP
 from airflow_events.listeners.base import EventListener, check_arguments, check_listener, commits, describe
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.values import Match
+from airflow_events.operators import templates
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.triggers import reference
 from airflow_events.triggers.start_rules import Rules
@@ -191,7 +192,7 @@ def _check(listener: type[EventListener], args: Any, kwargs: Any) -> None:
             serde.check(value, label)
         except EventNotSerializable as error:
             raise TypeError(f"start_on: {error}") from error
-    if "{{" in json.dumps(serde.as_json([list(args), kwargs])):
+    if any(map(templates.is_template, templates.strings([list(args), kwargs]))):
         raise TypeError("start_on takes literals: there is no run yet for which a template could be rendered")
     check_arguments(listener, args, kwargs)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from airflow.sdk.bases.decorator import get_unique_task_id
 from airflow.sdk.bases.operator import BaseOperator
@@ -40,6 +41,8 @@ class _Missing:
 
 
 MISSING = _Missing()
+_LONGEST = timedelta(days=36525)
+"""How long a timeout may be: Airflow's databases and Python know no moment much later."""
 
 
 class _StartFromTrigger:
@@ -124,18 +127,12 @@ class WaitForEventOperator(BaseOperator):
         super().__init__(retries=retries, retry_delay=retry_delay, **kwargs)
         self.listener = check_listener(listener)
         # Of the fields that are templates Airflow wants the value of the constructor, or one equal to it.
-        self.listener_args = listener_args if isinstance(listener_args, ResolveMixin) else list(listener_args)
-        self.listener_kwargs = (
-            listener_kwargs if isinstance(listener_kwargs, ResolveMixin) else dict(listener_kwargs or {})
-        )
+        self.listener_args = _positional(listener_args)
+        self.listener_kwargs = _by_name(listener_kwargs)
         self.timeout = _positive(timeout)
-        if soft_fail and default is not MISSING:
-            raise ValueError("soft_fail skips the task when the time is over, default delivers a value: give one")
-        if timeout is None and (soft_fail or default is not MISSING):
-            raise ValueError("soft_fail and default are for when the time is over, and there is no timeout")
-        self.soft_fail = soft_fail
-        self.default = default
-        self.replay = replay
+        inherited = kwargs.get("default_args") or {}
+        self.soft_fail, self.default = _when_time_is_over(timeout, soft_fail, default, inherited)
+        self.replay = _switch("replay", replay)
         self._check_arguments()
 
     @property
@@ -148,6 +145,10 @@ class WaitForEventOperator(BaseOperator):
         """Fix arguments of a mapped wait; a listener that is none is refused here, when the DAG is parsed."""
         if "listener" in kwargs:
             _refuse_pickle(check_listener(kwargs["listener"]))
+        _positive(kwargs.get("timeout"))
+        _switch("replay", kwargs.get("replay", True))
+        soft_fail, default = kwargs.get("soft_fail", False), kwargs.get("default", MISSING)
+        _when_time_is_over(kwargs.get("timeout"), soft_fail, default, {})
         return super().partial(**kwargs)
 
     @classmethod
@@ -260,12 +261,12 @@ class WaitForEventOperator(BaseOperator):
         zone = Wait("", "", "", timezone=timezone_name(self)).tz
         return {
             "listener": reference.refer(self.listener),
-            "listener_args": serde.localized(self.listener_args, zone),
-            "listener_kwargs": serde.localized(self.listener_kwargs, zone),
+            "listener_args": serde.localized(serde.simple(self.listener_args), zone),
+            "listener_kwargs": serde.localized(serde.simple(self.listener_kwargs), zone),
             "finish_on_worker": placement(self).finishes_on_worker_because is not None,
             "timeout": self.timeout.total_seconds() if self.timeout else None,
             "soft_fail": self.soft_fail,
-            "default": [serde.localized(self.default, zone)] if self.has_default else [],
+            "default": [serde.localized(serde.simple(self.default), zone)] if self.has_default else [],
             "push": self.do_xcom_push,
             "multiple_outputs": bool(self.multiple_outputs),
             "outlets": _profiles(self.outlets),
@@ -289,10 +290,7 @@ class WaitForEventOperator(BaseOperator):
         _refuse_pickle(self.listener)
         for name, value in (("listener_args", self.listener_args), ("listener_kwargs", self.listener_kwargs)):
             if not resolves_at_run_time(value):
-                try:
-                    serde.check(value, name)
-                except EventNotSerializable as error:
-                    raise TypeError(f"{self.task_id}: {error}") from error
+                self._check_value(value, name)
         if not isinstance(self.listener_args, ResolveMixin) and not isinstance(self.listener_kwargs, ResolveMixin):
             check_arguments(self.listener, self.listener_args, self.listener_kwargs)
             if not resolves_at_run_time([self.listener_args, self.listener_kwargs]):
@@ -301,7 +299,25 @@ class WaitForEventOperator(BaseOperator):
                 except ValueError as error:
                     raise ValueError(f"{self.task_id}: {error}") from error
         if self.has_default:
-            serde.check(self.default, "default")
+            self._check_value(self.default, "default")
+
+    def _check_value(self, value: Any, name: str) -> None:
+        """
+        Check what goes to the triggerer.
+
+        :raises TypeError: Airflow does not store it, or a triggerer could not read it, which would end it.
+        """
+        value = serde.simple(value)
+        try:
+            serde.check(value, name)
+        except EventNotSerializable as error:
+            raise TypeError(f"{self.task_id}: {error}") from error
+        for place, kind in serde.classes(value):
+            if not reference.is_importable(kind):
+                raise TypeError(
+                    f"{self.task_id}: {name}{place} is a {kind.__qualname__}, which a triggerer cannot import: "
+                    "give its fields, or move it to an installed package"
+                )
 
 
 class OfTask:
@@ -313,6 +329,15 @@ class OfTask:
     def override(self, **operator_arguments: Any) -> Self:
         """Return the same with other arguments of the operator."""
         return type(self)({**self._operator_arguments, **operator_arguments})
+
+    def expand(self, *_: Any, **__: Any) -> NoReturn:
+        """Say how it is done."""
+        raise TypeError(
+            "a mapped wait is WaitForEventOperator.partial(task_id=..., listener=...).expand(listener_args=...); "
+            "it is in airflow_events.operators.wait_for_event. One task for many events is wait_for_events"
+        )
+
+    partial = expand_kwargs = expand
 
     def _output(self, operator: type[BaseOperator], task_id: str, **call: Any) -> XComArg:
         arguments = dict(self._operator_arguments)
@@ -333,6 +358,7 @@ class _WaitForEvent(OfTask):
     """
 
     def __call__(self, listener: type[EventListener], /, *args: Any, **kwargs: Any) -> XComArg:
+        check_names(listener, kwargs)
         return self._output(
             WaitForEventOperator, "wait_for_event", listener=listener, listener_args=args, listener_kwargs=kwargs
         )
@@ -346,10 +372,77 @@ def _positive(timeout: timedelta | float | None) -> timedelta | None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (timedelta, int, float)):
         raise TypeError(f"timeout is a timedelta, a number of seconds or None, not {timeout!r}")
-    duration = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-    if duration <= timedelta():
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not seconds > 0:
         raise ValueError(f"timeout must be positive, not {timeout!r}")
-    return duration
+    if seconds > _LONGEST.total_seconds():
+        raise ValueError(f"timeout is at most {_LONGEST}, not {timeout!r}; None waits for ever")
+    return timedelta(seconds=seconds)
+
+
+def _switch(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}")
+    return value
+
+
+def _when_time_is_over(
+    timeout: Any, soft_fail: bool, default: Any, inherited: Mapping[str, Any]
+) -> tuple[bool, Any]:
+    """
+    Return what is done when the time is over.
+
+    :param inherited: the default arguments of the DAG, of which those that do not fit mean other tasks.
+    :raises ValueError: there is no timeout, or both are given.
+    """
+    _switch("soft_fail", soft_fail)
+    if inherited.get("soft_fail") is soft_fail and (timeout is None or default is not MISSING):
+        soft_fail = False
+    if timeout is None and "default" in inherited:
+        default = MISSING
+    if soft_fail and default is not MISSING:
+        raise ValueError("soft_fail skips the task when the time is over, default delivers a value: give one")
+    if timeout is None and (soft_fail or default is not MISSING):
+        raise ValueError("soft_fail and default are for when the time is over, and there is no timeout")
+    return soft_fail, default
+
+
+def _positional(arguments: Any) -> Any:
+    if isinstance(arguments, ResolveMixin):
+        return arguments
+    if not isinstance(arguments, (list, tuple)):
+        raise TypeError(
+            f"listener_args is a list of positional arguments, not {arguments!r:.200}; of named ones there is "
+            "listener_kwargs"
+        )
+    return list(arguments)
+
+
+def _by_name(arguments: Any) -> Any:
+    if arguments is None or isinstance(arguments, ResolveMixin):
+        return arguments or {}
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"listener_kwargs is a mapping of named arguments, not {arguments!r:.200}")
+    return dict(arguments)
+
+
+def check_names(listener: type[EventListener], kwargs: Mapping[str, Any], by: str = "wait_for_event") -> None:
+    """
+    Check that no argument of the task stands among the listener's.
+
+    :param by: what the DAG's author calls.
+    :raises TypeError: one does; the message says where it belongs.
+    """
+    taken = inspect.signature(check_listener(listener).poll_for_event).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        return
+    of_task = {*inspect.signature(WaitForEventOperator).parameters, *inspect.signature(BaseOperator).parameters}
+    for name in kwargs:
+        if name not in taken and name in of_task and name not in listener.not_taken:
+            raise TypeError(
+                f"{name} is an argument of the task, and not of {listener.__qualname__}: "
+                f"{by}.override({name}=...)({listener.__qualname__}, ...)"
+            )
 
 
 def _refuse_pickle(listener: type[EventListener]) -> None:

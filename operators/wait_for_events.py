@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException
-from airflow_events.errors import EventNotSerializable
 from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
 from airflow_events.listeners.support import serde
 from airflow_events.operators.placement import resolves_at_run_time
-from airflow_events.operators.wait_for_event import MISSING, OfTask, WaitForEventOperator, timezone_name
+from airflow_events.operators.wait_for_event import (
+    MISSING,
+    OfTask,
+    WaitForEventOperator,
+    check_names,
+    timezone_name,
+)
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import EventTrigger
@@ -128,9 +133,9 @@ class WaitForEventsOperator(WaitForEventOperator):
     def _calls(self) -> Calls:
         if self._made is None or self._made[0] is not self.arguments:
             zone = Wait("", "", "", timezone=timezone_name(self)).tz
-            arguments = serde.localized(_listed(self.arguments), zone)
+            arguments = serde.localized(serde.simple(_listed(self.arguments)), zone)
             assert isinstance(self.listener_kwargs, Mapping), "rendered by now"
-            calls = Calls(arguments, serde.localized(dict(self.listener_kwargs), zone))
+            calls = Calls(arguments, serde.localized(serde.simple(dict(self.listener_kwargs)), zone))
             self._made = (self.arguments, calls, "")
         return self._made[1]
 
@@ -161,10 +166,7 @@ class WaitForEventsOperator(WaitForEventOperator):
         given = [*self.arguments, *self.listener_kwargs.values()]
         if not resolves_at_run_time(given):
             for name in self.template_fields:
-                try:
-                    serde.check(getattr(self, name), name)
-                except EventNotSerializable as error:
-                    raise TypeError(f"{self.task_id}: {error}") from error
+                self._check_value(getattr(self, name), name)
         calls = Calls(self.arguments, self.listener_kwargs)
         for index, argument in enumerate(self.arguments):
             if not isinstance(argument, ResolveMixin):
@@ -174,7 +176,7 @@ class WaitForEventsOperator(WaitForEventOperator):
                 except TypeError as error:
                     raise TypeError(f"{self.task_id}: arguments[{index}]: {error}") from None
         if self.has_default:
-            serde.check(self.default, "default")
+            self._check_value(self.default, "default")
 
 
 class _WaitForEvents(OfTask):
@@ -193,6 +195,7 @@ class _WaitForEvents(OfTask):
     def __call__(
         self, listener: type[EventListener], arguments: Sequence[Any] | XComArg, /, **common: Any
     ) -> XComArg:
+        check_names(listener, common, "wait_for_events")
         return self._output(
             WaitForEventsOperator,
             "wait_for_events",

@@ -36,7 +36,8 @@ class EventNotSerializable(EventsError, TypeError):
     """
 
     def __init__(self, place: str, reason: str) -> None:
-        super().__init__(f"{place} cannot be delivered: {reason}")
+        what = "delivered" if place.startswith("event") else "stored"
+        super().__init__(f"{place} cannot be {what}: {reason}")
         self.place = place
 
 

@@ -3,8 +3,8 @@
 Let many send events while API servers are restarted: python3 scripts/senders.py [--events 2000].
 
 Two API servers with four processes each behind a balancer, two triggerers, PostgreSQL. Half of the events are sent
-before their waits begin. Some senders hang up, some send to a key that another one sends to as well. In the end it tells what each
-sender was told from what the tasks got.
+before their waits begin. Some senders hang up, some send to a key that another one sends to as well. In the end it
+compares what each sender was told with what the tasks got.
 """
 
 from __future__ import annotations
@@ -47,11 +47,14 @@ def main() -> None:
 
     random.seed(options.seed)
     ports = [free_port(), free_port()]
-    with tempfile.TemporaryDirectory(prefix="airflow-events-senders-") as home, Postgres() as database:
-        with Deployment(Path(home), database=database.url) as airflow:
-            airflow.prepare()
-            airflow.add_dags(STAGE / "orders.py")
-            sys.exit(asyncio.run(Senders(airflow, ports, options).run()))
+    with (
+        tempfile.TemporaryDirectory(prefix="airflow-events-senders-") as home,
+        Postgres() as database,
+        Deployment(Path(home), database=database.url) as airflow,
+    ):
+        airflow.prepare()
+        airflow.add_dags(STAGE / "orders.py")
+        sys.exit(asyncio.run(Senders(airflow, ports, options).run()))
 
 
 class Balancer:
@@ -70,6 +73,10 @@ class Balancer:
         self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # those that are open in the end
+            await self._connect(reader, writer)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             for _ in range(self._count):
                 with contextlib.suppress(OSError):
@@ -147,7 +154,7 @@ class Senders:
 
     def _end(self, runs: list) -> tuple[set[str], dict[int, list[str]]]:
         """Return the states of the runs, and by key the ids of the events that tasks got."""
-        states, got = {run.finished() for run in runs}, collections.defaultdict(list)
+        states, got = {run.finished(timeout=600) for run in runs}, collections.defaultdict(list)
         for part, run in enumerate(runs):
             for number in range(EACH):
                 event = run.xcom(f"order_{number}")

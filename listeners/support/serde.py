@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone, tzinfo
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 from airflow.sdk.serde import deserialize, serialize
@@ -14,6 +16,8 @@ from airflow_events.errors import EventNotSerializable
 
 # By these Airflow tells its own dicts from others; a payload that has them would be taken for a class.
 _RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
+
+_KNOWN = frozenset({"builtins", "datetime", "decimal", "uuid", "pendulum", "airflow", "zoneinfo"})
 
 DEEPEST = 95
 """
@@ -128,13 +132,18 @@ def _refused(leaf: Any) -> str | None:
     if kind is int:
         return None if -(2**63) <= leaf < 2**64 else "it is an integer of more than 64 bits"
     if kind is float:
-        return None if math.isfinite(leaf) else f"JSON has no {leaf}"
+        if not math.isfinite(leaf):
+            return f"JSON has no {leaf}"
+        # PostgreSQL gives a float without a fraction back as an integer, which Airflow then cannot read.
+        is_small = -(2.0**63) <= leaf < 2.0**64
+        return None if is_small else f"PostgreSQL makes an integer of more than 64 bits of {leaf!r}"
     if kind is datetime:  # keeps its type; whether it comes back equal is seen of the whole value
         return None
     try:
         returned = decode(encode(leaf))
     except Exception as error:
-        return f"Airflow cannot store a {_name(leaf)} and give it back ({error})"
+        why = str(error).partition(". ")[0]
+        return f"Airflow cannot store a {_name(leaf)} and give it back ({why})"
     if type(returned) is not kind:
         return f"a {_name(leaf)} would come back as a {_name(returned)}"
     return None
@@ -161,6 +170,36 @@ def localized(value: Any, zone: tzinfo) -> Any:
     if type(value) in (list, tuple, set, frozenset):
         return type(value)(localized(item, zone) for item in value)
     return value
+
+
+def simple(value: Any) -> Any:
+    """
+    Return an argument with what stands for something simpler as that.
+
+    A path is its text, a member of an Enum its value, a duration of pendulum's a timedelta, and the outputs of a
+    mapped task, which Airflow reads one by one, a list.
+    """
+    kind = type(value)
+    if kind is dict:
+        return {key: simple(item) for key, item in value.items()}
+    if kind in (list, tuple, set, frozenset):
+        return kind(simple(item) for item in value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Enum):
+        return simple(value.value)
+    if isinstance(value, timedelta) and kind is not timedelta:
+        return timedelta(seconds=value.total_seconds())
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, range, list, tuple)):
+        return [simple(item) for item in value]
+    return value
+
+
+def classes(value: Any) -> Iterator[tuple[str, type[Any]]]:
+    """Return the class of each leaf that is of one, and no type of Python's or Airflow's own, and where it is."""
+    for place, leaf in _leaves(value, ""):
+        if type(leaf).__module__.partition(".")[0] not in _KNOWN:
+            yield place, type(leaf)
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:

@@ -128,9 +128,9 @@ class Match:
     What a watch wants to see in an event's value.
 
     :param wanted: None matches every value. A mapping matches a value that has these fields; a dot leads into
-        a nested one (``{"order.id": 42}``). Numbers and their text are the same, since a template renders to
-        text: ``"42"`` matches 42. A string is a JMESPath expression (https://jmespath.org), which matches
-        where it finds anything but null, false or something empty.
+        a nested one (``{"order.id": 42}``). What is no text and its text are the same, since a template renders
+        to text: ``"42"`` matches 42, and ``"True"`` true. A string is a JMESPath expression
+        (https://jmespath.org), which matches where it finds anything but null, false or something empty.
     :raises ValueError: the expression is none.
     :raises TypeError: another type.
     """
@@ -178,10 +178,14 @@ def key_of(value: Any, fields: tuple[str, ...]) -> tuple[str, ...] | None:
     return tuple(found)
 
 
+# As a template writes what JSON writes otherwise.
+_AS_JSON = {"True": "true", "False": "false", "None": "null"}
+
+
 def _text(value: Any) -> str:
-    """Write a field such that a number and its text are the same, and 1 and 1.0, and a date and its text."""
+    """Write a field such that it and its text are the same, as templates write it, and 1 and 1.0."""
     if isinstance(value, str):
-        return value
+        return _AS_JSON.get(value, value)
     if type(value) is int:  # which most are
         return str(value)
     if isinstance(value, date):  # a datetime is one

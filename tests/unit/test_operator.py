@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import enum
 import uuid
 from datetime import datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
+import pendulum
 import pytest
 from airflow.sdk import DAG, Asset, BaseOperator, task
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
-from airflow_events import EventListener, wait_for_event
+from airflow_events import EventListener, wait_for_event, wait_for_events
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.kafka import KafkaListener
 from airflow_events.listeners.nats import NatsListener
 from airflow_events.listeners.rabbitmq import RabbitMQListener
 from airflow_events.listeners.redis import RedisListener
 from airflow_events.listeners.sqs import SqsListener
+from airflow_events.listeners.support import serde
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.placement import placement
 from airflow_events.operators.wait_for_event import WaitForEventOperator
+from airflow_events.triggers import reference
+
+
+class Anything(EventListener):
+    async def poll_for_event(self, *args, **kwargs): ...
+
+
+# As if it came from an installed package.
+Anything.__module__ = "airflow_events.listeners.timer"
 
 
 @pytest.fixture
@@ -83,7 +96,7 @@ def test_what_is_no_listener_is_refused(dag, listener, message):
         ((), {}, r"TimerListener.poll_for_event\(.*moment.*missing a required argument: 'moment'"),
         ((1, 2), {}, "too many positional arguments"),
         ((), {"when": 1}, "missing a required argument: 'moment'|unexpected keyword argument 'when'"),
-        ((object(),), {}, r"wait_for_event: listener_args\[0\] cannot be delivered"),
+        ((object(),), {}, r"wait_for_event: listener_args\[0\] cannot be stored"),
         (({"a": {1: 2}},), {}, r"listener_args\[0\]\['a'\]\[1\]"),
     ],
 )
@@ -108,6 +121,83 @@ def test_a_consumer_that_cannot_leave_what_does_not_match_says_why(dag, listener
         wait_for_event(listener, "q", match={"kind": "paid"})
 
 
+class Order:
+    """Something that Airflow is allowed to store."""
+
+
+def test_an_argument_of_a_class_that_no_triggerer_can_import_is_refused(dag, monkeypatch):
+    """Its triggerer would end as it reads it, and with it all other waits."""
+    monkeypatch.setattr(serde, "check", lambda value, name: value)
+    monkeypatch.setattr(reference, "is_importable", lambda kind: kind is not Order)
+    with pytest.raises(TypeError, match=r"listener_args\[1\]\['a'\] is a Order, which a triggerer cannot import"):
+        wait_for_event(Anything, 1, {"a": Order()})
+
+
+def test_what_stands_for_something_simpler_is_that(dag):
+    class Kind(enum.Enum):
+        PAID = "paid"
+
+    wait = wait_for_event(Anything, Path("/data"), {"kind": Kind.PAID}, pendulum.duration(hours=1)).operator
+    told = wait.start_trigger_args.trigger_kwargs
+    assert told["listener_args"] == ["/data", {"kind": "paid"}, timedelta(hours=1)]
+    assert type(told["listener_args"][2]) is timedelta
+
+
+@pytest.mark.parametrize("name", ["timeout", "retries", "task_id", "outlets"])
+def test_an_argument_of_the_task_among_the_listeners_is_shown_its_place(dag, name):
+    with pytest.raises(
+        TypeError, match=rf"{name} is an argument of the task.* wait_for_event\.override\({name}=...\)"
+    ):
+        wait_for_event(TimerListener, 1, **{name: 30})
+    with pytest.raises(TypeError, match=rf"wait_for_events\.override\({name}=...\)"):
+        wait_for_events(TimerListener, [1], **{name: 30})
+
+
+@pytest.mark.parametrize("how", ["expand", "partial", "expand_kwargs"])
+def test_mapping_it_says_how_it_is_done(dag, how):
+    with pytest.raises(TypeError, match=r"WaitForEventOperator.partial\(.*\)\.expand"):
+        getattr(wait_for_event, how)(TimerListener)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"listener_args": {"directory": "/x"}}, "listener_args is a list of positional arguments"),
+        ({"listener_args": "ab"}, "listener_args is a list of positional arguments, not 'ab'"),
+        ({"listener_args": 5}, "listener_args is a list of positional arguments, not 5"),
+        ({"listener_args": [1], "listener_kwargs": ["a"]}, "listener_kwargs is a mapping"),
+        ({"listener_args": [1], "replay": "no"}, "replay is True or False, not 'no'"),
+        ({"listener_args": [1], "timeout": 5, "soft_fail": "yes"}, "soft_fail is True or False, not 'yes'"),
+    ],
+)
+def test_arguments_of_another_shape_are_refused(dag, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        WaitForEventOperator(task_id="wait", listener=TimerListener, **arguments)
+
+
+@pytest.mark.parametrize("timeout", [timedelta(weeks=520_000), timedelta.max, float("inf"), float("nan")])
+def test_a_timeout_that_no_database_can_hold_is_refused(dag, timeout):
+    with pytest.raises(ValueError, match=r"timeout (is at most|must be positive)"):
+        wait_for_event.override(timeout=timeout)(TimerListener, 1)
+    with pytest.raises(ValueError, match=r"timeout (is at most|must be positive)"):
+        WaitForEventOperator.partial(task_id="wait", listener=TimerListener, timeout=timeout)
+
+
+def test_default_arguments_of_the_dag_that_are_for_other_tasks_harm_no_wait():
+    with DAG("defaults", default_args={"soft_fail": True}):
+        assert not wait_for_event(TimerListener, 1).operator.soft_fail
+        assert wait_for_event.override(timeout=5)(TimerListener, 1).operator.soft_fail
+        assert wait_for_event.override(timeout=5, default=1)(TimerListener, 1).operator.default == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"), [({"timeout": "1h"}, TypeError), ({"soft_fail": True}, ValueError)]
+)
+def test_a_mapped_wait_is_checked_when_the_dag_is_parsed(dag, arguments, error):
+    with pytest.raises(error):
+        WaitForEventOperator.partial(task_id="wait", listener=TimerListener, **arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -117,7 +207,7 @@ def test_a_consumer_that_cannot_leave_what_does_not_match_says_why(dag, listener
         ({"soft_fail": True}, ValueError, "there is no timeout"),
         ({"default": None}, ValueError, "there is no timeout"),
         ({"timeout": 1, "soft_fail": True, "default": 1}, ValueError, "give one"),
-        ({"timeout": 1, "default": object()}, TypeError, "default cannot be delivered"),
+        ({"timeout": 1, "default": object()}, TypeError, "default cannot be stored"),
         ({"no_such_argument": 1}, TypeError, "no_such_argument"),
     ],
 )

@@ -541,7 +541,11 @@ STARTS = {
     "execution_timeout": (lambda: operator(0, of_task={"execution_timeout": timedelta(hours=1)}), None),
     "replay=False": (lambda: operator(0, of_task={"replay": False}), None),
     "outlets": (lambda: operator(0, of_task={"outlets": [Asset("a")]}), None),
-    "pool": (lambda: operator(0, of_task={"pool": "small", "pool_slots": 3}), None),
+    "pool": (lambda: operator(0, of_task={"pool": "small", "pool_slots": 3}), "it has a pool"),
+    "param of the task with a schema": (
+        lambda: operator(0, of_task={"params": {"limit": Param(5, type="integer")}}),
+        "its param limit has a schema",
+    ),
     "multiple outputs": (lambda: operator(0, of_task={"multiple_outputs": True}), None),
 }
 

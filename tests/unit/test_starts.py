@@ -40,7 +40,7 @@ def upstream(): ...
         (WithoutId, [], {}, TypeError, "what tells an event from every other"),
         (DirectoryListener, [], {}, TypeError, "does not take these arguments"),
         (DirectoryListener, ["{{ var.value.folder }}"], {}, TypeError, "for which a template could be rendered"),
-        (DirectoryListener, [object()], {}, TypeError, "cannot be delivered"),
+        (DirectoryListener, [object()], {}, TypeError, "cannot be stored"),
         ("text", [], {}, TypeError, "a listener is a subclass"),
         (DirectoryListener, ["d"], {"up_to": 0}, ValueError, "of at least 1, not 0"),
         (DirectoryListener, ["d"], {"up_to": True}, ValueError, "not True"),
