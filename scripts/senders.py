@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Many senders, and API servers that are restarted meanwhile.")
     parser.add_argument("--events", type=int, default=2000, help="how many keys, a multiple of 50 (default: 2000)")
     parser.add_argument("--senders", type=int, default=50, help="how many send at a time (default: 50)")
+    parser.add_argument("--pace", type=float, default=3, help="mean seconds between two events of a sender")
     parser.add_argument("--processes", type=int, default=4, help="of each API server (default: 4)")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -201,6 +202,7 @@ class Senders:
                     if number % HAS_RIVAL == 0:
                         events.append(f"{number} of a rival")
                     await asyncio.gather(*(self._send(client, number, event, token) for event in events))
+                    await asyncio.sleep(random.uniform(0, 2 * self._options.pace))
 
         await asyncio.gather(*(sender(name) for name in range(self._options.senders)))
         print(f"{len(numbers)} sent; {dict(self.seen)}; restarts: {dict(self.restarts)}", flush=True)

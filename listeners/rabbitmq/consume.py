@@ -148,6 +148,10 @@ class Consumer(OnServer, QueueHub):
                 del self._behind[id]
             self.offer(id, received)
 
+    def known_by(self, delivery: Delivery) -> str:
+        known: str = delivery.message.content_id
+        return known
+
     async def close(self) -> None:
         self._behind.clear()
         await super().close()
@@ -233,14 +237,13 @@ async def refuse(hub: Consumer, delivery: Delivery, error: EventUndecodable) -> 
     """
     Fail a wait for a message that cannot be read, which stays unacknowledged.
 
-    Without a `message_id` it is another one at each delivery, and would fail a wait each time; so it is known by
-    what it holds. That another one is taken for it does no harm, since none of them is acknowledged.
+    It is known by what it holds: without a `message_id` it is another one at each delivery, and would fail a wait
+    each time; and with one, its sender may send what it should have been under the same.
 
     :raises EventUndecodable: always.
     """
     hub.set_aside(delivery)
-    if delivery.message.message_id is None:
-        error.event_id = delivery.message.content_id
+    error.event_id = hub.known_by(delivery)
     raise error
 
 

@@ -64,16 +64,14 @@ class Received:
     @property
     def id(self) -> str:
         """Its `EventListener.event_id`."""
-        return self._coordinates(self.delivery)
+        return coordinates(self.server, self.virtual_host, self.queue, self.message_id, self.delivery)
 
     @property
     def content_id(self) -> str:
-        """What it is known by, without a `message_id`, as one that cannot be read: at each delivery the same."""
+        """What it is known by as one that cannot be read: all that it holds, at each delivery the same."""
         about = json.dumps(described(self.message, headers_of(self.message)), sort_keys=True, default=str)
-        return self._coordinates(hashlib.sha256(about.encode() + b"\0" + self.message.body).hexdigest())
-
-    def _coordinates(self, delivery: str) -> str:
-        return coordinates(self.server, self.virtual_host, self.queue, self.message_id, delivery)
+        content = hashlib.sha256(about.encode() + b"\0" + self.message.body).hexdigest()
+        return coordinates(self.server, self.virtual_host, self.queue, None, content)
 
 
 def event_of(source: Source, received: Received, values: Format) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class QueueHub(Hub[Seeker]):
     A subclass receives in `serve`, at most `wanted` messages, and calls `offer` for each.
 
     :ivar in_hand: by id, the messages that a wait has, and that are neither acknowledged nor given back.
-    :ivar aside: by id, the messages that no wait of this hub can read. The source still waits to hear about them.
+    :ivar aside: by `known_by`, the messages that no wait of this hub can read, of which the source waits to hear.
     """
 
     keep_every: float | None = None
@@ -111,8 +111,8 @@ class QueueHub(Hub[Seeker]):
     def hold(self, id: str, message: Any) -> Delivery | None:
         """Have a message in hand; return None if a wait has it already, or none can read it."""
         delivery = Delivery(id, message)
-        if id in self._unreadable:
-            self.aside[id] = delivery
+        if self._unreadable and (known_by := self.known_by(delivery)) in self._unreadable:
+            self.aside[known_by] = delivery
             return None
         InHand.of_loop().note(id, self)
         before = self.in_hand.get(id)
@@ -131,10 +131,15 @@ class QueueHub(Hub[Seeker]):
     def set_aside(self, delivery: Delivery) -> None:
         """Give the message to no wait of this hub any more, since none of them can read it."""
         self.forget(delivery.id)
-        self._unreadable[delivery.id] = None
+        known_by = self.known_by(delivery)
+        self._unreadable[known_by] = None
         while len(self._unreadable) > _REMEMBERED:
             self._unreadable.popitem(last=False)
-        self.aside[delivery.id] = delivery
+        self.aside[known_by] = delivery
+
+    def known_by(self, delivery: Delivery) -> str:
+        """Return what a message that cannot be read is known by at each delivery."""
+        return delivery.id
 
     def postpone(self, delivery: Delivery) -> None:
         """Give the message to no wait for a while, since nothing can be done with it now."""

@@ -281,6 +281,21 @@ async def test_two_messages_with_one_id_come_one_after_the_other(broker, waits):
     assert broker.unacknowledged() == 0
 
 
+async def test_what_corrects_a_message_that_cannot_be_read_comes_under_the_same_id(broker, waits):
+    broker.publish(b"{", broker.queue, message_id="one")
+    with pytest.raises(EventUndecodable):
+        await soon(waits.poll())
+    task = waits.poll(1)
+    broker.publish(b'"corrected"', broker.queue, message_id="one")
+    broker.publish(b'"next"', broker.queue, message_id="two")
+    for number, value in enumerate(("corrected", "next"), 1):
+        event = await soon(task)
+        assert event["value"] == value
+        await waits.commit(event, number)
+        task = waits.poll(number + 1)
+    assert broker.unacknowledged() == 1
+
+
 @pytest.mark.parametrize("pause", [0, 0.1])
 async def test_the_server_is_killed_soon_after_a_commit_and_the_redelivery_is_known(broker, waits, pause):
     task = waits.poll()
