@@ -414,11 +414,12 @@ def topic_of(clients: Clients) -> str:
 
 def described(clients: Clients, admin: AdminClient) -> dict[str, Any]:
     """
-    Return the `TopicDescription` of each topic.
+    Return the `TopicDescription` of each topic that is there.
 
-    :raises BrokerUnavailable: there is no such topic, as yet. It is not made: asking a consumer could do that.
+    :raises BrokerUnavailable: none is, as yet. They are not made: asking a consumer could do that.
     """
     found = {}
+    missing: BrokerUnavailable | None = None
     with clients.refusals():
         topics = TopicCollection(list(clients.source.topics))
         for topic, asked in admin.describe_topics(topics, request_timeout=PATIENCE).items():
@@ -426,11 +427,13 @@ def described(clients: Clients, admin: AdminClient) -> dict[str, Any]:
                 found[topic] = asked.result(PATIENCE + 5)
             except KafkaException as error:
                 admin.poll(0)  # what it has to say on its own account, such as that it is not let in
-                if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                    raise BrokerUnavailable(
-                        f"there is no such topic as {topic!r}; make it, or its first producer does"
-                    ) from error
-                raise
+                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise
+                missing = BrokerUnavailable(
+                    f"there is no such topic as {topic!r}; make it, or its first producer does"
+                )
+    if not found and missing is not None:
+        raise missing
     return found
 
 

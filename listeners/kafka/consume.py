@@ -133,6 +133,8 @@ class GroupHub(QueueHub):
         self._looked = 0.0  # when the topics were seen last
         self._next_look = 0.0
         self._is_silent = False  # of the group's coordinator
+        self._unreadable_places: set[Place] = set()  # of topics that are not there, or without a leader
+        self._told_of: set[str] = set()  # what cannot be read now
         super().__init__(str(source))
 
     @property
@@ -229,11 +231,10 @@ class GroupHub(QueueHub):
     def _behind(self) -> dict[Place, tuple[int, str]]:
         """Return where Kafka is not told yet how far all is settled."""
         offsets = {}
-        for name, topic in self._topics.items():
-            for number, partition in topic.partitions.items():
-                if (floor := after(partition.settled, 0)) != partition.told:
-                    partition.told = floor
-                    offsets[name, number] = floor, _mark(topic.owner)
+        for (name, number), partition in self._places().items():
+            if (floor := after(partition.settled, 0)) != partition.told:
+                partition.told = floor
+                offsets[name, number] = floor, _mark(self._topics[name].owner)
         return offsets
 
     async def _look(self) -> None:
@@ -257,15 +258,40 @@ class GroupHub(QueueHub):
             await self._see(look)
 
     async def _see(self, look: Look) -> None:
+        self._see_what_cannot_be_read(look)
         for about in look.topics:
             await self._follow(about, look.silent)
         self._tell_silence(look.silent)
         self._looked = time.monotonic()
         self._next_look = self._looked + (_LOOK_EVERY if look.silent is None else _PAUSE)
-        there = {(name, number): topic.id for name, topic in self._topics.items() for number in topic.partitions}
-        if there != self._assigned:
+        if {place: self._topics[place[0]].id for place in self._places()} != self._assigned:
             await self._assign()
         self._commit()
+
+    def _see_what_cannot_be_read(self, look: Look) -> None:
+        """Note what is left out until it can be read; with what is read already, the client goes on by itself."""
+        missing = {*self._source.topics} - {about.topic for about in look.topics}
+        assigned = self._assigned or {}
+        self._unreadable_places = {place for place in look.leaderless if place not in assigned}
+        self._unreadable_places |= {
+            (name, number) for name in missing & self._topics.keys() for number in self._topics[name].partitions
+        }
+        now = {f"there is no topic {name!r}" for name in missing}
+        now |= {f"no broker leads partition {number} of {name!r}" for name, number in look.leaderless}
+        for what in sorted(now - self._told_of):
+            self._warn(f"{what} now; what else there is, is read")
+        for what in sorted(self._told_of - now):
+            self._tell_all(logging.INFO, "%s: no longer so: %s", self.name, what)
+        self._told_of = now
+
+    def _places(self) -> dict[Place, _Partition]:
+        """Return the partitions that can be read."""
+        return {
+            (name, number): partition
+            for name, topic in self._topics.items()
+            for number, partition in topic.partitions.items()
+            if (name, number) not in self._unreadable_places
+        }
 
     def _tell_silence(self, silent: BrokerUnavailable | None) -> None:
         if silent is not None and not self._is_silent:
@@ -301,7 +327,10 @@ class GroupHub(QueueHub):
             stale = [id for id, one in self._free.items() if one.place[0] == about.topic]
             self._free = {id: one for id, one in self._free.items() if id not in stale}
         for number in about.partitions:
-            ranges = known.settled.get(partition_of(about.id, number), [])
+            place = partition_of(about.id, number)
+            if place not in known.settled:  # nobody knows yet where it begins
+                continue
+            ranges = known.settled[place]
             partition = topic.partitions.setdefault(number, _Partition(after(ranges, 0), ranges))
             partition.settled = ranges
             if number in about.committed:
@@ -325,9 +354,12 @@ class GroupHub(QueueHub):
         """Return where partitions begin that nobody has read yet."""
         places = {number: partition_of(about.id, number) for number in about.partitions}
         new = [number for number, place in places.items() if place not in known.settled]
-        if not new:
-            return {}
         is_first = not known.settled
+        closed = [number for number in new if (about.topic, number) in self._unreadable_places]
+        if closed and is_first and self._start == "latest":  # or it would not be known later what was before
+            raise BrokerUnavailable(f"no broker leads partition {closed[0]} of {about.topic!r}")
+        if not (new := [number for number in new if number not in closed]):
+            return {}
         if not is_first and len(new) == len(places):
             self._warn(f"the topic {about.topic!r} was deleted and recreated; it is read from its beginning")
         bounds = await self._worker.do(self.reader.bounds, [(about.topic, number) for number in new])
@@ -335,12 +367,10 @@ class GroupHub(QueueHub):
         for number in new:
             low, high = bounds[about.topic, number]
             begins[places[number]] = low
-            if not is_first:
-                continue
-            offset, _ = about.committed[number]
+            offset, _ = about.committed.get(number, (-1, ""))
             if offset >= 0:
                 begins[places[number]] = min(offset, high)
-            elif self._start == "latest":
+            elif is_first and self._start == "latest":
                 begins[places[number]] = high
         return begins
 
@@ -374,8 +404,9 @@ class GroupHub(QueueHub):
     # What is read.
 
     async def _assign(self) -> None:
-        partitions = {(name, number): partition for name, topic in self._topics.items()
-                      for number, partition in topic.partitions.items()}  # fmt: skip
+        partitions = self._places()
+        if not partitions:
+            raise BrokerUnavailable("there is no partition that can be read")
         for place, (low, high) in (await self._worker.do(self.reader.bounds, list(partitions))).items():
             name, number = place
             partition = partitions[place]

@@ -44,11 +44,14 @@ class Look:
     """
     What the brokers know of the topics and the group.
 
+    :param topics: those that are there.
     :param silent: why the group's coordinator does not answer; None if it does.
+    :param leaderless: partitions of which no broker is the leader now, so that nobody can read them.
     """
 
     topics: list[About]
     silent: BrokerUnavailable | None
+    leaderless: set[Place]
 
 
 def source_of(cluster: str, topic: str, group: str) -> str:
@@ -88,7 +91,7 @@ class Group:
         """
         Ask about the topics and the group.
 
-        :raises BrokerUnavailable: no broker answers, or a topic is not there.
+        :raises BrokerUnavailable: no broker answers, or no topic is there.
         :raises SourceMisconfigured: the user may not use them, or the group has members.
         """
         try:
@@ -96,7 +99,9 @@ class Group:
         except BrokerUnavailable:
             self.close()
             raise
-        places = [(name, one.id) for name, topic in topics.items() for one in topic.partitions]
+        partitions = [(name, one) for name, topic in topics.items() for one in topic.partitions]
+        places = [(name, one.id) for name, one in partitions]
+        leaderless = {(name, one.id) for name, one in partitions if one.leader is None}
         committed, silent = self._coordinator(places)
         return Look(
             [
@@ -110,6 +115,7 @@ class Group:
                 for name, topic in topics.items()
             ],
             silent,
+            leaderless,
         )
 
     def _asks(self) -> AdminClient:

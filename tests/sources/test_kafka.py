@@ -175,6 +175,33 @@ async def test_waits_over_several_partitions_and_the_watermark_that_others_see(b
             await until_offset(broker, min(uncommitted, default=10), partition)
 
 
+async def test_of_several_topics_one_that_is_not_there_holds_up_no_other(broker, waits, caplog, monkeypatch):
+    monkeypatch.setattr(consume, "_LOOK_EVERY", 0.5)
+    there, later = broker.queue, f"{broker.queue}-later"
+    broker.send("a")
+    broker.queue = [there, later]
+    event = await soon(waits.poll())
+    await waits.commit(event)
+    assert event["value"] == "a"
+    assert f"there is no topic '{later}' now; what else there is, is read" in caplog.text
+    task = waits.poll(1)
+    broker.queue = later
+    broker.make_topic()
+    broker.send("b")
+    event = await soon(task, 30)
+    assert (event["topic"], event["value"]) == (later, "b")
+    await waits.commit(event, 1)
+    broker.queue = [there, later]
+    task = waits.poll(2)
+    await nothing(task)
+    admin = AdminClient(broker.bootstrap)
+    admin.delete_topics([later])[later].result(30)
+    await asyncio.sleep(2)
+    broker.queue = there
+    broker.send("c")
+    assert (await soon(task, 30))["value"] == "c"
+
+
 async def test_several_topics_in_one_wait(broker, waits):
     first = broker.queue
     broker.send("a")

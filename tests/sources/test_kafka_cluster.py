@@ -9,6 +9,7 @@ import pytest
 from airflow_events.listeners.kafka import consume, group
 from airflow_events.listeners.support.positions import Positions
 from broker import nothing, soon, until_told
+from confluent_kafka.admin import AdminClient, NewTopic
 from of_kafka import Inbox, KafkaCluster, KafkaOneCoordinator
 
 from deployment import until
@@ -57,6 +58,29 @@ async def test_each_message_is_taken_once_though_each_broker_is_killed(broker, w
     for taker in takers:
         taker.cancel()
     await asyncio.gather(*takers, return_exceptions=True)
+
+
+@on(KafkaCluster)
+async def test_a_partition_without_a_leader_holds_up_no_other(broker, waits, caplog, impatient):
+    """Each partition is on one broker, and one of these is gone."""
+    admin = AdminClient(broker.bootstrap)
+    broker.queue += "-alone"
+    [made] = admin.create_topics([NewTopic(broker.queue, 3, replica_assignment=[[1], [2], [3]])]).values()
+    made.result(30)
+    await asyncio.to_thread(
+        lambda: broker.produce(*({"value": str(number).encode(), "partition": number} for number in range(3)))
+    )
+    broker.servers[2].kill()
+    taken = set()
+    for number in range(2):
+        event = await soon(waits.poll(number), 60)
+        await waits.commit(event, number)
+        taken.add(event["value"])
+    assert taken == {0, 1}
+    task = waits.poll(3)
+    await until_told(caplog, "no broker leads partition 2")
+    broker.servers[2].begin()
+    assert (await soon(task, 60))["value"] == 2
 
 
 async def until_taken(taken, count):
