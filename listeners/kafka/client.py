@@ -18,7 +18,7 @@ from airflow.sdk.exceptions import AirflowException
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.support.connections import check_extras, connection, endpoints, extras, misconfigured
 from airflow_events.listeners.support.timestamps import of_epoch
-from airflow_events.listeners.support.values import text_of
+from airflow_events.listeners.support.values import named, text_of
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection
 from confluent_kafka.admin import AdminClient
 
@@ -472,6 +472,6 @@ def event_of(source: Source, message: Message, value: Callable[..., Any]) -> dic
         "offset": raw.offset(),
         "timestamp": published(message),
         "key": value(raw.key(), raw, f"the key of {where}", key=True),
-        "headers": {name: None if header is None else text_of(header) for name, header in headers},
+        "headers": {named(name): None if header is None else text_of(header) for name, header in headers},
         "value": value(raw.value(), raw, where),
     }

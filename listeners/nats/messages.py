@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from airflow_events.listeners.support.values import Format, decode
+from airflow_events.listeners.support.values import Format, decode, named, text_of
 from nats.aio.msg import Msg
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -54,9 +54,12 @@ def event_of(source: Source, message: Stored, values: Format) -> dict[str, Any]:
         "stream": source.stream,
         "sequence": message.sequence,
         "subject": message.subject,
-        "headers": message.headers,
+        "headers": {named(name): text_of(header.encode()) for name, header in message.headers.items()},
         "timestamp": message.timestamp,
-        "value": decode(message.data, values, f"the message {message.sequence} of {source}"),
+        # As a signal has it, and the marker of a key that was deleted.
+        "value": None
+        if values == "json" and not message.data
+        else decode(message.data, values, f"the message {message.sequence} of {source}"),
     }
 
 

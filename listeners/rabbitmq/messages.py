@@ -13,7 +13,7 @@ from typing import Any
 from aiormq.abc import DeliveredMessage
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.rabbitmq.client import Source, coordinates
-from airflow_events.listeners.support.values import Format, decode, text_of
+from airflow_events.listeners.support.values import Format, decode, named, text_of
 
 _PROPERTIES = (
     "content_encoding", "priority", "correlation_id", "reply_to", "expiration", "message_type", "user_id",
@@ -142,7 +142,7 @@ def described(message: DeliveredMessage, headers: dict[str, Any]) -> dict[str, A
 def _plain(value: Any) -> Any:
     """Write metadata in shapes that can be stored: JSON's, and datetimes. Bytes that are no text become Base64."""
     if isinstance(value, dict):
-        return {str(_plain(name)): _plain(content) for name, content in value.items()}
+        return {named(str(_plain(name))): _plain(content) for name, content in value.items()}
     if isinstance(value, list):
         return [_plain(content) for content in value]
     if isinstance(value, str):

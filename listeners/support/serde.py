@@ -15,7 +15,7 @@ from airflow.sdk.serde import deserialize, serialize
 from airflow_events.errors import EventNotSerializable
 
 # By these Airflow tells its own dicts from others; a payload that has them would be taken for a class.
-_RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
+RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
 
 _KNOWN = frozenset({"builtins", "datetime", "decimal", "uuid", "pendulum", "airflow", "zoneinfo"})
 
@@ -213,7 +213,7 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
             if reason := _refused(key):
                 raise EventNotSerializable(f"{place}[{key!r}]", f"of its key: {reason}")
             yield from _leaves(item, f"{place}[{key!r}]")
-        if reserved := _RESERVED & value.keys():
+        if reserved := RESERVED & value.keys():
             raise EventNotSerializable(place, f"Airflow reserves the key {sorted(reserved)[0]!r}")
     elif kind in (list, tuple):
         for index, item in enumerate(value):

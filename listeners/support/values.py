@@ -49,6 +49,11 @@ def text_of(raw: bytes) -> str:
     return base64.b64encode(raw).decode() if "\0" in text else text
 
 
+def named(name: str) -> str:
+    """Return a header's name as it is stored: one that Airflow reserves gets an underscore more."""
+    return f"_{name}" if name in serde.RESERVED else name
+
+
 def checked(event: Any, where: str) -> Any:
     """
     Return an event as Airflow gives it back.

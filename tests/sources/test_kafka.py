@@ -202,6 +202,11 @@ async def test_of_several_topics_one_that_is_not_there_holds_up_no_other(broker,
     assert (await soon(task, 30))["value"] == "c"
 
 
+async def test_a_header_by_a_name_that_airflow_reserves_fails_no_wait(broker, waits):
+    broker.produce({"value": b"1", "headers": {"__type": b"a", "b": b"c"}})
+    assert (await soon(waits.poll()))["headers"] == {"___type": "a", "b": "c"}
+
+
 async def test_several_topics_in_one_wait(broker, waits):
     first = broker.queue
     broker.send("a")

@@ -479,6 +479,16 @@ async def test_a_dead_letter_that_leads_back_to_the_stream_is_not_sent_again(bro
     assert broker.ask(lambda client: client.jetstream().stream_info(origin)).state.messages == 2
 
 
+async def test_metadata_and_an_empty_body_fail_no_wait(broker, waits):
+    async def send(client):
+        headers = {"__type": "a", "Odd": "x\0y"}
+        await client.jetstream().publish(f"{broker.queue}.sent", b"", headers=headers)
+
+    broker.ask(send)
+    event = await soon(waits.poll())
+    assert (event["value"], event["headers"]) == (None, {"___type": "a", "Odd": "eAB5"})
+
+
 async def test_a_login_that_took_too_long_is_tried_again(broker, waits, monkeypatch):
     """The server lets two seconds pass, and a loop or a network may be busy for longer."""
     connect, failures = Client.connect, []
