@@ -213,6 +213,16 @@ class EventListener(abc.ABC):
         """
         return event
 
+    async def poll_in_a_test(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Return the event in ``dag.test()``, of a listener that is `recorded_from_outside`: there is nobody outside.
+
+        :raises NotImplementedError: there is none without an API server.
+        """
+        raise NotImplementedError(
+            f"what {type(self).__name__} waits for an API server sees, and there is none in dag.test()"
+        )
+
     async def event_checkpointed(self, event: Any) -> None:
         """
         Tell the source that it may forget ``event``, which is now recorded in Airflow's database.

@@ -74,3 +74,17 @@ class HttpListener(EventListener):
             check_key(key)
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
+
+    async def poll_in_a_test(
+        self, key: str | None = None, *, schema: Mapping[str, Any] | bool | None = None
+    ) -> Any:
+        """Return what is sent to an address of this machine, which the output names."""
+        from airflow_events.listeners.support import in_a_test, schemas
+
+        if key is not None:
+            check_key(key)
+
+        def misfit(event: Any) -> str | None:
+            return None if schema is None or schemas.fits(schema, event) else schemas.misfit(schema, event)
+
+        return await in_a_test.event_over_http(misfit)

@@ -533,8 +533,13 @@ class EventTrigger(BaseTrigger):
         self._announce(wait)
         self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline)
         try:
-            event = await self._poll.run()
-        except TimeIsUp:
+            if listener.recorded_from_outside:
+                with working_for(wait):
+                    polling = listener().poll_in_a_test(*self.listener_args, **self.listener_kwargs)
+                    event = await asyncio.wait_for(polling, self.timeout)
+            else:
+                event = await self._poll.run()
+        except (TimeIsUp, asyncio.TimeoutError):
             assert self.deadline is not None
             return TriggerEvent(outcome.encode(outcome.TimedOut(self.deadline)))
         if commits(listener):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pendulum
 from airflow.sdk import DAG, Asset, task
 from airflow_events import EventListener, current_wait, wait_for_event
+from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.wait_for_event import WaitForEventOperator
 from beside import BesideListener
@@ -75,6 +76,26 @@ with dag("blocks"):
 
 with dag("stubborn"):
     deliver(wait(Scripted, BASE, "stubborn"))
+
+with dag("of_outputs_of_a_mapped_task"):
+
+    @task
+    def number(n):
+        return n
+
+    deliver(wait(Scripted, BASE, number.expand(n=[1, 2, 3])))
+
+
+def note_the_skip(context):
+    Path(context["params"]["base"], "skipped").touch()
+
+
+with dag("skipped"):
+    skipped = {"timeout": 2, "soft_fail": True, "on_skipped_callback": note_the_skip}
+    deliver(wait(Scripted, BASE, "file", **skipped))
+
+with dag("sent_to"):
+    deliver(wait(HttpListener, "sent"))
 
 with dag("of_a_file"):
     deliver(wait(Scripted, BASE, "file"))

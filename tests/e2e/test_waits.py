@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from datetime import datetime
 from urllib.parse import quote
 
@@ -32,6 +37,19 @@ def test_an_event_is_delivered_once_with_as_many_workers_as_are_needed(airflow, 
         assert base.owners == {"a": f"{dag}/{run.run_id}/wait/-1"}
     else:
         assert (base.archived, base.waiting) == (["a"], [])
+
+
+def test_the_outputs_of_a_mapped_task_are_a_list(airflow, base):
+    run = airflow.run("of_outputs_of_a_mapped_task", base.conf)
+    assert run.finished() == "success"
+    assert run.xcom("wait") == [1, 2, 3]
+
+
+def test_what_is_to_be_called_for_a_skip_is_called(airflow, base):
+    run = airflow.run("skipped", base.conf)
+    assert run.finished() == "success"
+    assert run.task_state("wait") == "skipped"
+    assert (base.path / "skipped").exists()
 
 
 def test_the_first_line_of_the_log_says_what_is_waited_for(airflow, base):
@@ -367,3 +385,28 @@ def test_dag_test_runs_a_wait_in_one_process(airflow, base):
     )
     assert "ended as success" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     assert base.archived == ["a"]
+
+
+def test_dag_test_says_where_to_send_an_event_over_http(airflow, base):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import waits\n"
+        f"run = waits.DAGS['sent_to'].test(run_conf={{'base': {str(base.path)!r}}})\n"
+        "print('ended as', run.state)"
+    )
+    path = os.pathsep.join(filter(None, (str(airflow.plugins), airflow.environment.get("PYTHONPATH"))))
+    environment = {**airflow.environment, "PYTHONPATH": path}
+    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", code, str(airflow.dags)]
+    with subprocess.Popen(command, env=environment, **together) as process:
+        alarm = threading.Timer(120, process.kill)
+        alarm.start()
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"curl -X POST (http://127\.0\.0\.1:\d+/)", line):
+                with pytest.raises(urllib.error.HTTPError, match="422"):
+                    urllib.request.urlopen(found[1], b"no JSON", timeout=30)
+                urllib.request.urlopen(found[1], b'{"order": 42}', timeout=30)
+        alarm.cancel()
+    assert any("ended as success" in line for line in said), "".join(said)[-3000:]
+    assert [json.loads(event) for event in base.delivered.values()] == [{"order": 42}]
