@@ -17,7 +17,6 @@ import glob
 import json
 import logging
 import os
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,41 +29,19 @@ log = logging.getLogger(__name__)
 
 OURS = ".airflow-events"
 
-_AT_FDCWD, _STATX_BTIME = -100, 0x800  # of linux/fcntl.h and linux/stat.h
-
 
 def coordinates(directory: str, name: str, identity: str) -> str:
     """Return what tells a dropped file from every other. Its form is frozen: whose an event is, hangs on it."""
     return json.dumps([directory, name, identity], ensure_ascii=False)
 
 
-def identity_of(stat: os.stat_result, born: int | None = None) -> str:
+def identity_of(stat: os.stat_result) -> str:
     """
     Name a file by what a rename leaves as it is.
 
     Frozen, since events and the archive bear it.
-
-    :param born: as of `birth_of`; None of events of earlier versions, and where the file system does not tell.
     """
-    of_file = f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"
-    return of_file if born is None else f"{of_file}-{born:x}"
-
-
-def birth_of(file: Path) -> int | None:
-    """
-    Return when a file was made, in nanoseconds since the epoch; None if that is not known.
-
-    It tells a file from one that was deleted, whose number a file system gives again: of a file that is sent once
-    more by ``rsync -a`` or ``cp -p``, which keep the modification time, all else is the same. Python's ``stat``
-    does not tell it on Linux; ``statx(2)`` does.
-    """
-    try:
-        about = ctypes.create_string_buffer(256)
-        failed = ctypes.CDLL(None).statx(_AT_FDCWD, os.fsencode(file), 0, _STATX_BTIME, about)
-    except AttributeError:  # a C library without it
-        return None
-    mask, seconds, nanoseconds = struct.unpack_from("=I76xqI", about)
-    return None if failed or not mask & _STATX_BTIME else seconds * 10**9 + nanoseconds
+    return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +102,7 @@ def commit(event: dict[str, Any]) -> None:
 
 def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) -> None:
     file = root / name
-    there = _identity_at(file, identity)
+    there = _identity_at(file)
     if done.exists():
         return
     if there is None:
@@ -141,17 +118,16 @@ def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) 
             os.rename(root / marker, done.parent / marker)
     with contextlib.suppress(FileNotFoundError):  # another process does the same; or NFS says so of a rename again
         os.rename(file, done)
-    if (moved := _identity_at(done, identity)) is not None and moved != identity:  # overwritten in that moment
+    if (moved := _identity_at(done)) is not None and moved != identity:  # overwritten in that moment
         for again in filter(None, (name, marker)):
             with contextlib.suppress(FileNotFoundError):
                 put_back(done.parent / again, root / again)
         raise EventLost(f"{file} was written to again while it was moved")
 
 
-def _identity_at(file: Path, wanted: str) -> str | None:
-    """Return the identity of a file, in the form of the one that is wanted; None if it is not there."""
+def _identity_at(file: Path) -> str | None:
     try:
-        return identity_of(file.stat(), birth_of(file) if wanted.count("-") > 2 else None)
+        return identity_of(file.stat())
     except FileNotFoundError:
         return None
 

@@ -13,7 +13,6 @@ import contextlib
 import fnmatch
 import functools
 import importlib
-import json
 import logging
 import math
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from airflow_events import settings
-from airflow_events.listeners.directory.files import Drops, birth_of, coordinates, identity_of, put_back_claims
+from airflow_events.listeners.directory.files import Drops, coordinates, identity_of, put_back_claims
 from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import Delivery, QueueHub
 from airflow_events.listeners.support.shared import background
@@ -91,11 +90,10 @@ class FileSeeker(Seeker):
 
 
 class File(NamedTuple):
-    """A file as a look found it, its identity, and which one marks it as complete."""
+    """A file as a look found it, and which one marks it as complete."""
 
     name: str
     stat: os.stat_result
-    identity: str
     marker: str | None
 
 
@@ -104,7 +102,6 @@ class _Seen:
     """A file as the last looks found it; ``since`` is the loop's time at which it began to look so."""
 
     stat: os.stat_result
-    looks: str
     identity: str
     since: float
 
@@ -164,10 +161,6 @@ class DirectoryHub(QueueHub):
             self._waiting.pop(seeker.wanted, None)
             self._candidates.pop(seeker.wanted, None)
 
-    def forget(self, id: str) -> None:
-        super().forget(id)
-        self._seen.pop(json.loads(id)[1], None)  # another file may have taken its place between two looks
-
     def pass_on(self, delivery: Delivery) -> None:
         self.forget(delivery.id)
         self._look.set()
@@ -211,10 +204,8 @@ class DirectoryHub(QueueHub):
         """Note what was found, and return what of it the patterns match; to be called in a thread."""
         before, self._seen = self._seen, {}
         for name, stat in files.items():
-            seen, looks = before.get(name), identity_of(stat)
-            if seen is None or seen.looks != looks:
-                seen = _Seen(stat, looks, identity_of(stat, birth_of(self._root / name)), now)
-            self._seen[name] = seen
+            seen, identity = before.get(name), identity_of(stat)
+            self._seen[name] = seen if seen and seen.identity == identity else _Seen(stat, identity, now)
         fresh = files.keys() - before.keys()
         self._candidates = {
             wanted: (self._candidates[wanted] & self._seen.keys()) | wanted.matching(fresh)
@@ -242,7 +233,7 @@ class DirectoryHub(QueueHub):
                 if (settles_in := seen.since + wanted.settle - now) > 0:
                     settle_in = min(settle_in, settles_in)
                 else:
-                    file = File(name, seen.stat, seen.identity, marker)
+                    file = File(name, seen.stat, marker)
                     while watchers:
                         watchers.pop().give(file)
                     id = coordinates(str(self._root), name, seen.identity)

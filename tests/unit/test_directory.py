@@ -385,32 +385,6 @@ async def test_arguments_that_will_not_do_are_named(drops, kwargs, message):
         await soon(poll(drops, **kwargs))
 
 
-async def test_a_file_that_is_sent_once_more_is_another(drops):
-    """By ``rsync -a``: with the same modification time, and, on ext4, the number of the one that was deleted."""
-    ids, numbers = set(), set()
-    for number in range(5):
-        unfinished = drops.parent / "unfinished"
-        unfinished.write_text("x")
-        os.utime(unfinished, ns=(17 * 10**17, 17 * 10**17))
-        numbers.add(unfinished.stat().st_ino)
-        unfinished.rename(drops / "a")
-        event = await soon(poll(drops, number, settle=0, on_commit="delete"))
-        await commit(event, number)
-        assert not (drops / "a").exists()
-        ids.add(DirectoryListener().event_id(event))
-    if files.birth_of(drops) is None:
-        pytest.skip("the file system does not tell when a file was made")
-    assert len(ids) == 5
-
-
-async def test_an_event_of_an_earlier_version_does_not_say_when_its_file_was_made(drops):
-    (drops / "a").write_text("x")
-    event = await soon(poll(drops, settle=0))
-    without = event["id"].rpartition("-")[0]
-    await commit({**event, "id": without, "path": event["path"].replace(event["id"], without)})
-    assert not (drops / "a").exists()
-
-
 @pytest.mark.parametrize("listener", [DirectoryListener, DirectoryWatchListener])
 async def test_a_directory_that_does_not_come_is_named(tmp_path, listener, monkeypatch, caplog):
     task = poll(tmp_path / "missing", listener=listener)
