@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from airflow_events import settings
 from airflow_events.listeners.directory.files import Drops, coordinates, identity_of, put_back_claims
 from airflow_events.listeners.support.hub import Seeker
-from airflow_events.listeners.support.queue import Delivery, QueueHub
+from airflow_events.listeners.support.queue import Delivery, LookingHub, Wanting
 from airflow_events.listeners.support.shared import background
 
 log = logging.getLogger(__name__)
@@ -79,13 +79,12 @@ class Wanted:
         return self.done_marker.replace("{name}", name) if self.done_marker else None
 
 
-class FileSeeker(Seeker):
+class FileSeeker(Wanting):
     """A wait for a file."""
 
     def __init__(self, wanted: Wanted, *, watches: bool = False) -> None:
         """:param watches: whether it leaves the file to others."""
-        super().__init__()
-        self.wanted = wanted
+        super().__init__(wanted)
         self.watches = watches
 
 
@@ -106,7 +105,7 @@ class _Seen:
     since: float
 
 
-class DirectoryHub(QueueHub):
+class DirectoryHub(LookingHub):
     """
     Looks at one directory for all the waits on it in this triggerer.
 
@@ -119,7 +118,6 @@ class DirectoryHub(QueueHub):
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._waiting: dict[Wanted, dict[FileSeeker, None]] = {}
         self._seen: dict[str, _Seen] = {}
         # What matches and was not given yet, so that a look compares only new files with old patterns.
         self._candidates: dict[Wanted, set[str]] = {}
@@ -148,32 +146,17 @@ class DirectoryHub(QueueHub):
         await super().close()
         self._threads.shutdown(wait=False)
 
-    def joined(self, seeker: Seeker) -> None:
-        assert isinstance(seeker, FileSeeker)
-        self._waiting.setdefault(seeker.wanted, {})[seeker] = None
+    def look_again(self) -> None:
         self._look.set()
 
     def left(self, seeker: Seeker) -> None:
         assert isinstance(seeker, FileSeeker)
-        seekers = self._waiting.get(seeker.wanted, {})
-        seekers.pop(seeker, None)
-        if not seekers:
-            self._waiting.pop(seeker.wanted, None)
+        super().left(seeker)
+        if seeker.wanted not in self.waiting:
             self._candidates.pop(seeker.wanted, None)
-
-    def pass_on(self, delivery: Delivery) -> None:
-        self.forget(delivery.id)
-        self._look.set()
-
-    async def release(self, id: str) -> None:
-        self.forget(id)
-        self._look.set()
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         """Nothing: `files.commit` moves a file by what its event says."""
-
-    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
-        """Nothing: a file stays where it is until then."""
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -183,7 +166,7 @@ class DirectoryHub(QueueHub):
         self._look.clear()
         began = loop.time()
         files = await self.on_disk(_scan, self._root)
-        candidates = await self.on_disk(self._match, list(self._waiting), files, began)
+        candidates = await self.on_disk(self._match, list(self.waiting), files, began)
         settles_in = self._hand_out(candidates, files.keys())
         looked = loop.time() - began
         self._next_look = loop.time() + min(settles_in, settings.directory_rescan_interval())
@@ -220,7 +203,7 @@ class DirectoryHub(QueueHub):
         now = asyncio.get_running_loop().time()
         settle_in = math.inf
         for wanted, names in candidates.items():
-            seekers = [seeker for seeker in self._waiting.get(wanted, ()) if not seeker.done]
+            seekers = [seeker for seeker in self.waiting.get(wanted, ()) if not seeker.done]
             watchers = [seeker for seeker in seekers if seeker.watches]
             consumers = deque(seeker for seeker in seekers if not seeker.watches)
             for name in sorted(names, key=lambda name: (self._seen[name].stat.st_mtime_ns, name)):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.support.clients import needs
-from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
+from airflow_events.listeners.support.queue import Delivery, QueueListener, Wanting, receive, skip
 from airflow_events.listeners.support.shared import shared
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, decode, seconds
 
@@ -141,7 +141,7 @@ class PostgresListener(QueueListener):
         :raises SourceUnreachable: the server was unreachable, refused the login, or was a standby, for too long.
         :raises EventUndecodable: see ``on_undecodable``.
         """
-        from airflow_events.listeners.postgres.consume import Looks, RowSeeker, TableHub
+        from airflow_events.listeners.postgres.consume import Looks, TableHub
         from airflow_events.listeners.postgres.table import check_table, source_of, wanted_of
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
@@ -175,7 +175,7 @@ class PostgresListener(QueueListener):
             lambda: TableHub(source, looks),
             read,
             {"skip": skip, "dead_letter": to_dead_letters}.get(on_undecodable),
-            lambda: RowSeeker(wanted),
+            lambda: Wanting(wanted),
         )
 
     def event_id(self, event: Any) -> str:

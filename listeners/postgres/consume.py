@@ -25,7 +25,7 @@ from airflow_events.listeners.postgres.client import (
 )
 from airflow_events.listeners.postgres.table import COLUMNS, TABLE, VALUES, Source, Wanted, looking, ordering
 from airflow_events.listeners.support.hub import Seeker
-from airflow_events.listeners.support.queue import Delivery, InHand, QueueHub
+from airflow_events.listeners.support.queue import Delivery, InHand, LookingHub
 from psycopg import AsyncConnection, errors, sql
 
 # Rows that a look takes at most.
@@ -64,18 +64,9 @@ class Row(NamedTuple):
     raw: bytes | None
 
 
-class RowSeeker(Seeker):
-    """A wait for a row."""
-
-    def __init__(self, wanted: Wanted | None) -> None:
-        """:param wanted: what is to be found in its value; None is anything."""
-        super().__init__()
-        self.wanted = wanted
-
-
-class TableHub(QueueHub):
+class TableHub(LookingHub):
     """
-    Reads rows for the waits on one table.
+    Reads rows for the waits on one table, which say what is to be found in a row's value; None is anything.
 
     Every triggerer reads every row that is not acknowledged, and that no wait of its own has: whose it is, the
     inbox decides.
@@ -91,7 +82,6 @@ class TableHub(QueueHub):
         self._unacknowledged: sql.Composable = sql.SQL("true")
         self._value_type = ""
         self._read: sql.Composable = sql.SQL("")
-        self._waiting: dict[Wanted | None, dict[RowSeeker, None]] = {}
         self._connection: AsyncConnection[Any] | None = None
         self._origin: Origin | None = None
         self._next_look = 0.0
@@ -116,26 +106,9 @@ class TableHub(QueueHub):
     async def connected(self) -> None:
         """Do nothing: rows are acknowledged over another connection than they are read over."""
 
-    def joined(self, seeker: Seeker) -> None:
-        assert isinstance(seeker, RowSeeker)
-        self._waiting.setdefault(seeker.wanted, {})[seeker] = None
-        self._next_look = 0.0
-
-    def left(self, seeker: Seeker) -> None:
-        assert isinstance(seeker, RowSeeker)
-        seekers = self._waiting.get(seeker.wanted, {})
-        seekers.pop(seeker, None)
-        if not seekers:
-            self._waiting.pop(seeker.wanted, None)
-
-    def pass_on(self, delivery: Delivery) -> None:
-        self.forget(delivery.id)
+    def look_again(self) -> None:
         self._next_look = 0.0
         self._changed.set()
-
-    async def release(self, id: str) -> None:
-        if (delivery := self.in_hand.get(id)) is not None:
-            self.pass_on(delivery)
 
     async def serve(self) -> None:
         assert self._connection is not None and self._origin is not None
@@ -178,10 +151,10 @@ class TableHub(QueueHub):
             for row, created_at, raw, which in rows:
                 self._hand_out(waiting[ones[which - 1] if ones else None], origin, row, created_at, raw)
 
-    def _open_seekers(self) -> dict[Wanted | None, deque[RowSeeker]]:
+    def _open_seekers(self) -> dict[Wanted | None, deque[Seeker]]:
         """Return the waits that have no row yet, by what they want; those that can have none fail."""
-        waiting: dict[Wanted | None, deque[RowSeeker]] = {}
-        for wanted, seekers in self._waiting.items():
+        waiting: dict[Wanted | None, deque[Seeker]] = {}
+        for wanted, seekers in self.waiting.items():
             if wanted is not None and self._value_type != "jsonb":
                 for seeker in seekers:
                     seeker.fail(
@@ -194,7 +167,7 @@ class TableHub(QueueHub):
                 waiting[wanted] = some
         return waiting
 
-    def _hand_out(self, waiting: deque[RowSeeker], origin: Origin, row: Any, created_at: Any, raw: Any) -> None:
+    def _hand_out(self, waiting: deque[Seeker], origin: Origin, row: Any, created_at: Any, raw: Any) -> None:
         """Give a row to the wait that has waited longest of those that want it."""
         while waiting and waiting[0].done:
             waiting.popleft()
@@ -229,9 +202,6 @@ class TableHub(QueueHub):
         for oid, rows in by_table.items():
             refused = await self._source.acknowledge(oid, list(rows))
             self._refused.update({rows[row]: error for row, error in refused.items()})
-
-    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
-        """Do nothing: a row is everybody's until it is acknowledged."""
 
     async def settle(self, id: str) -> None:
         """

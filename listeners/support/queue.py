@@ -252,6 +252,53 @@ class QueueHub(Hub[Seeker]):
                 log.warning("%s could not be told that %d messages are in hand: %s", self.name, len(held), error)
 
 
+class Wanting(Seeker):
+    """A wait that wants something of a source, and not whatever comes."""
+
+    def __init__(self, wanted: Hashable) -> None:
+        super().__init__()
+        self.wanted: Any = wanted
+
+
+class LookingHub(QueueHub):
+    """
+    Looks at a source where all is everybody's until it is acknowledged: what is given back is found again.
+
+    :ivar waiting: the waits by what they want, in the order in which they came.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.waiting: dict[Any, dict[Any, None]] = {}
+        super().__init__(name)
+
+    @abc.abstractmethod
+    def look_again(self) -> None:
+        """Look at once, whatever was seen last."""
+
+    def joined(self, seeker: Seeker) -> None:
+        assert isinstance(seeker, Wanting)
+        self.waiting.setdefault(seeker.wanted, {})[seeker] = None
+        self.look_again()
+
+    def left(self, seeker: Seeker) -> None:
+        assert isinstance(seeker, Wanting)
+        seekers = self.waiting.get(seeker.wanted, {})
+        seekers.pop(seeker, None)
+        if not seekers:
+            self.waiting.pop(seeker.wanted, None)
+
+    def pass_on(self, delivery: Delivery) -> None:
+        self.forget(delivery.id)
+        self.look_again()
+
+    async def release(self, id: str) -> None:
+        self.forget(id)
+        self.look_again()
+
+    async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
+        """Do nothing: it is everybody's."""
+
+
 class InHand(OnePerLoop):
     """Which hub has which message."""
 
