@@ -14,7 +14,6 @@ from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.entries import START_GROUP
 from airflow_events.listeners.base import EventListener, check_arguments, check_listener, commits, describe
 from airflow_events.listeners.support import serde
-from airflow_events.listeners.support.values import Match
 from airflow_events.operators import templates
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.triggers import reference
@@ -123,7 +122,6 @@ def _rules(match: Mapping[str, Any] | str | None, key: str | None, logical_date:
     for name, expression in (("key", key), ("logical_date", logical_date)):
         if expression is not None and not isinstance(expression, str):
             raise TypeError(f"{name} is a JMESPath expression or None, not {expression!r}")
-    Match(match)
     try:
         matches = None if match is None else json.dumps(match, sort_keys=True)
     except TypeError as error:

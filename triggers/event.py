@@ -531,13 +531,13 @@ class EventTrigger(BaseTrigger):
         if self.timeout is not None:
             self.deadline = _now() + timedelta(seconds=self.timeout)
         self._announce(wait)
-        self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline)
         try:
             if listener.recorded_from_outside:
                 with working_for(wait):
                     polling = listener().poll_in_a_test(*self.listener_args, **self.listener_kwargs)
                     event = await asyncio.wait_for(polling, self.timeout)
             else:
+                self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline)
                 event = await self._poll.run()
         except (TimeIsUp, asyncio.TimeoutError):
             assert self.deadline is not None

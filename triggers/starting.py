@@ -36,7 +36,7 @@ from airflow_events.triggers import reference
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.polling import Poll
-from airflow_events.triggers.start_rules import Key, NoLogicalDate, Rules
+from airflow_events.triggers.start_rules import NoLogicalDate, Rules
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class Starts:
             return
         waits = True  # and nothing is asked for the event
         try:
-            async with self._turns.setdefault(key.digest, asyncio.Lock()):
+            async with self._turns.setdefault(key, asyncio.Lock()):
                 while True:
                     waits = False
                     if await self._take(listener, [held], key):
@@ -250,7 +250,7 @@ class Starts:
             if waits:
                 self._let_go(listener, [held])
 
-    async def _take(self, listener: type[EventListener], held: Sequence[Held], key: Key | None = None) -> bool:
+    async def _take(self, listener: type[EventListener], held: Sequence[Held], key: str | None = None) -> bool:
         """
         Have something made of events; return False if it has to be tried again, for which they are in hand.
 
@@ -264,7 +264,7 @@ class Starts:
             taking.add_done_callback(lambda done: None if done.result() else self._let_go(listener, held))
             raise
 
-    async def _taken(self, listener: type[EventListener], held: Sequence[Held], key: Key | None) -> bool:
+    async def _taken(self, listener: type[EventListener], held: Sequence[Held], key: str | None) -> bool:
         """Have something made of events, and acknowledge them; give them back if it is not to be."""
         await inherit_portal(self._portal)
         told: list[Told] = []
@@ -277,8 +277,7 @@ class Starts:
                     makes=self._what.makes,
                     record_id=uuid.uuid4().hex,
                     events=tuple(told),
-                    key=None if key is None else key.text,
-                    key_digest=None if key is None else key.digest,
+                    key=key,
                     logical_date=self._what.rules.logical_date_of(held[0].shapes),
                 )
             )

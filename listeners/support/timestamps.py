@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, tzinfo
 
 import pendulum
 from airflow_events.listeners.base import Wait
@@ -28,18 +28,28 @@ def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
         if wait.run_start is None:
             raise ValueError(f"{moment} counts from the start of the run, and {wait.id} has none")
         moment = wait.run_start + moment
-    elif isinstance(moment, (int, float)) and not isinstance(moment, bool):
-        try:
-            moment = datetime.fromtimestamp(moment, timezone.utc)
-        except (OverflowError, OSError, ValueError) as error:
-            raise ValueError(f"{moment!r} seconds since the epoch is out of range (milliseconds?)") from error
-    if not isinstance(moment, datetime):
+    if isinstance(moment, bool) or not isinstance(moment, (int, float, datetime)):
         raise TypeError(
             "a timer takes seconds since the epoch, a datetime, an ISO 8601 string or a timedelta, "
             f"not {moment!r} of type {type(moment).__qualname__}"
         )
+    return in_utc(moment, wait.tz)
+
+
+def in_utc(moment: float | datetime, zone: tzinfo) -> datetime:
+    """
+    Return seconds since the epoch, or a datetime, as a datetime in UTC.
+
+    :param zone: of a naive datetime.
+    :raises ValueError: it is out of range.
+    """
+    if not isinstance(moment, datetime):
+        try:
+            moment = datetime.fromtimestamp(moment, timezone.utc)
+        except (OverflowError, OSError, ValueError) as error:
+            raise ValueError(f"{moment!r} seconds since the epoch is out of range (milliseconds?)") from error
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=wait.tz)
+        moment = moment.replace(tzinfo=zone)
     # A plain datetime: the event should not depend on a library's class.
     return datetime.fromtimestamp(moment.timestamp(), timezone.utc)
 

@@ -128,6 +128,27 @@ def check_choices(
         )
 
 
+def expression(name: str, text: str) -> Callable[[Any], Any]:
+    """
+    Return what finds something in a value, by a JMESPath expression: null where it has a function that fails.
+
+    :param name: what the user calls it.
+    :raises ValueError: it is no expression.
+    """
+    try:
+        search = jmespath.compile(text).search
+    except jmespath.exceptions.JMESPathError as error:
+        raise ValueError(f"{name} is no JMESPath expression: {error}") from error
+
+    def find(value: Any) -> Any:
+        try:
+            return search(value)
+        except Exception:  # a function that does not take such a value: a JMESPathError, or what Python raises
+            return None
+
+    return find
+
+
 class Match:
     """
     What a watch wants to see in an event's value.
@@ -145,10 +166,7 @@ class Match:
         """The fields and what they must be; waits whose key is equal are found by one look-up."""
         self._finds: Callable[[Any], Any] | None = None
         if isinstance(wanted, str):
-            try:
-                self._finds = jmespath.compile(wanted).search
-            except jmespath.exceptions.JMESPathError as error:
-                raise ValueError(f"match is no JMESPath expression: {error}") from error
+            self._finds = expression("match", wanted)
         elif isinstance(wanted, Mapping):
             fields = tuple(sorted(wanted))
             self.key = fields, tuple(_text(wanted[field]) for field in fields)
@@ -163,10 +181,7 @@ class Match:
 
     def _matches(self, value: Any) -> bool:
         assert self._finds is not None
-        try:
-            found = self._finds(value)
-        except Exception:  # a function that does not take such a value: a JMESPathError, or what Python raises
-            return False
+        found = self._finds(value)
         return found == 0 or bool(found) if not isinstance(found, bool) else found
 
 

@@ -335,8 +335,7 @@ class StartRun(Entry):
     :param record_id: made by the asker, the same when it asks again.
     :param events: one, or those of a batch.
     :param key: of the event: no run is made while one of the same key is queued or running. None is no key.
-    :param key_digest: 16 hex digits, which tell the key from every other.
-    :param logical_date: of the run, as ISO 8601 with a time zone; None is none.
+    :param logical_date: of the run, as ISO 8601 with a time zone; None is for a run without one.
     """
 
     operation: ClassVar[str] = "start_run"
@@ -347,7 +346,6 @@ class StartRun(Entry):
     record_id: str = ""
     events: tuple[Told, ...] = ()
     key: str | None = None
-    key_digest: str | None = None
     logical_date: str | None = None
 
 

@@ -253,12 +253,14 @@ def run_id_of(entry: StartRun, events: Sequence[Told]) -> str:
 
 def _prefix(entry: StartRun) -> str:
     """Return how the ids of runs with the same key begin."""
-    return RUN_ID_PREFIX if entry.key_digest is None else f"{RUN_ID_PREFIX}{entry.key_digest}_"
+    if entry.key is None:
+        return RUN_ID_PREFIX
+    return f"{RUN_ID_PREFIX}{hashlib.sha256(entry.key.encode()).hexdigest()[:16]}_"
 
 
 def _active(session: Session, dags: list[Dag], entry: StartRun) -> str | None:
     """Say which run of the event's key is queued or running; None if none is, or it has no key."""
-    if entry.key_digest is None:
+    if entry.key is None:
         return None
     query = select(DagRun.dag_id, DagRun.run_id).where(
         DagRun.dag_id.in_([dag.id for dag in dags]),

@@ -22,7 +22,6 @@ from airflow_events.listeners.rabbitmq import RabbitMQListener
 from airflow_events.listeners.support import positions
 from airflow_events.triggers.event import EventTrigger, identity, recording
 from airflow_events.triggers.events import EventsTrigger
-from airflow_events.triggers.start_rules import Key
 from airflow_events.triggers.starts import StartTrigger
 
 TRIGGER = "airflow_events.triggers.event.EventTrigger"
@@ -80,7 +79,7 @@ def test_the_id_of_a_run_that_an_event_starts():
     assert starts.run_id_of(one, [told]) == "event__5531a1e5cdc46e39cbdc9dede0bb3027"
     assert starts.run_id_of(batch, [told, told]) == "event__cd4ad71be15d6e721295cab89c49c264"
     assert starts.run_id_of(one, [entries.Told("1")]) == "event__d9ab968ee617c0bdcd3ed7fe474a69a6"
-    keyed = entries.StartRun(record_id="r", key="7", key_digest=Key.of("7").digest)
+    keyed = entries.StartRun(record_id="r", key="7")
     assert starts.run_id_of(keyed, [told]) == "event__7902699be42c8a8e_5531a1e5cdc46e39cbdc9dede0bb3027"
 
 
@@ -126,8 +125,7 @@ def test_what_is_asked_of_the_inbox_and_answered():
         "positions": ["ti", "place", "source", "settled", "begins"],
         "start_room": ["ti", "place", "trigger", "up_to", "makes"],
         "start_run": [
-            "ti", "place", "trigger", "up_to", "makes", "record_id", "events", "key", "key_digest",
-            "logical_date",
+            "ti", "place", "trigger", "up_to", "makes", "record_id", "events", "key", "logical_date",
         ],
     }  # fmt: skip
     assert [one.name for one in fields(End)] == [

@@ -45,7 +45,6 @@ from airflow_events.inbox.entries import (
 )
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.directory import DirectoryListener
-from airflow_events.triggers.start_rules import Key
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -301,33 +300,28 @@ def test_an_event_that_the_params_refuse_is_not_taken_and_harms_no_other(airflow
     assert airflow.taken().keys() == {hexed(2)}
 
 
-def keyed(key):
-    one = Key.of(key)
-    return {"key": one.text, "key_digest": one.digest}
-
-
 def test_of_a_key_one_run_is_active_at_a_time(airflow):
     airflow.parse("order", max_active_runs=9)
-    assert airflow.start(1, **keyed("x")).status == Status.DONE
+    assert airflow.start(1, key="x").status == Status.DONE
     [first] = airflow.runs()
     assert first.conf == {"event": {"n": 1}, "key": "x"}
-    waits = airflow.start(2, **keyed("x"))
+    waits = airflow.start(2, key="x")
     assert (waits.status, waits.message, waits.room) == (Status.BUSY, f"order/{first.run_id} is active", 8)
-    assert airflow.start(1, record_id="again", **keyed("x")).status == Status.TAKEN
-    others = [airflow.start(3, **keyed("y")), airflow.start(4, **keyed(7)), airflow.start(5)]
+    assert airflow.start(1, record_id="again", key="x").status == Status.TAKEN
+    others = [airflow.start(3, key="y"), airflow.start(4, key="7"), airflow.start(5)]
     assert {answer.status for answer in others} == {Status.DONE}
     airflow.end(first, "running")
-    assert airflow.start(2, **keyed("x")).status == Status.BUSY
+    assert airflow.start(2, key="x").status == Status.BUSY
     airflow.end(first, "failed")
-    assert airflow.start(2, **keyed("x")).status == Status.DONE
+    assert airflow.start(2, key="x").status == Status.DONE
     airflow.end(first, "queued")  # it is cleared; both are there by then
-    assert airflow.start(6, **keyed("x")).status == Status.BUSY
+    assert airflow.start(6, key="x").status == Status.BUSY
     assert [run.conf["event"]["n"] for run in airflow.runs()] == [1, 3, 4, 5, 2]
 
 
 def test_of_a_key_one_run_is_made_in_one_transaction_too(airflow):
     airflow.parse("order", max_active_runs=9)
-    entries = [airflow.entry(number, **keyed("x")) for number in range(3)]
+    entries = [airflow.entry(number, key="x") for number in range(3)]
     assert [answer.status for answer in starts.start(airflow.session, entries)] == [
         Status.DONE, Status.BUSY, Status.BUSY,
     ]  # fmt: skip
@@ -542,7 +536,7 @@ def test_of_two_servers_one_starts_a_run_of_a_key(engine, committed_dag):
         start.wait()
         for index in range(number, 20, 2):
             told = Told("1", hexed(index), CONTENT)
-            entry = StartRun(trigger=committed_dag, record_id=f"{index}", events=(told,), **keyed("x"))
+            entry = StartRun(trigger=committed_dag, record_id=f"{index}", events=(told,), key="x")
             found.extend(answer.status for answer in carry_out(engine, [entry]))
 
     threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
