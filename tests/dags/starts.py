@@ -16,15 +16,15 @@ HOME = Path(os.environ["AIRFLOW_HOME"], "starts")
 with DAG("started", schedule=start_on(GatedDirectory, str(HOME / "started")), max_active_runs=100):
     EmptyOperator(task_id="done")
 
+
+@task
+def wait_for_the_test(folder):
+    while not (HOME / folder / "go").exists():
+        time.sleep(0.2)
+
+
 with DAG("started_slowly", schedule=start_on(GatedDirectory, str(HOME / "started_slowly")), max_active_runs=2):
-
-    @task
-    def wait_for_the_test():
-        while not (HOME / "started_slowly/go").exists():
-            time.sleep(0.2)
-
-    wait_for_the_test()
-
+    wait_for_the_test("started_slowly")
 
 drops = Asset("drops", watchers=[AssetWatcher("drops", event_trigger(GatedDirectory, str(HOME / "by_asset")))])
 
@@ -39,10 +39,4 @@ with DAG("in_batches", schedule=in_batches, max_active_runs=100):
 by_key = start_on.override(key="size", match="!ends_with(name, '.tmp')", logical_date="modified")
 
 with DAG("by_key", schedule=by_key(GatedDirectory, str(HOME / "by_key")), max_active_runs=100):
-
-    @task
-    def until_the_test_says_go():
-        while not (HOME / "by_key/go").exists():
-            time.sleep(0.2)
-
-    until_the_test_says_go()
+    wait_for_the_test("by_key")

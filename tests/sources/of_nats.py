@@ -113,10 +113,10 @@ class Nats(Broker):
     def send_raw(self, raw: bytes) -> None:
         self.publish(f"{self.queue}.sent", raw)
 
-    def publish(self, subject: str, *messages: bytes) -> None:
+    def publish(self, subject: str, *messages: bytes, headers: dict[str, str] | None = None) -> None:
         async def send(client: Any) -> None:
             for message in messages:
-                await client.jetstream().publish(subject, message)
+                await client.jetstream().publish(subject, message, headers=headers)
 
         self.ask(send)
 

@@ -225,11 +225,7 @@ async def test_a_message_that_is_pulled_for_waits_that_end_at_that_moment_goes_t
 
 
 async def test_headers_and_coordinates_are_in_the_event(broker, waits):
-    async def send(client):
-        headers = {"Nats-Msg-Id": "7", "Trace": "a:b c"}
-        await client.jetstream().publish(f"{broker.queue}.eu.new", b"{}", headers=headers)
-
-    broker.ask(send)
+    broker.publish(f"{broker.queue}.eu.new", b"{}", headers={"Nats-Msg-Id": "7", "Trace": "a:b c"})
     event = await soon(waits.poll())
     assert event["subject"] == f"{broker.queue}.eu.new"
     assert event["headers"] == {"Nats-Msg-Id": "7", "Trace": "a:b c"}
@@ -240,10 +236,7 @@ async def test_headers_and_coordinates_are_in_the_event(broker, waits):
 
 
 async def test_a_header_that_is_not_ascii(broker, waits):
-    async def send(client):
-        await client.jetstream().publish(f"{broker.queue}.new", b"{}", headers={"Name": "Zoë"})
-
-    broker.ask(send)
+    broker.publish(f"{broker.queue}.new", b"{}", headers={"Name": "Zoë"})
     assert (await soon(waits.poll()))["headers"] == {"Name": "Zoë"}
 
 
@@ -397,14 +390,11 @@ def dead_letters(broker, **changes):
 
 
 async def test_a_dead_letter_has_the_messages_headers_but_for_the_streams_orders(broker, waits):
-    async def send(client):
-        headers = {"Nats-Rollup": "all", "Nats-Msg-Id": "7", "Trace": "a: b"}
-        await client.jetstream().publish(f"{broker.queue}.new", b"{no json", headers=headers)
-
-    broker.ask(lambda client: client.jetstream().publish(broker.dead_letter, b"there already"))
+    broker.publish(broker.dead_letter, b"there already")
     broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
     broker.make_stream(allow_rollup_hdrs=True)
-    broker.ask(send)
+    headers = {"Nats-Rollup": "all", "Nats-Msg-Id": "7", "Trace": "a: b"}
+    broker.publish(f"{broker.queue}.new", b"{no json", headers=headers)
     await nothing(waits.poll(**dead_letters(broker)), 2)
     dead = broker.ask(lambda client: client.jetstream().get_last_msg("dead", broker.dead_letter))
     assert dead.data == b"{no json"
@@ -472,7 +462,7 @@ async def test_a_dead_letter_that_leads_back_to_the_stream_is_not_sent_again(bro
     changes = dead_letters(broker, dead_letter=f"{origin}.dead")
     tasks = [waits.poll(number, **changes) for number in range(2)]
     await asyncio.sleep(0.3)
-    broker.ask(lambda client: client.jetstream().publish(f"{origin}.sent", b"{no json"))
+    broker.publish(f"{origin}.sent", b"{no json")
     done, _ = await asyncio.wait(tasks, timeout=15, return_when=asyncio.FIRST_COMPLETED)
     with pytest.raises(SourceMisconfigured, match="is a dead letter itself, of the message 1 of"):
         done.pop().result()
@@ -480,11 +470,7 @@ async def test_a_dead_letter_that_leads_back_to_the_stream_is_not_sent_again(bro
 
 
 async def test_metadata_and_an_empty_body_fail_no_wait(broker, waits):
-    async def send(client):
-        headers = {"__type": "a", "Odd": "x\0y"}
-        await client.jetstream().publish(f"{broker.queue}.sent", b"", headers=headers)
-
-    broker.ask(send)
+    broker.publish(f"{broker.queue}.sent", b"", headers={"__type": "a", "Odd": "x\0y"})
     event = await soon(waits.poll())
     assert (event["value"], event["headers"]) == (None, {"___type": "a", "Odd": "eAB5"})
 
