@@ -436,9 +436,10 @@ def check_names(listener: type[EventListener], kwargs: Mapping[str, Any], by: st
     taken = inspect.signature(check_listener(listener).poll_for_event).parameters
     if any(one.kind is one.VAR_KEYWORD for one in taken.values()):
         return
-    of_task = {*inspect.signature(WaitForEventOperator).parameters, *inspect.signature(BaseOperator).parameters}
     for name in kwargs:
-        if name not in taken and name in of_task and name not in listener.not_taken:
+        if name in taken or name in listener.not_taken:
+            continue
+        if any(name in inspect.signature(task).parameters for task in (WaitForEventOperator, BaseOperator)):
             raise TypeError(
                 f"{name} is an argument of the task, and not of {listener.__qualname__}: "
                 f"{by}.override({name}=...)({listener.__qualname__}, ...)"

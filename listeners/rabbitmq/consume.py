@@ -149,8 +149,7 @@ class Consumer(OnServer, QueueHub):
             self.offer(id, received)
 
     def known_by(self, delivery: Delivery) -> str:
-        known: str = delivery.message.content_id
-        return known
+        return str(delivery.message.content_id)
 
     async def close(self) -> None:
         self._behind.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import threading
@@ -52,6 +51,7 @@ async def event_over_http(misfit: Callable[[Any], str | None]) -> Any:
             "There is no API server in dag.test(). Send the event here: curl -X POST http://127.0.0.1:%d/ -d '{}'",
             server.server_port,
         )
-        with contextlib.ExitStack() as stack:
-            stack.callback(server.shutdown)
+        try:
             return await found
+        finally:
+            server.shutdown()

@@ -77,13 +77,9 @@ async def stand() -> dict[str, str]:
 
 
 def _answers(raw: bytes) -> bytes:
-    from airflow_events.inbox import transactions
-
     entries = _entries(parse(raw))
     try:
-        answers = transactions.carry_out(entries)
-    except DataError:
-        answers = [answer for entry in entries for answer in _alone(entry)]
+        answers = _carried_out(entries)
     except DBAPIError as error:
         if _lacks_tables(error):
             log.error(
@@ -98,13 +94,15 @@ def _answers(raw: bytes) -> bytes:
     return json.dumps({"answers": [as_json(answer) for answer in answers], "version": VERSION}).encode()
 
 
-def _alone(entry: Entry) -> list[Answer]:
-    """Carry out one entry, of which the database may refuse what it has to write."""
+def _carried_out(entries: list[Entry]) -> list[Answer]:
+    """Carry out entries, and those that the database refuses to write not."""
     from airflow_events.inbox import transactions
 
     try:
-        return transactions.carry_out([entry])
+        return transactions.carry_out(entries)
     except DataError as error:
+        if len(entries) > 1:
+            return [answer for entry in entries for answer in _carried_out([entry])]
         log.warning("The database refuses what it is to write", exc_info=error)
         return [Answer(Status.INVALID, f"the database refuses it: {str(error.orig).splitlines()[0]}")]
 

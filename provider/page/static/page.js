@@ -251,6 +251,10 @@ function table(stage, waits, wanted, sort) {
       h("button", { class: "plain", id: `sort-${column.order}`, onclick: () => sort(column.order) }, column.title + arrow));
   });
   const body = waits.map((wait) => h("tr", {}, columns.map((column) => column.cell(wait))));
+  return grid(head, body);
+}
+
+function grid(head, body) {
   return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
 
@@ -280,8 +284,7 @@ function startRow(start) {
 }
 
 function startTable(starts) {
-  const head = START_COLUMNS.map((title) => h("th", { scope: "col" }, title));
-  return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, starts.map(startRow))));
+  return grid(START_COLUMNS.map((title) => h("th", { scope: "col" }, title)), starts.map(startRow));
 }
 
 function list(query) {
