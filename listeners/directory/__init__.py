@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventLost
 from airflow_events.listeners.base import EventListener
-from airflow_events.listeners.directory.files import Drops, commit, coordinates, identity_of
+from airflow_events.listeners.directory.files import Drops, commit, coordinates
 from airflow_events.listeners.directory.hub import DirectoryHub, File, FileSeeker, Wanted
 from airflow_events.listeners.support.queue import FinalIdListener, receive
 from airflow_events.listeners.support.shared import shared
@@ -128,7 +128,7 @@ def _describe(root: Path, file: File) -> dict[str, Any]:
     return {
         "name": file.name,
         "directory": str(root),
-        "size": file.stat.st_size,
-        "modified": datetime.fromtimestamp(file.stat.st_mtime, timezone.utc),
-        "id": identity_of(file.stat),
+        "size": file.attributes.size,
+        "modified": datetime.fromtimestamp(file.attributes.modified / 10**9, timezone.utc),
+        "id": file.attributes.identity,
     }

@@ -13,14 +13,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import glob
 import json
 import logging
 import os
+import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from airflow_events import settings
 from airflow_events.errors import EventLost
@@ -29,19 +31,69 @@ log = logging.getLogger(__name__)
 
 OURS = ".airflow-events"
 
+# Of linux/fcntl.h and linux/stat.h, as is the place of each field of statx's answer.
+_AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _RENAME_NOREPLACE = -100, 0x100, 1
+_STATX_BASIC_STATS, _STATX_BTIME = 0x7FF, 0x800
+_STATX = struct.Struct("=I28xQQ32xqI20xqI")
+
 
 def coordinates(directory: str, name: str, identity: str) -> str:
     """Return what tells a dropped file from every other. Its form is frozen: whose an event is, hangs on it."""
     return json.dumps([directory, name, identity], ensure_ascii=False)
 
 
-def identity_of(stat: os.stat_result) -> str:
+class Attributes(NamedTuple):
     """
-    Name a file by what a rename leaves as it is.
+    What one look at a file tells of it, in one read, so that no two files are mixed.
 
-    Frozen, since events and the archive bear it.
+    :param modified: in nanoseconds since the epoch.
+    :param born: when it was made, likewise; None if the file system does not tell, or ``statx(2)`` is missing.
+        It tells a file from one that was deleted, whose inode a file system gives again: of one that is sent once
+        more by ``rsync -a`` or ``cp -p``, which keep the modification time, all else is the same.
     """
-    return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"
+
+    inode: int
+    modified: int
+    size: int
+    born: int | None = None
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Attributes:
+        return cls(stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+    @classmethod
+    def at(cls, file: Path) -> Attributes | None:
+        """Return those of a file, which is no link; None if there is none."""
+        answer = ctypes.create_string_buffer(256)
+        wanted = _STATX_BASIC_STATS | _STATX_BTIME
+        try:
+            statx = _libc().statx
+        except AttributeError:  # a C library without it
+            number = errno.ENOSYS
+        else:
+            failed = statx(_AT_FDCWD, os.fsencode(file), _AT_SYMLINK_NOFOLLOW, wanted, answer)
+            number = ctypes.get_errno() if failed else 0
+        if number in (errno.ENOSYS, errno.EPERM):  # EPERM: a container that does not know the call forbids it
+            with contextlib.suppress(FileNotFoundError):
+                return cls.of(file.lstat())
+            return None
+        if number in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        if number:
+            raise OSError(number, os.strerror(number), str(file))
+        told, inode, size, born, born_ns, modified, modified_ns = _STATX.unpack_from(answer)
+        has_born = told & _STATX_BTIME
+        return cls(inode, modified * 10**9 + modified_ns, size, born * 10**9 + born_ns if has_born else None)
+
+    @property
+    def identity(self) -> str:
+        """
+        A name for the file that a rename leaves as it is.
+
+        Frozen, since events and the archive bear it.
+        """
+        of_file = f"{self.inode:x}-{self.modified:x}-{self.size:x}"
+        return of_file if self.born is None else f"{of_file}-{self.born:x}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +154,7 @@ def commit(event: dict[str, Any]) -> None:
 
 def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) -> None:
     file = root / name
-    there = _identity_at(file)
+    there = _identity_at(file, identity)
     if done.exists():
         return
     if there is None:
@@ -118,18 +170,24 @@ def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) 
             os.rename(root / marker, done.parent / marker)
     with contextlib.suppress(FileNotFoundError):  # another process does the same; or NFS says so of a rename again
         os.rename(file, done)
-    if (moved := _identity_at(done)) is not None and moved != identity:  # overwritten in that moment
+    if (moved := _identity_at(done, identity)) is not None and moved != identity:  # overwritten in that moment
         for again in filter(None, (name, marker)):
             with contextlib.suppress(FileNotFoundError):
                 put_back(done.parent / again, root / again)
         raise EventLost(f"{file} was written to again while it was moved")
 
 
-def _identity_at(file: Path) -> str | None:
-    try:
-        return identity_of(file.stat())
-    except FileNotFoundError:
+def _identity_at(file: Path, wanted: str) -> str | None:
+    """Return the identity of a file, in the form of the one that is wanted; None if it is not there."""
+    if (found := Attributes.at(file)) is None:
         return None
+    says_when_made = wanted.count("-") > 2  # which events of earlier versions do not
+    return (found if says_when_made else found._replace(born=None)).identity
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def put_back(file: Path, free: Path) -> None:
@@ -162,9 +220,7 @@ def rename_if_free(old: Path, new: Path) -> None:
     :raises FileExistsError: there is one.
     """
     with contextlib.suppress(AttributeError):
-        at_fdcwd, no_replace = -100, 1
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-        if not rename(at_fdcwd, os.fsencode(old), at_fdcwd, os.fsencode(new), no_replace):
+        if not _libc().renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE):
             return
         number = ctypes.get_errno()
         if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):

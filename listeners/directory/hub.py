@@ -13,6 +13,7 @@ import contextlib
 import fnmatch
 import functools
 import importlib
+import json
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from airflow_events import settings
-from airflow_events.listeners.directory.files import Drops, coordinates, identity_of, put_back_claims
+from airflow_events.listeners.directory.files import Attributes, Drops, coordinates, put_back_claims
 from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import Delivery, LookingHub, Wanting
 from airflow_events.listeners.support.shared import background
@@ -92,7 +93,7 @@ class File(NamedTuple):
     """A file as a look found it, and which one marks it as complete."""
 
     name: str
-    stat: os.stat_result
+    attributes: Attributes
     marker: str | None
 
 
@@ -100,8 +101,7 @@ class File(NamedTuple):
 class _Seen:
     """A file as the last looks found it; ``since`` is the loop's time at which it began to look so."""
 
-    stat: os.stat_result
-    identity: str
+    attributes: Attributes
     since: float
 
 
@@ -119,6 +119,8 @@ class DirectoryHub(LookingHub):
     def __init__(self, root: Path) -> None:
         self._root = root
         self._seen: dict[str, _Seen] = {}
+        # Names of files that were moved since the last look: what looks like one of them may be the next.
+        self._doubted: set[str] = set()
         # What matches and was not given yet, so that a look compares only new files with old patterns.
         self._candidates: dict[Wanted, set[str]] = {}
         self._look = asyncio.Event()
@@ -155,6 +157,10 @@ class DirectoryHub(LookingHub):
         if seeker.wanted not in self.waiting:
             self._candidates.pop(seeker.wanted, None)
 
+    def forget(self, id: str) -> None:
+        super().forget(id)
+        self._doubted.add(json.loads(id)[1])
+
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         """Nothing: `files.commit` moves a file by what its event says."""
 
@@ -165,8 +171,9 @@ class DirectoryHub(LookingHub):
             return
         self._look.clear()
         began = loop.time()
+        doubted, self._doubted = self._doubted, set()
         files = await self.on_disk(_scan, self._root)
-        candidates = await self.on_disk(self._match, list(self.waiting), files, began)
+        candidates = await self.on_disk(self._match, list(self.waiting), files, doubted, began)
         settles_in = self._hand_out(candidates, files.keys())
         looked = loop.time() - began
         self._next_look = loop.time() + min(settles_in, settings.directory_rescan_interval())
@@ -182,14 +189,18 @@ class DirectoryHub(LookingHub):
             look.cancel()
 
     def _match(
-        self, patterns: list[Wanted], files: dict[str, os.stat_result], now: float
+        self, patterns: list[Wanted], files: dict[str, os.stat_result], doubted: set[str], now: float
     ) -> dict[Wanted, set[str]]:
         """Note what was found, and return what of it the patterns match; to be called in a thread."""
-        before, self._seen = self._seen, {}
+        before = {name: seen for name, seen in self._seen.items() if name not in doubted}
+        self._seen = {}
         for name, stat in files.items():
-            seen, identity = before.get(name), identity_of(stat)
-            self._seen[name] = seen if seen and seen.identity == identity else _Seen(stat, identity, now)
-        fresh = files.keys() - before.keys()
+            seen = before.get(name)
+            if seen is not None and seen.attributes._replace(born=None) == Attributes.of(stat):
+                self._seen[name] = seen
+            elif (attributes := Attributes.at(self._root / name)) is not None:
+                self._seen[name] = _Seen(attributes, now)
+        fresh = self._seen.keys() - before.keys()
         self._candidates = {
             wanted: (self._candidates[wanted] & self._seen.keys()) | wanted.matching(fresh)
             if wanted in self._candidates
@@ -206,7 +217,7 @@ class DirectoryHub(LookingHub):
             seekers = [seeker for seeker in self.waiting.get(wanted, ()) if not seeker.done]
             watchers = [seeker for seeker in seekers if seeker.watches]
             consumers = deque(seeker for seeker in seekers if not seeker.watches)
-            for name in sorted(names, key=lambda name: (self._seen[name].stat.st_mtime_ns, name)):
+            for name in sorted(names, key=lambda name: (self._seen[name].attributes.modified, name)):
                 if not watchers and not consumers:
                     break
                 marker = wanted.marker(name)
@@ -216,10 +227,10 @@ class DirectoryHub(LookingHub):
                 if (settles_in := seen.since + wanted.settle - now) > 0:
                     settle_in = min(settle_in, settles_in)
                 else:
-                    file = File(name, seen.stat, marker)
+                    file = File(name, seen.attributes, marker)
                     while watchers:
                         watchers.pop().give(file)
-                    id = coordinates(str(self._root), name, seen.identity)
+                    id = coordinates(str(self._root), name, seen.attributes.identity)
                     if consumers and (delivery := self.hold(id, file)) is not None:
                         consumers.popleft().give(delivery)
         return settle_in

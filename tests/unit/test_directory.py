@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import errno
 import multiprocessing
 import os
 import signal
@@ -321,8 +323,7 @@ async def test_a_cancelled_wait_takes_no_file_from_others(drops):
 @pytest.fixture(params=["renameat2", "link"])
 def renames(request, monkeypatch):
     if request.param == "link":
-        monkeypatch.delattr(files, "ctypes")
-        monkeypatch.setattr(files, "ctypes", object(), raising=False)
+        monkeypatch.setattr(files, "_libc", object)  # a C library without it, nor with statx
 
 
 @pytest.mark.usefixtures("renames")
@@ -344,7 +345,7 @@ async def test_what_the_first_edition_had_claimed_goes_back_when_nobody_commits_
 
 async def test_what_the_first_edition_had_recorded_and_claimed_is_committed(drops):
     (drops / "a").touch()
-    identity = files.identity_of((drops / "a").stat())
+    identity = files.Attributes.of((drops / "a").stat()).identity
     ours = drops / ".airflow-events"
     (ours / "claims/dag.task.0123" / identity).mkdir(parents=True)
     (drops / "a").rename(ours / "claims/dag.task.0123" / identity / "a")
@@ -383,6 +384,64 @@ async def test_names_that_airflow_cannot_store_are_passed_over(drops):
 async def test_arguments_that_will_not_do_are_named(drops, kwargs, message):
     with pytest.raises((ValueError, PermissionError), match=message):
         await soon(poll(drops, **kwargs))
+
+
+async def test_a_file_that_is_sent_once_more_is_another(drops):
+    """By ``rsync -a``: with the same modification time, and, on ext4, the number of the one that was deleted."""
+    ids, numbers = set(), set()
+    for number in range(5):
+        unfinished = drops.parent / "unfinished"
+        unfinished.write_text("x")
+        os.utime(unfinished, ns=(17 * 10**17, 17 * 10**17))
+        numbers.add(unfinished.stat().st_ino)
+        unfinished.rename(drops / "a")
+        event = await soon(poll(drops, number, settle=0, on_commit="delete"))
+        await commit(event, number)
+        assert not (drops / "a").exists()
+        ids.add(DirectoryListener().event_id(event))
+    if files.Attributes.at(drops).born is None:
+        pytest.skip("the file system does not tell when a file was made")
+    assert len(ids) == 5
+
+
+async def test_a_file_that_is_moved_during_a_look_is_none(drops, monkeypatch):
+    """What is left of it would be another identity, and so another event."""
+    scan, archive = hub._scan, drops.parent / "archive"
+
+    def scan_and_move(root):
+        found = scan(root)
+        for name in found:
+            (root / name).rename(archive)
+        return found
+
+    monkeypatch.setattr(hub, "_scan", scan_and_move)
+    (drops / "a").write_text("x")
+    task = poll(drops, settle=0)
+    await nothing(task)
+    assert archive.exists()
+    await cancel(task)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_where_statx_is_forbidden_a_file_has_its_older_identity(drops, monkeypatch, number):
+    class Libc:
+        def statx(self, *_arguments):
+            ctypes.set_errno(number)
+            return -1
+
+    (drops / "a").write_text("x")
+    told = files.Attributes.at(drops / "a")
+    monkeypatch.setattr(files, "_libc", Libc)
+    assert files.Attributes.at(drops / "a") == told._replace(born=None)
+    assert files.Attributes.at(drops / "b") is None
+
+
+async def test_an_event_of_an_earlier_version_does_not_say_when_its_file_was_made(drops):
+    (drops / "a").write_text("x")
+    event = await soon(poll(drops, settle=0))
+    without = event["id"].rpartition("-")[0]
+    await commit({**event, "id": without, "path": event["path"].replace(event["id"], without)})
+    assert not (drops / "a").exists()
 
 
 @pytest.mark.parametrize("listener", [DirectoryListener, DirectoryWatchListener])
@@ -460,7 +519,7 @@ def test_processes_killed_while_they_commit_lose_and_double_nothing(drops):
     events = []
     for name in names:
         (drops / name).write_text(name)
-        identity = files.identity_of((drops / name).stat())
+        identity = files.Attributes.at(drops / name).identity
         path = None if name < "f030" else str(archive / identity / name)
         events.append({"name": name, "id": identity, "directory": str(drops), "path": path})
     context = multiprocessing.get_context("fork")

@@ -157,8 +157,10 @@ def test_by_what_waits_kept_events_and_receipts_are_found():
 
 
 def test_the_ids_of_dropped_files():
-    from airflow_events.listeners.directory.files import coordinates
+    from airflow_events.listeners.directory.files import Attributes, coordinates
 
+    assert Attributes(31, 42, 3).identity == "1f-2a-3"
+    assert Attributes(31, 42, 3, born=4).identity == "1f-2a-3-4"
     assert coordinates("/drops/größe", 'a "b".csv', "1f-2a-3") == '["/drops/größe", "a \\"b\\".csv", "1f-2a-3"]'
 
 
