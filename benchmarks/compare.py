@@ -146,7 +146,8 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
             if broker is None:
                 bootstrap.fail(f"{kind.name} is not there: {kind.missing}")
             stack.callback(broker.stop)
-            connections[f"AIRFLOW_CONN_{kind.connection_type.upper()}_DEFAULT"] = json.dumps(broker.connection())
+            source = {"amqp": "rabbitmq"}.get(kind.connection_type, kind.connection_type)
+            connections[f"AIRFLOW_CONN_{source.upper()}_DEFAULT"] = json.dumps(broker.connection())
             if name == "Kafka":
                 in_tens = range(processes.tenth(max(options.waits)) // 10)
                 for group in (*range(options.at_once), *(f"{run}{wait}" for run in in_tens for wait in range(10))):

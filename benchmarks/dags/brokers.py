@@ -8,6 +8,9 @@ from airflow.providers.amazon.aws.sensors.sqs import SqsSensor
 from airflow.providers.apache.kafka.sensors.kafka import AwaitMessageSensor
 from airflow_events import wait_for_event
 from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
+from airflow_events.listeners.nats import NatsListener
+from airflow_events.listeners.postgres import PostgresListener
+from airflow_events.listeners.rabbitmq import RabbitMQListener
 from airflow_events.listeners.redis import RedisListener, RedisWatchListener
 from airflow_events.listeners.sqs import SqsListener
 from contenders import dags
@@ -37,6 +40,9 @@ CONTENDERS = {
     "redis_watch": lambda name: (
         wait_for_event.override(task_id=name)(RedisWatchListener, QUEUE, field="v", match={"order": 1}).operator
     ),
+    "postgres_ours": lambda name: wait_for_event.override(task_id=name)(PostgresListener, QUEUE).operator,
+    "nats_ours": lambda name: wait_for_event.override(task_id=name)(NatsListener, QUEUE).operator,
+    "rabbitmq_ours": lambda name: wait_for_event.override(task_id=name)(RabbitMQListener, QUEUE).operator,
     "kafka_ours": lambda name: wait_for_event.override(task_id=name)(KafkaListener, QUEUE, group="ours").operator,
     "kafka_watch": lambda name: (
         wait_for_event.override(task_id=name)(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.processes import connect, fresh_triggerer, open_waits, until_open
-from parts.queues import REDIS, fresh_queue, order_of
+from parts.queues import REDIS, fresh_queue, order_of, send_at_once
 
 NAMES = {
     "appears": "Airflow's own: a trigger that ends its task when a file is there",
@@ -51,15 +50,7 @@ def _ends(stage: Stage, name: str, count: int) -> dict[str, Any]:
     if name == "appears":
         return _watch(stage, runs, time.time(), file.touch)
     orders = [{"order": order_of(run, f"wait{number}")} for run in runs for number in range(10)]
-    return _watch(stage, runs, time.time(), lambda: _send(broker, orders))
-
-
-def _send(broker: Any, orders: list[dict[str, str]]) -> None:
-    """Send all of them in one request, since it is not the sender that is measured."""
-    with broker.client as client, client.pipeline(transaction=False) as pipeline:
-        for order in orders:
-            pipeline.xadd(broker.queue, {"v": json.dumps(order).encode()})
-        pipeline.execute()
+    return _watch(stage, runs, time.time(), lambda: send_at_once(broker, orders))
 
 
 def _watch(stage: Stage, runs: list[Any], begin: float, fire: Callable[[], Any]) -> dict[str, Any]:

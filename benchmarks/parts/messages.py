@@ -8,12 +8,16 @@ from typing import Any
 
 from parts import Part, Rows, Stage, connections
 from parts.processes import opened, tenth
-from parts.queues import KAFKA, REDIS, SQS, fresh_queue, order_of
+from parts.queues import KAFKA, NATS, POSTGRES, RABBITMQ, REDIS, SQS, fresh_queue, order_of, send_at_once
 from parts.timers import ends_of, successes
 
-NAMES = {name: what for name, what in connections.NAMES.items() if name not in (connections.FLOOR, "redis_watch")}
-# Those that need workers.
-FEW = (*connections.ON_WORKERS, "sqs_ours")
+NAMES = {
+    **{name: what for name, what in connections.NAMES.items() if name not in (connections.FLOOR, "redis_watch")},
+    "postgres_ours": "ours: `PostgresListener`",
+    "nats_ours": "ours: `NatsListener`",
+    "rabbitmq_ours": "ours: `RabbitMQListener`, quorum queue",
+}
+BROKERS = (KAFKA, SQS, REDIS, POSTGRES, NATS, RABBITMQ)
 # Seconds that the last of them may take.
 LONGEST = 1200
 
@@ -22,7 +26,7 @@ def messages(stage: Stage) -> Rows:
     most = max(stage.options.waits)
     found = []
     for name in NAMES:
-        count = tenth(most) if name in FEW else most
+        count = tenth(most) if name in connections.ON_WORKERS else most
         found.append({"name": name, "waits": count, **_sent(stage, name, count)})
         print(name, found[-1]["ends"][-1], flush=True)
     return found
@@ -35,7 +39,7 @@ def _sent(stage: Stage, name: str, count: int) -> dict[str, Any]:
         those.rest()
         waits = [(run, f"wait{number}") for run in those.runs for number in range(10)]
         begin = datetime.now(timezone.utc)
-        broker.send(*({"order": order_of(run, wait)} for run, wait in waits))
+        send_at_once(broker, [{"order": order_of(run, wait)} for run, wait in waits])
         sending = (datetime.now(timezone.utc) - begin).total_seconds()
         return {
             "sending": round(sending, 1),
@@ -63,4 +67,4 @@ def table(rows: Rows) -> str:
     )
 
 
-PARTS = {"messages": Part(messages, table, tuple(f"{name}_10" for name in NAMES), (KAFKA, SQS, REDIS))}
+PARTS = {"messages": Part(messages, table, tuple(f"{name}_10" for name in NAMES), BROKERS)}
