@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, NoReturn
 
-from airflow_events.listeners.base import EventListener, Wait, current_wait, working_for
+from airflow_events.listeners.base import EventListener, Wait, current_wait, is_template, working_for
 from airflow_events.listeners.support.timestamps import parsed, when
 
 RUN_STATES = ("success", "failed")
@@ -39,7 +39,7 @@ class _FoundByTheApiServer(EventListener):
         told = inspect.signature(cls.sought).bind(*args, **kwargs)
         for name, value in told.arguments.items():
             if name in _IF_TEMPLATE and any(
-                map(_is_template, [value] if isinstance(value, str) else _items(value))
+                map(is_template, [value] if isinstance(value, str) else _items(value))
             ):
                 told.arguments[name] = _IF_TEMPLATE[name]
         with working_for(Wait("", "", "")):
@@ -179,10 +179,6 @@ class AssetListener(_FoundByTheApiServer):
         :raises ValueError: an argument is not in order.
         """
         await _forever()
-
-
-def _is_template(value: Any) -> bool:
-    return isinstance(value, str) and ("{{" in value or "{%" in value)
 
 
 def _items(value: Any) -> Sequence[Any]:

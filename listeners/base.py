@@ -312,6 +312,11 @@ def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: 
         ) from None
 
 
+def is_template(value: Any) -> bool:
+    """Whether it is a text with which Jinja would do more than copy it, line ends aside."""
+    return isinstance(value, str) and ("{{" in value or "{%" in value or "{#" in value)
+
+
 def describe(name: str, args: Any, kwargs: Any) -> str:
     """Write a listener and its arguments as the call that they are, shortened to a line."""
     arguments = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]

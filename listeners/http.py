@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
-from airflow_events.listeners.base import EventListener
+from airflow_events.listeners.base import EventListener, is_template
 
 LONGEST_KEY = 256
 
@@ -50,6 +50,8 @@ class HttpListener(EventListener):
 
     @classmethod
     def check_arguments(cls, key: Any = None, *, schema: Any = None) -> None:
+        if key is not None and not is_template(key):
+            check_key(key)
         if schema is not None:
             from airflow_events.listeners.support.schemas import check_schema  # of use for few
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
+from typing import Any
 
-from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.base import EventListener, Wait, current_wait, is_template
 from airflow_events.listeners.support.clock import Clock
 from airflow_events.listeners.support.timestamps import when
 
@@ -34,6 +35,14 @@ class TimerListener(EventListener):
         due = when(moment, current_wait())
         await Clock.of_loop().until(due)
         return due
+
+    @classmethod
+    def check_arguments(cls, moment: Any) -> None:
+        if not is_template(moment):
+            try:
+                when(moment, Wait("", "", "", run_start=datetime.now(timezone.utc)))
+            except TypeError as error:
+                raise ValueError(str(error)) from None
 
     def foresee(self, moment: float | str | datetime | timedelta) -> tuple[datetime, datetime]:
         """Return ``moment``, twice: it is the event, and when it comes."""

@@ -20,6 +20,7 @@ from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions._internal.types import is_arg_set
 from airflow.sdk.definitions.param import Param, ParamsDict
 from airflow.sdk.definitions.xcom_arg import XComArg
+from airflow_events.listeners.base import is_template
 from airflow_events.listeners.support.serde import localized, simple
 from airflow_events.operators import templates
 from airflow_events.triggers import reference
@@ -141,7 +142,7 @@ def _rendered_on_worker_because(task: WaitForEventOperator, arguments: Any) -> s
         return "the DAG has a Jinja environment of its own, which only workers have"
     if any(text.endswith(tuple(task.template_ext)) for text in texts):
         return "an argument names a file with a template, which only workers have"
-    used = [templates.uses(text) for text in texts if templates.is_template(text)]
+    used = [templates.uses(text) for text in texts if is_template(text)]
     if not used:
         return None
     if dag is not None and dag.template_undefined is not jinja2.StrictUndefined:

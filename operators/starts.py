@@ -12,7 +12,14 @@ from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.definitions.asset import Asset, AssetWatcher
 from airflow_events.errors import EventNotSerializable
 from airflow_events.inbox.entries import START_GROUP
-from airflow_events.listeners.base import EventListener, check_arguments, check_listener, commits, describe
+from airflow_events.listeners.base import (
+    EventListener,
+    check_arguments,
+    check_listener,
+    commits,
+    describe,
+    is_template,
+)
 from airflow_events.listeners.support import serde
 from airflow_events.operators import templates
 from airflow_events.operators.placement import resolves_at_run_time
@@ -165,6 +172,7 @@ def event_trigger(listener: type[EventListener], /, *args: Any, **kwargs: Any) -
 
 
 def _trigger(listener: type[EventListener], args: Any, kwargs: Any, **what: Any) -> StartTrigger:
+    args, kwargs = serde.simple(args), serde.simple(kwargs)
     _check(listener, args, kwargs)
     return StartTrigger.of(
         listener, serde.localized(args, timezone.utc), serde.localized(kwargs, timezone.utc), **what
@@ -190,9 +198,10 @@ def _check(listener: type[EventListener], args: Any, kwargs: Any) -> None:
             serde.check(value, label)
         except EventNotSerializable as error:
             raise TypeError(f"start_on: {error}") from error
-    if any(map(templates.is_template, templates.strings([list(args), kwargs]))):
+    if any(map(is_template, templates.strings([list(args), kwargs]))):
         raise TypeError("start_on takes literals: there is no run yet for which a template could be rendered")
     check_arguments(listener, args, kwargs)
+    listener.check_arguments(*args, **kwargs)
 
 
 def _name(

@@ -85,11 +85,6 @@ class Uses:
     params: frozenset[str | None] = frozenset()
 
 
-def is_template(text: str) -> bool:
-    """Whether Jinja would do more than copy the text, line ends aside."""
-    return "{{" in text or "{%" in text or "{#" in text
-
-
 def strings(value: Any) -> Iterator[str]:
     """Go through the strings that Airflow renders in an argument: keys of dicts are none of them."""
     if isinstance(value, str):

@@ -173,8 +173,12 @@ class WaitForEventsOperator(WaitForEventOperator):
                 args, kwargs = calls.of(index)
                 try:
                     check_arguments(self.listener, args, kwargs)
+                    if not resolves_at_run_time([args, kwargs]):
+                        self.listener.check_arguments(*args, **kwargs)
                 except TypeError as error:
                     raise TypeError(f"{self.task_id}: arguments[{index}]: {error}") from None
+                except ValueError as error:
+                    raise ValueError(f"{self.task_id}: arguments[{index}]: {error}") from error
         if self.has_default:
             self._check_value(self.default, "default")
 

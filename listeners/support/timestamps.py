@@ -27,7 +27,10 @@ def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
     if isinstance(moment, timedelta):
         if wait.run_start is None:
             raise ValueError(f"{moment} counts from the start of the run, and {wait.id} has none")
-        moment = wait.run_start + moment
+        try:
+            moment = wait.run_start + moment
+        except OverflowError as error:
+            raise ValueError(f"{moment} after the start of the run is out of range") from error
     if isinstance(moment, bool) or not isinstance(moment, (int, float, datetime)):
         raise TypeError(
             "a timer takes seconds since the epoch, a datetime, an ISO 8601 string or a timedelta, "

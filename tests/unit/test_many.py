@@ -35,6 +35,7 @@ def dag():
         (TimerListener, "2030-01-01", {}, TypeError, "arguments is a list .* not '2030-01-01'"),
         (TimerListener, [1, [2, 3]], {}, TypeError, r"arguments\[1\]: TimerListener.poll_for_event.*too many"),
         (TimerListener, [{"when": 1}], {}, TypeError, r"arguments\[0\].*'moment'|unexpected keyword"),
+        (TimerListener, [1, "tomorrow"], {}, ValueError, r"arguments\[1\]: 'tomorrow' is neither ISO 8601"),
         (TimerListener, [object()], {}, TypeError, r"arguments\[0\] cannot be stored"),
         (TimerListener, [1], {"first": 2}, ValueError, "first=2, and the list has 1 items"),
         (TimerListener, [1], {"first": 0}, ValueError, "at least 1, or None for all, not 0"),

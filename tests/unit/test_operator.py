@@ -15,6 +15,7 @@ from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
 from airflow_events import EventListener, wait_for_event, wait_for_events
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
+from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.kafka import KafkaListener
 from airflow_events.listeners.nats import NatsListener
 from airflow_events.listeners.rabbitmq import RabbitMQListener
@@ -119,6 +120,27 @@ def test_arguments_that_the_listener_does_not_take_are_refused(dag, args, kwargs
 def test_a_consumer_that_cannot_leave_what_does_not_match_says_why(dag, listener, message):
     with pytest.raises(TypeError, match=message):
         wait_for_event(listener, "q", match={"kind": "paid"})
+
+
+@pytest.mark.parametrize(
+    ("listener", "argument", "message"),
+    [
+        (TimerListener, "tomorrow", "wait_for_event: 'tomorrow' is neither ISO 8601"),
+        (TimerListener, "08:00", "needs a moment or a duration"),
+        (TimerListener, None, "not None of type NoneType"),
+        (HttpListener, "", "a key is a text of 1 to 256 characters"),
+        (HttpListener, 7, "in one line, not 7"),
+    ],
+)
+def test_a_literal_with_which_no_wait_could_wait_is_refused_as_the_dag_is_parsed(dag, listener, argument, message):
+    with pytest.raises(ValueError, match=message):
+        wait_for_event(listener, argument)
+
+
+@pytest.mark.parametrize("listener", [TimerListener, HttpListener])
+def test_what_a_template_says_is_seen_when_it_is_rendered(dag, listener):
+    wait_for_event(listener, "{{ params.what }}")
+    wait_for_event(listener, "{% if 1 %}{% endif %}")
 
 
 class Order:
@@ -265,7 +287,7 @@ ROUTES = {
     "upstream output, nested": (lambda: operator(DirectoryListener, "d", [upstream()]), False, True),
     "upstream output, directory": (lambda: operator(DirectoryListener, upstream()), False, True),
     "upstream output, watch": (lambda: operator(DirectoryWatchListener, upstream()), False, True),
-    "not kept by the serialized DAG": (lambda: operator(TimerListener, uuid.UUID(int=1)), False, True),
+    "not kept by the serialized DAG": (lambda: operator(Anything, uuid.UUID(int=1)), False, True),
     "replay=False": (lambda: operator(DirectoryListener, "d", replay=False), True, True),
     "from the DAG file": (lambda: operator(Local, "d"), True, True),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from airflow.sdk import DAG, Asset, task
@@ -60,6 +62,15 @@ def upstream(): ...
 def test_what_cannot_be_is_refused_when_the_dag_is_parsed(listener, arguments, of_asset, error, message):
     with pytest.raises(error, match=message):
         start_on.override(**of_asset)(listener, *arguments)
+
+
+def test_a_path_and_a_member_of_an_enum_stand_for_what_they_say():
+    class Folder(enum.Enum):
+        DROPS = "/drops"
+
+    told = start_on(DirectoryListener, Folder.DROPS, archive=Path("/done")).watchers[0].trigger.serialize()[1]
+    assert json.loads(json.dumps(told)) == told
+    assert told == start_on(DirectoryListener, "/drops", archive="/done").watchers[0].trigger.serialize()[1]
 
 
 def test_the_output_of_a_task_is_refused():

@@ -44,6 +44,7 @@ def test_what_a_moment_means(moment, expected):
         ("tomorrow", ValueError, "'tomorrow' is neither ISO 8601"),
         ("08:00", ValueError, "needs a moment or a duration"),
         (1e15, ValueError, "out of range"),
+        (timedelta.max, ValueError, "after the start of the run is out of range"),
         (None, TypeError, "not None of type NoneType"),
         (True, TypeError, "of type bool"),
         ({"at": 1}, TypeError, "of type dict"),
