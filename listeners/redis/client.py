@@ -143,6 +143,10 @@ def refusals(source: Source) -> Any:
     except exceptions.ResponseError as error:
         if isinstance(error, _PASSING_TYPES) or _PASSING.search(str(error)):
             raise exceptions.ConnectionError(f"the server answers: {error}") from error
+        if "DB index is out of range" in str(error):
+            raise SourceMisconfigured(
+                f"{source}: the server has no database of the number that the connection names"
+            ) from error
         if "WRONGTYPE" not in str(error):
             raise
         raise SourceMisconfigured(f"{source}: there is a key of that name, and it is no stream") from error
@@ -214,7 +218,15 @@ def _startup_nodes(found: Connection, told: dict[str, Any]) -> list[Endpoint]:
         return []
     if not flag(found, told, "cluster"):
         raise misconfigured(found, "has the extra 'startup_nodes', which are a cluster's, and no cluster=true")
-    return hosts(found, str(told["startup_nodes"]))
+    nodes = told["startup_nodes"]
+    if isinstance(nodes, str):
+        return hosts(found, nodes)
+    try:
+        texts = [node if isinstance(node, str) else f"{node['host']}:{node.get('port', _PORT)}" for node in nodes]
+    except (AttributeError, KeyError, TypeError):
+        wanted = "'host:port,host:port', or a list of such texts or of {'host': …, 'port': …}"
+        raise misconfigured(found, f"has the extra startup_nodes={nodes!r}, where {wanted} is needed") from None
+    return hosts(found, ",".join(texts))
 
 
 def _database(found: Connection, told: dict[str, Any]) -> int:

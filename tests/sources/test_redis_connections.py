@@ -132,6 +132,26 @@ def cluster():
         cluster.stop()
 
 
+async def test_a_database_that_the_server_does_not_have(valkey, connect):
+    connect(host="127.0.0.1", port=valkey.port, extra={"db": 99})
+    with pytest.raises(SourceMisconfigured, match="the server has no database of the number that the connection"):
+        await soon(poll("orders"), 20)
+
+
+@pytest.mark.parametrize("form", ["{}", ["{}"], [{"host": "127.0.0.1", "port": "{}"}]])
+async def test_further_nodes_of_a_cluster_are_a_text_or_a_list(cluster, connect, form):
+    nodes = json.loads(json.dumps(form).replace("{}", f"127.0.0.1:{cluster.nodes[0].port}"))
+    if isinstance(nodes[0], dict):
+        nodes[0]["port"] = cluster.nodes[0].port
+    connect(host="127.0.0.1:1", extra={"cluster": True, "startup_nodes": nodes})
+    task = poll("further-nodes")
+    with RedisCluster(startup_nodes=[ClusterNode("127.0.0.1", cluster.nodes[0].port)]) as client:
+        client.xadd("further-nodes", {"v": "1"})
+        event = await soon(task, 20)
+        await commit(event)
+        client.delete("further-nodes")
+
+
 async def test_a_cluster_whose_nodes_have_a_stream_each(cluster, connect):
     down, first = "127.0.0.1:1", cluster.nodes[0].port
     connect(host=down, extra={"cluster": True, "startup_nodes": f"127.0.0.1:{first}"})
