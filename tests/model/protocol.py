@@ -627,9 +627,12 @@ class World:
     def end_what_is_too_late(self) -> None:
         """End deferrals whose time has passed, as the scheduler does."""
         scheduler: Any = SimpleNamespace(log=logging.getLogger(__name__))
+        before = [task.state for task in self.tasks]
         with self.database.sessions() as session, session.begin():
             SchedulerJobRunner.check_trigger_timeouts(scheduler, session=session)
         self.look("the scheduler")
+        for task, was in zip(self.tasks, before, strict=True):
+            task.touched += task.state != was
 
     # --- the source
 
