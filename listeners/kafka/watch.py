@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from datetime import datetime, timezone
 from typing import ClassVar, cast
@@ -28,6 +29,8 @@ _FETCH_WAIT = 50
 
 # Seconds between two looks for partitions that were added, and whether the topic is still the same.
 _LISTING = 30
+# Likewise, while a partition has no leader and cannot be read.
+_LISTING_SOON = 5
 
 # How many messages are read at once, at most.
 _AT_ONCE = 500
@@ -49,6 +52,7 @@ class TopicHub(LogHub[_Position]):
         self.readers: set[_TopicReader] = set()
         self._topic: str | None = None
         self._listed_at = 0.0
+        self._leaderless: set[int] = set()  # as was told
         super().__init__(str(source))
 
     async def connect(self) -> None:
@@ -75,12 +79,26 @@ class TopicHub(LogHub[_Position]):
                 raise BrokerUnavailable("the topic was recreated")
             self._listed_at = time.monotonic()
         await super().serve()
+        self._tell_of_leaders()
+
+    def _tell_of_leaders(self) -> None:
+        now = {number for reader in self.readers for number in reader.leaderless}
+        for number in sorted(now - self._leaderless):
+            what = "%s: no broker leads partition %s now; what else there is, is read"
+            self._tell_all(logging.WARNING, what, self.name, number)
+        for number in sorted(self._leaderless - now):
+            self._tell_all(logging.INFO, "%s: partition %s has a leader again, and is read", self.name, number)
+        self._leaderless = now
+
+    def earliest(self) -> datetime:
+        """Return from when on somebody wants messages."""
+        return min((watcher.since for watcher in self.seekers), default=datetime.now(timezone.utc))
 
     async def reader(self, since: datetime, position: _Position | None) -> Reader[_Position]:
         assert self._clients is not None
         reader = await self.worker.do(_TopicReader, self, self._clients)
         self.readers.add(reader)
-        await self.worker.do(reader.begin, since, position)
+        await self.worker.do(reader.begin, since, position, self.earliest())
         return reader
 
     def reached(self, position: _Position, other: _Position) -> bool:
@@ -115,6 +133,7 @@ class _TopicReader(Reader[_Position]):
         self._clients = clients
         self._topic = clients.source.topic
         self._listed_at = 0.0
+        self.leaderless: set[int] = set()
         # A broker answers what is asked over a connection in turn: a question would wait for a fetch that waits
         # for messages.
         kilobytes = READ_BYTES // 1024
@@ -122,7 +141,9 @@ class _TopicReader(Reader[_Position]):
         self._consumer = clients.consumer(**{"fetch.wait.max.ms": _FETCH_WAIT, **settings})
 
     async def read(self, seconds: float) -> list[Message]:
-        position, sent = await self._hub.worker.do(self._read, seconds)
+        listing = _LISTING_SOON if self.leaderless else _LISTING
+        earliest = self._hub.earliest() if time.monotonic() - self._listed_at > listing else None
+        position, sent = await self._hub.worker.do(self._read, seconds, earliest)
         messages = await self._hub.messages(sent)
         self.position = position
         return messages
@@ -133,11 +154,11 @@ class _TopicReader(Reader[_Position]):
 
     # What follows runs in the hub's thread.
 
-    def begin(self, since: datetime, position: _Position | None) -> None:
+    def begin(self, since: datetime, position: _Position | None, earliest: datetime) -> None:
         """Read from ``position`` on, or if it is None such that nothing of ``since`` or later is missed."""
         with self._clients.refusals():
-            self._assign(self._position_at(since) if position is None else position)
-            self._list()
+            self._assign(self._position_at(since, self._partitions()) if position is None else position)
+            self._list(earliest)
 
     def oldest(self) -> datetime | None:
         """Return the timestamp of the first message that is there, if there were others before it."""
@@ -159,25 +180,28 @@ class _TopicReader(Reader[_Position]):
         self._consumer.assign([TopicPartition(self._topic, *place) for place in position.items()])
         self.position = position
 
-    def _list(self) -> None:
-        # A partition that came later is read from its beginning.
-        position = {**dict.fromkeys(self._partitions(), 0), **self.position}
-        if position != self.position:
-            self._assign(position)
+    def _list(self, earliest: datetime) -> None:
+        """Read what can be read since, such as a partition that was added, from where somebody may want it."""
+        if new := [number for number in self._partitions() if number not in self.position]:
+            self._assign({**self._position_at(earliest, new), **self.position})
 
     def _partitions(self) -> list[int]:
+        """Return the partitions that can be read: those that have a leader."""
         topic = self._consumer.list_topics(self._topic, timeout=PATIENCE).topics[self._topic]
         if topic.error is not None:
             raise KafkaException(topic.error)
         self._listed_at = time.monotonic()
-        return sorted(topic.partitions)
+        self.leaderless = {number for number, partition in topic.partitions.items() if partition.leader < 0}
+        if not (there := sorted(topic.partitions.keys() - self.leaderless)):
+            raise BrokerUnavailable(f"no broker leads a partition of {self._topic!r}")
+        return there
 
-    def _position_at(self, since: datetime) -> _Position:
+    def _position_at(self, since: datetime, partitions: list[int]) -> _Position:
         # Cut: a message's timestamp is in milliseconds.
         asked = max(int(since.timestamp() * 1000), 0)
         position = {}
         # The ends first: what is sent meanwhile is not to be missed.
-        ends = {number: self._bounds(number)[1] for number in self._partitions()}
+        ends = {number: self._bounds(number)[1] for number in partitions}
         places = [TopicPartition(self._topic, number, asked) for number in ends]
         for place in self._consumer.offsets_for_times(places, timeout=PATIENCE):
             if place.error is not None:
@@ -192,10 +216,15 @@ class _TopicReader(Reader[_Position]):
             raise BrokerUnavailable("the broker does not say how far the topic goes")
         return found
 
-    def _read(self, seconds: float) -> tuple[_Position, list[Sent]]:
+    def _read(self, seconds: float, earliest: datetime | None) -> tuple[_Position, list[Sent]]:
+        """
+        Read for so many seconds at most.
+
+        :param earliest: look for partitions to be read, too, from then on; None not to look.
+        """
         with self._clients.refusals():
-            if time.monotonic() - self._listed_at > _LISTING:
-                self._list()
+            if earliest is not None:
+                self._list(earliest)
             found = self._consumer.consume(1, seconds)
             if found:
                 found += self._consumer.consume(_AT_ONCE - 1, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from airflow_events.listeners.kafka import consume, group
@@ -60,17 +61,21 @@ async def test_each_message_is_taken_once_though_each_broker_is_killed(broker, w
     await asyncio.gather(*takers, return_exceptions=True)
 
 
-@on(KafkaCluster)
-async def test_a_partition_without_a_leader_holds_up_no_other(broker, waits, caplog, impatient):
-    """Each partition is on one broker, and one of these is gone."""
-    admin = AdminClient(broker.bootstrap)
+async def one_partition_is_without_a_leader(broker):
+    """Make a topic of which each partition has a message and is on one broker, and end the last of these."""
     broker.queue += "-alone"
+    admin = AdminClient(broker.bootstrap)
     [made] = admin.create_topics([NewTopic(broker.queue, 3, replica_assignment=[[1], [2], [3]])]).values()
     made.result(30)
     await asyncio.to_thread(
         lambda: broker.produce(*({"value": str(number).encode(), "partition": number} for number in range(3)))
     )
     broker.servers[2].kill()
+
+
+@on(KafkaCluster)
+async def test_a_partition_without_a_leader_holds_up_no_other(broker, waits, caplog, impatient):
+    await one_partition_is_without_a_leader(broker)
     taken = set()
     for number in range(2):
         event = await soon(waits.poll(number), 60)
@@ -81,6 +86,20 @@ async def test_a_partition_without_a_leader_holds_up_no_other(broker, waits, cap
     await until_told(caplog, "no broker leads partition 2")
     broker.servers[2].begin()
     assert (await soon(task, 60))["value"] == 2
+
+
+@on(KafkaCluster)
+async def test_a_partition_without_a_leader_holds_up_no_watch_of_others(broker, waits, caplog):
+    await one_partition_is_without_a_leader(broker)
+    since = datetime.now(timezone.utc) - timedelta(hours=1)
+    early, other = (waits.watch(number, match=f"@ == `{number}`", since=since) for number in (2, 1))
+    assert (await soon(other, 60))["value"] == 1
+    await until_told(caplog, "no broker leads partition 2")
+    late = waits.watch(3, match="@ == `2`", since=since - timedelta(hours=1))
+    await nothing(late)
+    broker.servers[2].begin()
+    for task in (early, late):
+        assert (await soon(task, 60))["value"] == 2
 
 
 async def until_taken(taken, count):
