@@ -119,6 +119,45 @@ def forget_event(args: argparse.Namespace) -> None:
     print(f"Forgotten. Clear the task to wait for another event: {_name(args)}")
 
 
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def list_kept(args: argparse.Namespace) -> None:
+    """List the events that are kept for waits that have not begun."""
+    with create_session() as session:
+        found, total = waits.kept(session, key=args.key, limit=args.limit, offset=args.offset)
+    rows = [
+        {
+            "event_id": one.event_id,
+            "key": one.key,
+            "event": json.dumps(one.event, ensure_ascii=False),
+            "to": one.to,
+            "sent_by": one.sent_by,
+            "dags": None if one.dags is None else ", ".join(one.dags),
+            "reached": ", ".join(one.reached) or None,
+            "kept_at": _moment(one.kept_at),
+            "expires": _moment(one.expires),
+        }
+        for one in found
+    ]
+    if args.output in ("table", "plain"):
+        rows = [{**row, "event": _cut(row["event"])} for row in rows]
+    _print(rows, args.output)
+    if args.output == "table" and total > args.offset + len(rows):
+        print(f"{len(rows)} of {total}; see --limit and --offset")
+
+
+@cli_utils.action_cli  # type: ignore[untyped-decorator]
+@suppress_logs_and_warning
+@providers_configuration_loaded
+def drop_kept(args: argparse.Namespace) -> None:
+    """Drop a kept event, after a question."""
+    if not args.yes and not ask_yesno(f"Drop the kept event {args.event_id}? No wait gets it then. [y/n]"):
+        raise SystemExit("Nothing was dropped")
+    if not _in_inbox(lambda session: waits.drop(session, args.event_id)):
+        raise SystemExit(f"no event {args.event_id} is kept: a wait may have it, or it has expired")
+    print(f"Dropped: {args.event_id}")
+
+
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded

@@ -59,8 +59,8 @@ def _is_unicode(text: str) -> bool:
 
 # As long as Airflow's columns.
 _ID = _Text(250)
-_LIMIT = _Integer(1, 100_000)
-_OFFSET = _Integer(0, 10_000_000)
+_MOST = Arg(("--limit",), type=_Integer(1, 100_000), default=100, help="How many at most (default: 100)")
+_LEFT_OUT = Arg(("--offset",), type=_Integer(0, 10_000_000), default=0, help="How many to leave out before them")
 
 _WAIT = (
     Arg(("dag_id",), type=_ID, help="The id of the dag"),
@@ -123,18 +123,8 @@ def get_events_cli_commands() -> list[GroupCommand]:
                         ),
                         _ORDER,
                         Arg(("--descending",), action="store_true", default=None, help="Sort the other way round"),
-                        Arg(
-                            ("--limit",),
-                            type=_Integer(1, 100_000),
-                            default=100,
-                            help="How many at most (default: 100)",
-                        ),
-                        Arg(
-                            ("--offset",),
-                            type=_Integer(0, 10_000_000),
-                            default=0,
-                            help="How many to leave out before them",
-                        ),
+                        _MOST,
+                        _LEFT_OUT,
                         ARG_OUTPUT,
                         ARG_VERBOSE,
                     ),
@@ -156,6 +146,28 @@ def get_events_cli_commands() -> list[GroupCommand]:
                     help="Forget the event that a wait recorded, so that its next try or clear takes another",
                     func=lazy_load_command(f"{_COMMANDS}.forget_event"),
                     args=(*_WAIT, ARG_YES, ARG_VERBOSE),
+                ),
+                ActionCommand(
+                    name="kept",
+                    help="List the events that are kept for a key until waits begin that have it",
+                    func=lazy_load_command(f"{_COMMANDS}.list_kept"),
+                    args=(
+                        Arg(("--key",), type=_Text(256), help="Only events of this key"),
+                        _MOST,
+                        _LEFT_OUT,
+                        ARG_OUTPUT,
+                        ARG_VERBOSE,
+                    ),
+                ),
+                ActionCommand(
+                    name="drop",
+                    help="Drop an event that is kept, so that no wait gets it",
+                    func=lazy_load_command(f"{_COMMANDS}.drop_kept"),
+                    args=(
+                        Arg(("event_id",), type=_Text(40), help="Its id, as `airflow events kept` has it"),
+                        ARG_YES,
+                        ARG_VERBOSE,
+                    ),
                 ),
                 ActionCommand(
                     name="send",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from airflow_events.waits.detail import Detail, Step, Try, show
 from airflow_events.waits.forgetting import Forgotten, forget
+from airflow_events.waits.kept import Kept, drop, kept
 from airflow_events.waits.listing import Counted, Order, Page, Stage, Summary, count, find
 from airflow_events.waits.starting import Start, starts
 
@@ -16,6 +17,7 @@ __all__ = [
     "Counted",
     "Detail",
     "Forgotten",
+    "Kept",
     "Order",
     "Page",
     "Stage",
@@ -24,8 +26,10 @@ __all__ = [
     "Summary",
     "Try",
     "count",
+    "drop",
     "find",
     "forget",
+    "kept",
     "show",
     "starts",
 ]

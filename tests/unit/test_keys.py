@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 import time_machine
 from airflow.models.variable import Variable
+from airflow_events import waits
 from airflow_events.api import keys, matcher, sending, variables
 from airflow_events.api.refusals import NoSuchWait, TooMany, Unfit
 from airflow_events.inbox.database import in_transaction
@@ -95,6 +96,35 @@ def test_what_has_expired_is_never_delivered_though_its_row_is_there(http):
         assert again.event_id != first.event_id
         assert again.waits == [wait.id]
     assert kept(session) == kept(session, EventSent) == 1
+
+
+def test_what_is_kept_can_be_looked_at_and_dropped(session):
+    for number in range(3):
+        send(
+            session,
+            "orders",
+            {"order": number, "password": "s3cret-word"},
+            dags=["shop"],
+            idempotency_key=f"{number}",
+        )
+    send(session, "others", 1, to="all", ttl=HOUR)
+    found, total = waits.kept(session, key="orders", limit=2)
+    assert total == 3 and [one.event["order"] for one in found] == [0, 1]
+    first = found[0]
+    assert (first.key, first.to, first.sent_by, first.dags, first.reached) == (
+        "orders",
+        "one",
+        "ada",
+        ["shop"],
+        [],
+    )
+    assert first.kept_at < first.expires and "s3cret-word" not in str(first.event)
+    assert waits.drop(session, first.event_id) and not waits.drop(session, first.event_id)
+    assert [one.event["order"] for one in waits.kept(session, key="orders")[0]] == [1, 2]
+    again = send(session, "orders", {"order": 0, "password": "s3cret-word"}, dags=["shop"], idempotency_key="0")
+    assert again.event_id == first.event_id and waits.kept(session)[1] == 3
+    with later(days=400):
+        assert waits.kept(session) == ([], 0)
 
 
 def test_for_all_without_a_time_to_live_nothing_is_kept(session):

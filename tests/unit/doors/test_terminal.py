@@ -110,5 +110,9 @@ def test_what_is_wrong_is_said_in_a_line_with_exit_code_2(line, said):
 def test_what_cannot_be_done_now_is_another_exit_code():
     code, error = typed(["events", "send", "shop", "no", "such", "--payload", "1"])
     assert (code, error.strip()) == (1, "there is no task instance shop/no/such/-1")
+    code, error = typed(["events", "drop", "no-such", "--yes"])
+    assert (code, error.strip()) == (1, "no event no-such is kept: a wait may have it, or it has expired")
+    code, error = typed(["events", "drop", "no-such"])
+    assert (code, error.strip()) == (1, "Nothing was dropped")
     code, error = typed(["events", "reject", "shop", "run_1", "wait_1", "--reason", " "])
     assert (code, error.strip()) == (1, "a rejection needs a reason")
