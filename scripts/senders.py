@@ -155,7 +155,13 @@ class Senders:
 
     def _end(self, runs: list) -> tuple[set[str], dict[int, list[str]]]:
         """Return the states of the runs, and by key the ids of the events that tasks got."""
-        states, got = {run.finished(timeout=600) for run in runs}, collections.defaultdict(list)
+        try:
+            states = {run.finished(timeout=600) for run in runs}
+        except TimeoutError:
+            for command in (("list", "--limit", "10"), ("kept", "--limit", "10")):
+                print(self._airflow.airflow("events", *command), flush=True)
+            raise
+        got = collections.defaultdict(list)
         for part, run in enumerate(runs):
             for number in range(EACH):
                 event = run.xcom(f"order_{number}")
