@@ -129,7 +129,13 @@ FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_r
 COLUMNS = """
 SELECT
     a.attname,
-    format_type(CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, NULL) AS type,
+    (
+        WITH RECURSIVE kinds(oid) AS (
+            SELECT a.atttypid
+            UNION SELECT t.typbasetype FROM pg_type t JOIN kinds USING (oid) WHERE t.typtype = 'd'
+        )
+        SELECT format_type(oid, NULL) FROM kinds JOIN pg_type t USING (oid) WHERE t.typtype <> 'd'
+    ) AS type,
     a.attnotnull AS needed,
     has_column_privilege(a.attrelid, a.attnum, 'SELECT') AS readable,
     has_column_privilege(a.attrelid, a.attnum, 'UPDATE') AS writable,
@@ -138,7 +144,7 @@ SELECT
         WHERE i.indrelid = a.attrelid AND i.indisunique AND i.indisvalid AND i.indimmediate
         AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum
     ) AS is_unique
-FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+FROM pg_attribute a
 WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
 """
 

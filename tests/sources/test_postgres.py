@@ -599,6 +599,17 @@ async def test_the_order_is_to_be_chosen(broker, waits):
     assert [(await soon(waits.poll(number, **order)))["value"] for number in range(4)] == [1, 2, 3, 0]
 
 
+async def test_a_columns_type_is_what_its_domains_are_of(broker, waits):
+    broker.run("DROP DOMAIN IF EXISTS body_of_order; DROP DOMAIN IF EXISTS body")
+    broker.run("CREATE DOMAIN body AS jsonb; CREATE DOMAIN body_of_order AS body CHECK (VALUE IS NOT NULL)")
+    broker.run(f"ALTER TABLE {broker.queue} ALTER value TYPE body_of_order")
+    broker.send({"order": 1})
+    event = await soon(waits.poll())
+    assert event["value"] == {"order": 1}
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
+
+
 # Rows that a wait wants, and others.
 
 
