@@ -640,8 +640,8 @@ class EventTrigger(BaseTrigger):
 
     @property
     def _scope(self) -> str:
-        """What an event's id is unique in: the listener's class."""
-        return self.listener if isinstance(self.listener, str) else self.listener["name"]
+        """What an event's id is unique in."""
+        return reference.scope(self.listener)
 
     def _call(self) -> str:
         return describe(

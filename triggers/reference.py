@@ -61,11 +61,19 @@ def by_value(listener: type[EventListener]) -> dict[str, str]:
 
     :raises ListenerUnavailable: it refers to something that cannot be pickled.
     """
-    return {
-        "name": listener.__qualname__,
-        "python": _PYTHON,
-        "pickle": _made(listener).text,
-    }
+    made = _made(listener)
+    return {"name": listener.__qualname__, "of": made.place, "python": _PYTHON, "pickle": made.text}
+
+
+def scope(reference: Any) -> str:
+    """
+    Return what the ids of a listener's events are unique in: the name of its class, and where that is defined.
+
+    Identities of events hold it: the form is frozen. References of earlier versions do not say where.
+    """
+    if isinstance(reference, str):
+        return reference
+    return f"{reference['of']}:{reference['name']}" if "of" in reference else str(reference["name"])
 
 
 def unsteady(listener: type[EventListener]) -> str | None:
@@ -81,6 +89,7 @@ class _Made:
     """A pickle, for as long as it would be made of the same objects: Airflow asks a dozen times for each wait."""
 
     text: str
+    place: str
     unsteady: str | None
     names: tuple[tuple[str, str], ...]
     objects: tuple[Any, ...]
@@ -96,7 +105,8 @@ _kept: dict[type[EventListener], _Made] = {}
 def _made(listener: type[EventListener]) -> _Made:
     if (made := _kept.get(listener)) is not None and made.is_of_now(listener):
         return made
-    need_value = functools.lru_cache(_Folders.configured().need_value)
+    folders = _Folders.configured()
+    need_value = functools.lru_cache(folders.need_value)
     try:
         pickled = pickling.pickled(listener, need_value)
     except Exception as error:
@@ -114,7 +124,8 @@ def _made(listener: type[EventListener]) -> _Made:
     if len(_kept) >= _KEPT:
         _kept.clear()
     text = base64.b85encode(pickled.data).decode("ascii")
-    made = _kept[listener] = _Made(text, why, names, _objects(listener, names))
+    place = folders.place(sys.modules.get(listener.__module__))
+    made = _kept[listener] = _Made(text, place, why, names, _objects(listener, names))
     return made
 
 
@@ -177,23 +188,31 @@ def _unpickle(qualname: str, python: str, pickled: str) -> type[EventListener]:
 
 @dataclass(frozen=True)
 class _Folders:
-    """Where modules lie that the triggerer cannot import, and where, inside of that, it can."""
+    """
+    Where modules lie that the triggerer cannot import, and where, inside of that, it can.
+
+    :param storage: below which Airflow has the bundles that it fetches, each in a folder of its name.
+    :param bundles: folders of other bundles, and their names.
+    """
 
     dags: frozenset[str]
     importable: frozenset[str]
+    storage: str
+    bundles: tuple[tuple[str, str], ...]
 
     @classmethod
     def configured(cls) -> _Folders:
         from airflow.dag_processing.bundles.base import get_bundle_storage_root_path
 
-        bundles = conf.getjson("dag_processor", "dag_bundle_config_list", fallback=[]) or []
-        dags = [
-            conf.get("core", "dags_folder"),
-            str(get_bundle_storage_root_path()),
-            *((bundle.get("kwargs") or {}).get("path") for bundle in bundles),
-        ]
+        dags, storage = conf.get("core", "dags_folder"), str(get_bundle_storage_root_path())
+        bundles = [(dags, "")]
+        for bundle in conf.getjson("dag_processor", "dag_bundle_config_list", fallback=[]) or []:
+            if (path := (bundle.get("kwargs") or {}).get("path")) and isinstance(path, str):
+                bundles.append((path, str(bundle.get("name", ""))))
         importable = (conf.get("core", "plugins_folder"), sys.prefix)
-        return cls(_real(tuple(dags)), _real(importable))
+        real = tuple((folder, name) for path, name in bundles for folder in _real((path,)))
+        folders = (storage, *(path for path, _ in bundles))
+        return cls(_real(folders), _real(importable), next(iter(_real((storage,)))), real)
 
     def need_value(self, module: ModuleType | None) -> bool:
         """Whether what the module defines must travel by value."""
@@ -206,6 +225,20 @@ class _Folders:
             return False
         file = os.path.realpath(file)
         return _depth(file, self.dags) > _depth(file, self.importable)
+
+    def place(self, module: ModuleType | None) -> str:
+        """Name a module that goes by value, alike wherever its bundle lies, and whichever version that is."""
+        file = getattr(module, "__file__", None)
+        if not file:
+            return "" if module is None else module.__name__
+        file = os.path.realpath(file)
+        if _depth(file, [self.storage]):
+            bundle, *path = os.path.relpath(file, self.storage).split(os.sep)
+            before = {"versions": 2, "tracking_repo": 1}.get(path[0] if path else "", 0)
+            return "/".join([bundle, *path[before:]])
+        holding = [(folder, name) for folder, name in self.bundles if _depth(file, [folder])]
+        folder, name = max(holding, key=lambda found: len(found[0]), default=(os.path.dirname(file), ""))
+        return "/".join(filter(None, [name, *os.path.relpath(file, folder).split(os.sep)]))
 
 
 @functools.lru_cache(maxsize=16)

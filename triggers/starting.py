@@ -73,8 +73,8 @@ class What:
 
     @property
     def scope(self) -> str:
-        """What an event's id is unique in, as of waits: the listener's class."""
-        return self.reference if isinstance(self.reference, str) else str(self.reference["name"])
+        """What an event's id is unique in, as of waits."""
+        return reference.scope(self.reference)
 
 
 @dataclass(frozen=True)

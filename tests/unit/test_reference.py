@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import json
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,6 +64,42 @@ async def test_a_listener_of_a_dag_file_goes_by_value_with_the_modules_beside_it
     assert issubclass(listener, EventListener)
     assert await listener().poll_for_event("you") == "hello you"
     assert reference.load(sent) is listener
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("dags/sales/jobs.py", "sales/jobs.py"),
+        ("stored/shop/versions/0123abcd/sales/jobs.py", "shop/sales/jobs.py"),
+        ("stored/shop/versions/4567cdef/sales/jobs.py", "shop/sales/jobs.py"),
+        ("stored/shop/tracking_repo/sales/jobs.py", "shop/sales/jobs.py"),
+        ("mounted/jobs.py", "mine/jobs.py"),
+        ("elsewhere/jobs.py", "jobs.py"),
+    ],
+)
+def test_a_listener_by_value_says_where_in_its_bundle_it_is_defined(tmp_path, monkeypatch, file, place):
+    """Whatever version of the bundle it is, and wherever that lies: what its events are called hangs on it."""
+    monkeypatch.setenv("AIRFLOW__CORE__DAGS_FOLDER", str(tmp_path / "dags"))
+    monkeypatch.setenv("AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_STORAGE_PATH", str(tmp_path / "stored"))
+    bundles = [{"name": "mine", "classpath": "x", "kwargs": {"path": str(tmp_path / "mounted")}}]
+    monkeypatch.setenv("AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST", json.dumps(bundles))
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "from airflow_events import EventListener\n"
+        "class Jobs(EventListener):\n"
+        "    async def poll_for_event(self): ...\n"
+    )
+    name = f"unusual_prefix_{uuid.uuid4().hex}_jobs"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    sent = reference.refer(module.Jobs)
+    assert sent["of"] == place
+    assert reference.scope(sent) == f"{place}:Jobs"
+    del sent["of"]  # as an earlier version wrote it
+    assert reference.scope(sent) == "Jobs"
 
 
 def test_another_minor_version_of_python_is_named(dag_file):
