@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import traceback
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -219,6 +220,12 @@ class EventTrigger(BaseTrigger):
                 await self.on_kill()
             except Exception:
                 self.log.warning("What this process held could not be given back", exc_info=True)
+        except Exception as error:
+            said = "".join(traceback.format_exception(error))
+            if said == storable(said):
+                raise
+            # A triggerer that told its supervisor so would end, and so would each after it that had this trigger.
+            raise RuntimeError(storable(said)) from None
         leave()
 
     async def until_ended(self) -> None:
@@ -282,7 +289,7 @@ class EventTrigger(BaseTrigger):
                 return False
             if not to_commit:
                 return True
-        acknowledged = True
+        acknowledged = False  # what was noted as committed before, its source may have yet to confirm
         if to_commit:
             try:
                 acknowledged = await acknowledge(listener, wait, event)
@@ -431,7 +438,8 @@ class EventTrigger(BaseTrigger):
         self._recording = None
         await self._purge(entry.end)
         if answer.status == Status.TAKEN:
-            await settle(listener, wait, event, entry, answer, self._ask)
+            if not await settle(listener, wait, event, entry, answer, self._ask):
+                await self._release(listener, wait, event)
         elif answer.status == Status.HAS:
             self._left_over.append(event)
             self._poll = None  # it may be the same event, which must not be given back before it is committed
@@ -593,6 +601,7 @@ class EventTrigger(BaseTrigger):
         if self._recording is not None:  # what is recorded stays the wait's, for a clear
             answer = await self._recording
             if answer.status in (Status.DONE, Status.TAKEN):
+                await self._let_go_of_recorded()
                 return
         listener, wait = reference.load(self.listener), dataclasses.replace(Wait(**self.wait), after=self._after)
         event = None
@@ -609,6 +618,13 @@ class EventTrigger(BaseTrigger):
         if may_hold and await self._state() in _ENDED:
             for one in self._left_over or [None]:
                 await self._release(listener, wait, one)
+
+    async def _let_go_of_recorded(self) -> None:
+        """Have an event delivered again that is recorded and not acknowledged: by its id it is known then."""
+        assert self.wait is not None
+        listener, event = reference.load(self.listener), None if self._poll is None else self._poll.event
+        if event is not None and commits(listener) and listener().event_id(event) is not None:
+            await self._release(listener, dataclasses.replace(Wait(**self.wait), after=self._after), event)
 
     async def _release(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
         await release(listener, wait, event, self.listener_args, self.listener_kwargs)
@@ -680,9 +696,16 @@ def leave() -> NoReturn:
     raise asyncio.CancelledError
 
 
-def by_a_worker_fails(traceback: list[str]) -> End:
-    """Return what fails a try, with what was raised, as `traceback.format_exception` writes it."""
-    return End(state="failed", payload={"traceback": traceback})
+def by_a_worker_fails(error: BaseException) -> End:
+    """Return what fails a try with what was raised."""
+    return End(
+        state="failed", payload={"traceback": [storable(part) for part in traceback.format_exception(error)]}
+    )
+
+
+def storable(text: str) -> str:
+    """Return a text as Airflow can store it, and tell its supervisor: without NULs and halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _by_a_worker(told: outcome.Outcome) -> End:
@@ -751,22 +774,24 @@ async def settle(
     entry: Record,
     answer: Answer,
     ask: Callable[[Entry], Awaitable[Answer]],
-) -> None:
+) -> bool:
     """
     Acknowledge an event that its source has delivered again, and tell the inbox if the source confirms it.
 
     :param entry: by which it was to be recorded; ``answer`` says which wait has it.
+    :return: False if it cannot be acknowledged now, and is to be given back, so that it is delivered once more.
     """
     log.info("The source has delivered an event again that %s has; it is acknowledged", answer.message)
     try:
         is_confirmed = await acknowledge(listener, wait, event)
     except EventLost:
-        return
-    except CommitFailed as failed:  # it stays in hand, and this wait waits on for one of its own
+        return True
+    except CommitFailed as failed:  # this wait waits on for one of its own
         log.warning("It cannot be acknowledged now, and will be delivered once more: %s", failed)
-        return
+        return False
     if is_confirmed:
         await ask(Settle(entry.ti, identity=entry.identity or ""))
+    return True
 
 
 def _is_key(key: Any) -> bool:

@@ -98,7 +98,7 @@ class Gathering:
     ) -> None:
         self.listener, self.wait, self.calls, self.wanted = listener, wait, calls, wanted
         self.events: dict[int, Any] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._held = held
         self._uncommitted: dict[int, _Recorded] = {}
         self._lost: dict[int, str] = {}  # the recording that a place has lost last
@@ -227,7 +227,7 @@ class Gathering:
         """End the waiting, so that it begins again with what the inbox says then."""
         self._fail(BeginAgain())
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.error = self.error or error
         self._changed.set()
 
@@ -276,13 +276,16 @@ class Gathering:
             if isinstance(answer, Answer) and answer.status in has
         }
         held = self.missing if ended else [index for index in self._polled if self._has_id(index)]
-        left = iter([index for index in held if index not in settled | self._uncommitted.keys()])
+        left = [index for index in held if index not in settled | self._uncommitted.keys()]
+        # What is recorded stays its place's; delivered again, to whoever waits, it is acknowledged.
+        known = {index: of.event for index, of in self._uncommitted.items() if self._id_of(of.event) is not None}
+        todo = iter([*left, *known])
 
         async def some() -> None:
             await inherit_portal(self._has_portal)
-            for index in left:
+            for index in todo:
                 args, kwargs = self.calls.of(index)
-                event, _ = self._polled.pop(index, (None, 0.0))
+                event = known[index] if index in known else self._polled.pop(index, (None, 0.0))[0]
                 await release(self.listener, self._wait_of(index), event, args, kwargs)
 
         tasks = [asyncio.create_task(some()) for _ in range(_RELEASING)]
@@ -296,7 +299,10 @@ class Gathering:
             )
 
     def _has_id(self, index: int) -> bool:
-        return self.listener().event_id(self._polled[index][0]) is not None
+        return self._id_of(self._polled[index][0]) is not None
+
+    def _id_of(self, event: Any) -> str | None:
+        return self.listener().event_id(event)
 
     def _wait_of(self, index: int) -> Wait:
         return dataclasses.replace(self.wait, index=index, after=self._lost.get(index, ""))
@@ -304,7 +310,11 @@ class Gathering:
     async def _one(self, index: int) -> None:
         try:
             await self._poll_and_settle(index)
-        except Exception as error:
+        except asyncio.CancelledError:
+            if self._is_ending:
+                raise
+            self._fail(RuntimeError(f"{self.listener.__qualname__}.poll_for_event cancelled itself"))
+        except BaseException as error:
             self._fail(error)
         finally:
             del self._tasks[index]
@@ -375,7 +385,9 @@ class Gathering:
         answer = checked(entry, await asyncio.shield(asked))
         del self._asked[index]
         if answer.status == Status.TAKEN:
-            await settle(self.listener, wait, event, entry, answer, self._held.ask)
+            args, kwargs = self.calls.of(index)
+            if not await settle(self.listener, wait, event, entry, answer, self._held.ask):
+                await release(self.listener, wait, event, args, kwargs)
             del self._polled[index]
             return False
         if answer.status != Status.DONE:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import traceback
 import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
@@ -27,7 +26,7 @@ from airflow_events.listeners.base import EventListener, Wait
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.commit import inherit_portal
 from airflow_events.listeners.support.shared import background
-from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave
+from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave, storable
 from airflow_events.triggers.inbox import Inbox
 
 log = logging.getLogger(__name__)
@@ -81,9 +80,9 @@ class HostTrigger(BaseTrigger):
         after = self._after
         while True:
             page = await self._page(after)
-            for ti, kwargs in page.hosted:
+            for ti, kwargs, generation in page.hosted:
                 if ti not in self._waits:
-                    wait = _HostedWait(**serde.decode(kwargs))
+                    wait = _HostedWait.of(kwargs, generation)
                     wait.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id=wait.task_id, try_number=0)  # type: ignore[assignment]
                     self._waits[ti] = background(self._serve(ti, wait), f"a hosted wait, {wait.name}")
                     self._waits[ti].add_done_callback(functools.partial(self._forget, ti))
@@ -100,10 +99,12 @@ class HostTrigger(BaseTrigger):
         known, after = set(self._waits), ""
         while True:
             page = await self._page(after, brief=True)
-            there.update(ti for ti, _ in page.hosted)
+            there.update(ti for ti, *_ in page.hosted)
             after = page.after
             if page.next is None:
                 break
+        if there - self._waits.keys():  # joined by a clock that is behind, or long before it could be seen
+            self._after = ""
         for ti in known - there:
             if (wait := self._waits.get(ti)) is not None:
                 wait.cancel()
@@ -118,22 +119,22 @@ class HostTrigger(BaseTrigger):
 
     async def _serve(self, ti: str, wait: _HostedWait) -> None:
         await inherit_portal(greenback.has_portal())
-        try:
-            await self._until_ended(wait)
-        except Exception as error:
-            log.warning("The try of the hosted wait %s fails: %s", wait.name, error)
-            raised = traceback.format_exception(error)
-            await Inbox.of_loop().ask(Finish(ti, generation=wait.generation, end=by_a_worker_fails(raised)))
-
-    async def _until_ended(self, wait: _HostedWait) -> None:
         while True:
             try:
                 await wait.until_ended()
                 return
             except Outlived as outlived:
-                # It may be another process's, that had the host before, and dies: so this one begins again.
-                log.info("The hosted wait %s is not this process's any more: %s", wait.name, outlived)
-                await asyncio.sleep(_PATIENCE)
+                told = str(outlived)
+            except Exception as error:
+                log.warning("The try of the hosted wait %s fails: %s", wait.name, storable(str(error)))
+                finish = Finish(ti, generation=wait.generation, end=by_a_worker_fails(error))
+                answer = await Inbox.of_loop().ask(finish)
+                if answer.status == Status.DONE:
+                    return
+                told = answer.message
+            # It may be another process's, that had the host before, and dies: so this one begins again.
+            log.info("The hosted wait %s is not this process's any more: %s", wait.name, told)
+            await asyncio.sleep(_PATIENCE)
 
     def _forget(self, ti: str, wait: asyncio.Task[None]) -> None:
         self._waits.pop(ti, None)
@@ -144,6 +145,17 @@ class HostTrigger(BaseTrigger):
 
 class _HostedWait(EventTrigger):
     """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
+
+    @classmethod
+    def of(cls, kwargs: str, generation: int) -> _HostedWait:
+        """
+        Make one of what the inbox has.
+
+        :param generation: of the wait as it began last, for a try that fails before it begins here.
+        """
+        wait = cls(**serde.decode(kwargs))
+        wait._generation = generation
+        return wait
 
     @property
     def name(self) -> str:

@@ -62,6 +62,8 @@ class Steps(Coroutine[Any, Any, _T], Iterator[Any]):
         began = time.perf_counter()
         try:
             return self._resume(how, *received) if self._portal else getattr(self._work, how)(*received)
+        except SystemExit as error:  # which would end the triggerer
+            raise RuntimeError(f"poll_for_event called sys.exit({error.code!r})") from None
         finally:
             if (took := time.perf_counter() - began) > self._threshold:
                 self._blocked(took)

@@ -261,7 +261,9 @@ class Starts:
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:  # nobody tries it again
-            taking.add_done_callback(lambda done: None if done.result() else self._let_go(listener, held))
+            taking.add_done_callback(
+                lambda done: None if not done.cancelled() and done.result() else self._let_go(listener, held)
+            )
             raise
 
     async def _taken(self, listener: type[EventListener], held: Sequence[Held], key: str | None) -> bool:
@@ -328,6 +330,7 @@ class Starts:
             return
         except CommitFailed as failed:
             log.error("%s: one is taken, and will come again: %s", self._name(), failed)
+            self._let_go(listener, [held])
             return
         metrics.count(metrics.COMMITTED, **tags(listener, held.wait))
         if is_confirmed and identity:

@@ -135,7 +135,8 @@ class Consumer(OnServer, QueueHub):
 
     def _offer(self, received: Received) -> None:
         held = self.in_hand.get(received.id)
-        if held is None or held.is_stale:
+        again = held is not None and held.is_stale and held.message.content_id == received.content_id
+        if held is None or again:
             self.offer(received.id, received)
         else:  # another one with the same id, which was sent twice, or is another message
             self._behind.setdefault(received.id, deque()).append(received)

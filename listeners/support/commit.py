@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # What a listener says to a commit, and is no failure of it.
 _ANSWERS = (AtRedelivery, EventLost)
+# Seconds that a commit which takes too long has to end.
+_LONGEST_GOODBYE = 5.0
 
 
 async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
@@ -32,17 +34,31 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
 
     async def checkpoint() -> None:
         await inherit_portal(has_portal)
-        await listener().event_checkpointed(event)
+        try:
+            await listener().event_checkpointed(event)
+        except SystemExit as error:  # which would end the triggerer
+            raise RuntimeError(f"event_checkpointed called sys.exit({error.code!r})") from None
 
     async def once() -> None:
+        # In a task of its own, so that what the listener awaits, and is cancelled, is no cancellation of this.
+        task = asyncio.ensure_future(checkpoint())
         try:
             # The timeout is for a source that never answers.
-            await asyncio.wait_for(checkpoint(), timeout)
+            await asyncio.wait({task}, timeout=timeout)
+            if not task.done():
+                raise asyncio.TimeoutError
+            if task.cancelled():
+                raise RuntimeError("event_checkpointed cancelled itself")
+            task.result()
         except _ANSWERS:
             raise
         except Exception:
             metrics.count(metrics.COMMIT_FAILED, **tags(listener, wait))
             raise
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=_LONGEST_GOODBYE)
 
     def failed(state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None

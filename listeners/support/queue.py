@@ -416,9 +416,9 @@ async def receive(
                     await otherwise(hub, delivery, error)
                     with contextlib.suppress(AtRedelivery):
                         await hub.settle(delivery.id)
-                except hub.lost as gone:  # it is done again when there is a connection
-                    log.warning("%s: not done yet, as the connection is gone (%r): %s", hub.name, gone, error)
-                    await hub.release(delivery.id)
+                except hub.lost as gone:  # the connection, or the place of dead letters for a while
+                    log.warning("%s: not done yet, and tried again (%r): %s", hub.name, gone, error)
+                    hub.postpone(delivery)
                 except Exception:  # this wait fails for it, and others get what is behind it
                     hub.postpone(delivery)
                     raise

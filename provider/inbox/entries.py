@@ -424,9 +424,7 @@ class Answer:
     :param owner: of a source: the id of this deployment, as far as that source is concerned.
     :param room: how many more runs events may start now.
     :param dags: the ids of the DAGs whose runs they are.
-    :param hosted: of a host: its waits, each with the UUID of its try and `Park.kwargs`.
-    :param after: of a host: what to ask for the next page with; empty if there is none.
-    :param hosted: of a host: its waits, each with the UUID of its try and `Park.kwargs`.
+    :param hosted: of a host: its waits, each with the UUID of its try, `Park.kwargs`, and its generation.
     :param after: of a host: what to ask for the next page with; empty if there is none.
     """
 
@@ -445,7 +443,7 @@ class Answer:
     owner: str = ""
     room: int = 0
     dags: tuple[str, ...] = ()
-    hosted: tuple[tuple[str, str], ...] = ()
+    hosted: tuple[tuple[str, str, int], ...] = ()
     after: str = ""
 
 
@@ -503,7 +501,7 @@ def _made(kind: type[_T], told: dict[str, Any]) -> _T:
                 inner["outlets"] = tuple(inner["outlets"])
             told[name] = _made(nested, inner)
     if isinstance(told.get("hosted"), list):
-        told["hosted"] = tuple((str(ti), str(kwargs)) for ti, kwargs in told["hosted"])
+        told["hosted"] = tuple((str(ti), str(kwargs), int(number)) for ti, kwargs, number in told["hosted"])
     if "places" in told:
         told["places"] = tuple(_made(Place, dict(place)) for place in told["places"])
     if "events" in told:

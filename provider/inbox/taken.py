@@ -33,12 +33,23 @@ class Taken:
 
 
 def taken_of(session: Session, identities: Iterable[str | None]) -> dict[bytes, Taken]:
-    """Return whose events of these identities are."""
+    """
+    Return whose events of these identities are.
+
+    Rows that are there are locked until the end of the transaction, in the order of their keys: of two waits that
+    take what was set aside, or an id with another content, one waits for the other, as it does for a new row.
+    """
     wanted = sorted({bytes.fromhex(one) for one in identities if one})
     if not wanted:
         return {}
     columns = (EventTaken.content, EventTaken.record_id, EventTaken.wait, EventTaken.set_aside)
-    rows = session.execute(select(EventTaken.identity, *columns).where(EventTaken.identity.in_(wanted)))
+    query = (
+        select(EventTaken.identity, *columns)
+        .where(EventTaken.identity.in_(wanted))
+        .order_by(EventTaken.identity)
+        .with_for_update()
+    )
+    rows = session.execute(query)
     return {row.identity: Taken(row.content, row.record_id, row.wait, row.set_aside, is_new=False) for row in rows}
 
 

@@ -517,19 +517,31 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
         if (id := _uuid(last)) is not None:
             later = or_(later, and_(EventWait.hosted_at == at, TaskInstance.id > id))
         of_it.append(later)
-    kwargs = [] if entry.brief else [EventWait.parked]
+    kwargs = [] if entry.brief else [EventWait.parked, EventWait.generation]
     found = session.execute(
-        select(TaskInstance.id, EventWait.hosted_at, *kwargs)
+        select(TaskInstance.id, EventWait.hosted_at, EventWait.parked_try, *kwargs)
         .join(EventWait, hosts.of_task())
         .where(*of_it)
         .order_by(EventWait.hosted_at, TaskInstance.id)
         .limit(most)
     ).all()
-    told = tuple(
-        (str(row.id), "" if entry.brief else serde.encode(Trigger._decrypt_kwargs(row.parked))) for row in found
-    )
+    # The others were cleared since, and have a trigger again, with the arguments of now.
+    joined = [row for row in found if row.parked_try == str(row.id)]
+    told = tuple(_told_of(row, brief=entry.brief) for row in joined)
     after = f"{found[-1].hosted_at.isoformat()} {found[-1].id}" if found else entry.after
-    return Answer(Status.DONE, hosted=told, after=after, next=None if len(found) < most else 0)
+    readable = tuple(one for one in told if one is not None)
+    return Answer(Status.DONE, hosted=readable, after=after, next=None if len(found) < most else 0)
+
+
+def _told_of(row: Any, *, brief: bool) -> tuple[str, str, int] | None:
+    """Return what a host is told of a wait; None if its arguments cannot be read, and the others can."""
+    if brief:
+        return str(row.id), "", 0
+    try:
+        return str(row.id), serde.encode(Trigger._decrypt_kwargs(row.parked)), row.generation
+    except Exception:
+        log.exception("What the hosted wait %s keeps cannot be read: clear its task", row.id)
+        return None
 
 
 def record(session: Session, entries: Sequence[Record]) -> list[Answer]:

@@ -79,11 +79,31 @@ async def test_a_commit_that_hangs_is_given_up(monkeypatch):
         await commit(Hangs, WAIT, "e")
 
 
-async def test_a_cancelled_commit_is_cancelled_and_not_tried_again(listener, log):
-    listener.failures.append(asyncio.CancelledError())
+async def test_a_cancelled_commit_is_cancelled_and_not_tried_again(log):
+    class Hangs(Watch):
+        async def event_checkpointed(self, event):
+            log.append("begun")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                log.append("ended")
+
+    task = asyncio.create_task(commit(Hangs, WAIT, "e"))
+    while not log:
+        await asyncio.sleep(0.01)
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await commit(listener, WAIT, "e")
-    assert len(log) == 1
+        await task
+    assert log == ["begun", "ended"]
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError(), SystemExit(3)])
+async def test_what_ends_others_is_a_failure_of_the_commit(listener, log, raised, caplog):
+    """What it awaits may be cancelled by its client; and a helper may call ``sys.exit``."""
+    listener.failures.append(raised)
+    await commit(listener, WAIT, "e")
+    assert len(log) == 2
+    assert "event_checkpointed " + ("called sys.exit(3)" if raised.args else "cancelled itself") in caplog.text
 
 
 async def test_each_commit_has_an_instance_of_its_own():

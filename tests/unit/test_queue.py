@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import Wait, working_for
+from airflow_events.listeners.support import queue
 from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import InHand, QueueHub, QueueListener, receive, skip
 from airflow_events.listeners.support.shared import shared
@@ -163,6 +164,44 @@ async def test_what_comes_at_once_costs_a_look_or_two_each(box, monkeypatch):
         hub.offer(str(number), str(number))
     assert len(looks) < 5000
     await soon(asyncio.gather(*tasks))
+
+
+async def test_where_a_bad_message_cannot_be_moved_it_is_tried_again_after_a_while(box, monkeypatch):
+    """As of a dead-letter place that is full: it is no matter of the connection, and others get what is behind."""
+    monkeypatch.setattr(queue, "_POSTPONED", 0.2)
+    tried = []
+
+    async def bury(hub, delivery, error):
+        tried.append(delivery.id)
+        if len(tried) < 3:
+            raise ConnectionError("no space is left")
+
+    def read(message):
+        if message == "bad":
+            raise ValueError("no JSON")
+        return {"id": message, "value": message}
+
+    def of_box():
+        return receive("box", lambda: BoxHub(box), read, bury)
+
+    box.put("bad", "good")
+    with working_for(wait()):
+        event = await soon(of_box())
+    assert event["value"] == "good" and len(tried) == 1
+    box.put("next")
+    with working_for(wait(1)):
+        assert (await soon(of_box()))["value"] == "next"
+        last = asyncio.create_task(of_box())
+    await until(lambda: len(tried) == 3)
+    await nothing_more(last)
+    assert ("acknowledge", "bad") in box.told
+
+
+async def nothing_more(task):
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def test_a_batch_that_fails_fails_those_in_it_and_they_may_come_again(box):

@@ -10,7 +10,7 @@ import pytest
 from airflow.models.dagrun import DagRun
 from airflow.models.taskinstance import TaskInstance
 from airflow_events.inbox import database, transactions
-from airflow_events.inbox.entries import Begin, Record, Status
+from airflow_events.inbox.entries import Begin, Record, SetAside, Status
 from airflow_events.inbox.models import EventTaken, EventWait
 from sqlalchemy import delete, func, select
 from sqlalchemy.exc import DBAPIError
@@ -45,6 +45,40 @@ def carry_out(engine, work):
         except DBAPIError:
             continue
     raise AssertionError("the database gave up the transaction five times")
+
+
+ID, ONE, OTHER = (hashlib.sha256(text).hexdigest() for text in (b"id", b"one", b"other"))
+
+
+def told(ti, content):
+    return Record(ti, generation=1, record_id=uuid.uuid4().hex, event="1", identity=ID, content=content)
+
+
+def set_aside(session, ti):
+    transactions.set_aside(session, [SetAside(ti, generation=1, identity=ID, reason="no JSON")])
+
+
+def recorded(session, ti):
+    transactions.record(session, [told(ti, ONE)])
+
+
+@pytest.mark.parametrize("before", [set_aside, recorded])
+def test_of_two_servers_one_takes_what_is_known_already(engine, waiting, before):
+    """What was set aside, or an id with another content: its row is there, and the unique key says nothing."""
+    first, *others = waiting[0]
+    carry_out(engine, lambda session: before(session, first))
+    answers = {}
+
+    def serve(ti):
+        answers[ti] = carry_out(engine, lambda session: transactions.record(session, [told(ti, OTHER)]))[0]
+
+    with Session(engine) as session, session.begin():
+        answers[others[0]] = transactions.record(session, [told(others[0], OTHER)])[0]
+        late = threading.Thread(target=serve, args=(others[1],))
+        late.start()
+        late.join(0.5)
+    late.join(60)
+    assert [answers[ti].status for ti in others[:2]] == [Status.DONE, Status.TAKEN]
 
 
 def test_of_two_servers_each_event_is_recorded_by_one(engine, waiting):

@@ -113,14 +113,14 @@ def test_those_that_join_share_one_trigger(waits):
 def test_the_host_is_told_who_they_are(waits):
     tis = hosted(waits, 4)
     page = shown(waits)
-    assert [ti for ti, _ in page.hosted] == [*tis[:0], *sorted(tis)]
-    assert {serde.decode(kwargs)["listener"] for _, kwargs in page.hosted} == {"a:B"}
+    assert [ti for ti, *_ in page.hosted] == [*tis[:0], *sorted(tis)]
+    assert {serde.decode(kwargs)["listener"] for _, kwargs, _ in page.hosted} == {"a:B"}
     assert page.next is None
     assert shown(waits, after=page.after).hosted == ()
     late = begun(waits)
     join(waits, late)
-    assert [ti for ti, _ in shown(waits, after=page.after).hosted] == [late]
-    assert {kwargs for _, kwargs in shown(waits, brief=True).hosted} == {""}
+    assert [ti for ti, *_ in shown(waits, after=page.after).hosted] == [late]
+    assert {kwargs for _, kwargs, _ in shown(waits, brief=True).hosted} == {""}
     assert shown(waits, OTHER).hosted == ()
 
 
@@ -130,7 +130,7 @@ def test_a_long_list_comes_in_pages(waits, monkeypatch):
     found, after = [], ""
     for _ in range(3):
         page = shown(waits, after=after)
-        found += [ti for ti, _ in page.hosted]
+        found += [ti for ti, *_ in page.hosted]
         after = page.after
     assert (page.next, sorted(found)) == (None, sorted(tis))
 

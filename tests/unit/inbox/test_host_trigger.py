@@ -1,0 +1,163 @@
+"""The trigger of a host beside the inbox's transactions: which waits it polls for, and with what."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+
+import pytest
+from airflow.models.trigger import Trigger
+from airflow_events.errors import ListenerUnavailable
+from airflow_events.inbox import transactions
+from airflow_events.inbox.models import EventHost
+from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.triggers import event as event_trigger
+from airflow_events.triggers import host as host_trigger
+from airflow_events.triggers.event import EventTrigger
+from airflow_events.triggers.host import HostTrigger
+from sqlalchemy import select
+
+
+class Watch(EventListener):
+    hosted = True
+    polled: list[tuple[str, str]] = []  # noqa: RUF012
+
+    async def poll_for_event(self, path):
+        self.polled.append((current_wait().run_id, path))
+        if path.startswith("raise "):
+            raise ValueError(path)
+        await asyncio.Event().wait()
+
+
+class World:
+    """Hosted waits, in one database."""
+
+    def __init__(self, waits):
+        self.waits = waits
+        self.work = dict(transactions._WORK)
+
+    async def ask(self, entry):
+        await asyncio.sleep(0)
+        with self.waits.session.begin_nested():
+            return self.work[type(entry)](self.waits.session, [entry])[0]
+
+    def _trigger(self):
+        row = Trigger(classpath="airflow_events.triggers.event.EventTrigger", kwargs={})
+        self.waits.session.add(row)
+        self.waits.session.flush()
+        return {"next_method": "execute_complete", "trigger_id": row.id}
+
+    async def wait(self, path):
+        ti = self.waits.deferred(**self._trigger())
+        await self.begin(ti, path)
+        return ti
+
+    def clear(self, ti):
+        return self.waits.again(ti, cleared=True, **self._trigger())
+
+    async def begin(self, ti, path):
+        """Do what its own trigger does: hand it to its host."""
+        names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), self.waits._keys[ti], strict=True))
+        trigger = EventTrigger(listener="m:Watch", listener_args=[path], wait={**names, "run_start": None})
+        trigger.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id="wait", try_number=1)
+        await trigger.until_ended()
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        row = self.waits.session.execute(select(EventHost.host, EventHost.trigger_id)).one()
+        host = HostTrigger(host=row.host.hex())
+        host.trigger_id = row.trigger_id
+
+        async def run():
+            async for _ in host.run():
+                raise AssertionError("it does not yield")
+
+        task = asyncio.create_task(run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+
+@pytest.fixture
+def world(waits, monkeypatch):
+    world = World(waits)
+    for module in event_trigger, host_trigger:
+        monkeypatch.setattr(module, "Inbox", SimpleNamespace(of_loop=lambda: world))
+    monkeypatch.setattr(event_trigger.reference, "load", lambda _: Watch)
+    monkeypatch.setattr(event_trigger.settings, "hosts", lambda: 1)
+    for name, seconds in (("_LOOK_EVERY", 0.02), ("_LOOK_FOR_ALL_EVERY", 0.1), ("_PATIENCE", 0.2)):
+        monkeypatch.setattr(host_trigger, name, seconds)
+    Watch.polled.clear()
+    return world
+
+
+async def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not in time")
+
+
+async def test_a_cleared_wait_polls_with_the_arguments_of_now(world):
+    """Its DAG was mended; until its new trigger has begun, its row has those of before."""
+    first, second = await world.wait("/old"), await world.wait("/old")
+    async with world.running():
+        await until(lambda: len(Watch.polled) == 2)
+        second = world.clear(second)
+        await asyncio.sleep(0.3)
+        await world.begin(second, "/new")
+        await until(lambda: len(Watch.polled) == 3)
+        await asyncio.sleep(0.5)
+    assert Watch.polled[2:] == [(world.waits._keys[second][2], "/new")]
+    assert "/new" in world.waits.row(second).call and "/old" in world.waits.row(first).call
+
+
+async def test_a_wait_that_joined_by_a_clock_that_is_behind_is_polled_for(world, monkeypatch):
+    ahead = datetime.now(timezone.utc) + timedelta(seconds=15)
+    with monkeypatch.context() as patch:
+        patch.setattr(transactions, "_now", lambda: ahead)
+        await world.wait("ahead")
+    async with world.running():
+        await until(lambda: len(Watch.polled) == 1)
+        await world.wait("behind")
+        await until(lambda: len(Watch.polled) == 2)
+
+
+@pytest.mark.parametrize("when", ["before it begins", "as it polls"])
+async def test_a_hosted_wait_that_fails_fails_its_try(world, monkeypatch, when):
+    """As of its listener's module after a triggerer's restart; or with a text that Airflow could not store."""
+    first, second = await world.wait("raise \0 \ud83d"), await world.wait("raise \0 \ud83d")
+    if when == "before it begins":
+
+        def gone(_):
+            raise ListenerUnavailable("the listener m:Watch cannot be imported here")
+
+        monkeypatch.setattr(event_trigger.reference, "load", gone)
+    async with world.running():
+        await until(lambda: all(world.waits.state(ti).next_method == "__fail__" for ti in (first, second)))
+    said = str(world.waits.state(first).next_kwargs)
+    assert ("cannot be imported" if when == "before it begins" else "\\\\x00 \\\\ud83d") in said
+
+
+async def test_one_that_cannot_be_read_leaves_the_others_their_host(world, monkeypatch, caplog):
+    unreadable, other = await world.wait("a"), await world.wait("b")
+    decrypt = Trigger._decrypt_kwargs
+    kept = world.waits.row(unreadable).parked
+
+    def with_another_key(parked):
+        if parked == kept:
+            raise ValueError("another Fernet key")
+        return decrypt(parked)
+
+    monkeypatch.setattr(Trigger, "_decrypt_kwargs", staticmethod(with_another_key))
+    async with world.running():
+        await until(lambda: Watch.polled)
+        await asyncio.sleep(0.2)
+    assert Watch.polled == [(world.waits._keys[other][2], "b")]
+    assert f"What the hosted wait {unreadable} keeps cannot be read: clear its task" in caplog.text
