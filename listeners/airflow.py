@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, NoReturn
 
+from airflow.sdk import Asset
 from airflow_events.listeners.base import EventListener, Wait, current_wait, is_template, working_for
 from airflow_events.listeners.support.timestamps import parsed, when
 
@@ -158,7 +159,8 @@ class AssetListener(_FoundByTheApiServer):
     ) -> dict[str, Any]:
         if (name is None) == (uri is None):
             raise ValueError("an asset has a name or a uri here: give one of them")
-        which = {"uri": _text("uri", uri)} if name is None else {"name": _text("name", name)}
+        # As Airflow stores a URI: without a slash at its end, say.
+        which = {"uri": Asset(uri=_text("uri", uri)).uri} if name is None else {"name": _text("name", name)}
         of = {**which, "partition": None if partition is None else _text("partition", partition)}
         return {"kind": "asset", "of": of, **_since(since, {})}
 

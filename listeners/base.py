@@ -290,8 +290,12 @@ def check_listener(listener: object) -> type[EventListener]:
             "what it needs to know goes to poll_for_event, through wait_for_event's arguments"
         ) from None
     for method in ("poll_for_event", "event_checkpointed", "event_released"):
+        if isinstance(inspect.getattr_static(listener, method), (staticmethod, classmethod)):
+            raise TypeError(f"{name}.{method} must be an ordinary method, with self")
         if not inspect.iscoroutinefunction(getattr(listener, method)):
             raise TypeError(f"{name}.{method} must be an 'async def'")
+    if inspect.iscoroutinefunction(listener.event_id):
+        raise TypeError(f"{name}.event_id must be a 'def', and no 'async def'")
     return listener
 
 

@@ -14,10 +14,12 @@ LONGEST_KEY = 256
 
 def check_key(key: Any) -> str:
     """
-    Return ``key`` if it can be one.
+    Return ``key`` if it can be one; of a whole number, as which a native template may come, its text.
 
     :raises ValueError: it is empty or longer than 256 characters, has a line end, or is no text.
     """
+    if type(key) is int:
+        return str(key)
     if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY or "\n" in key or "\r" in key:
         raise ValueError(f"a key is a text of 1 to {LONGEST_KEY} characters in one line, not {key!r:.100}")
     return key

@@ -64,6 +64,11 @@ class _SendEvent(OfTask):
         send_event.override(task_id="tell")("order-{{ params.order }}", {"paid": True}, to="all", ttl=3600)
     """
 
+    _mapped = (
+        "a mapped one is SendEventOperator.partial(task_id=..., key=...).expand(event=...); "
+        "it is in airflow_events.operators.send_event"
+    )
+
     def __call__(
         self,
         key: str | XComArg,
@@ -71,7 +76,13 @@ class _SendEvent(OfTask):
         *,
         to: Literal["one", "all"] = "one",
         ttl: timedelta | float | None = None,
+        **of_task: Any,
     ) -> XComArg:
+        for name in of_task:
+            raise TypeError(
+                f"{name} is no argument of an event; of the task it is one there: "
+                f"send_event.override({name}=...)(key, event)"
+            )
         return self._output(SendEventOperator, "send_event", key=key, event=event, to=to, ttl=ttl)
 
 

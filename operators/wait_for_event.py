@@ -147,8 +147,9 @@ class WaitForEventOperator(BaseOperator):
             _refuse_pickle(check_listener(kwargs["listener"]))
         _positive(kwargs.get("timeout"))
         _switch("replay", kwargs.get("replay", True))
-        soft_fail, default = kwargs.get("soft_fail", False), kwargs.get("default", MISSING)
-        _when_time_is_over(kwargs.get("timeout"), soft_fail, default, {})
+        # The timeout may come from the default arguments of a DAG or a group, or be mapped over.
+        if kwargs.get("soft_fail", False) and kwargs.get("default", MISSING) is not MISSING:
+            raise ValueError(_ONE_OF_BOTH)
         return super().partial(**kwargs)
 
     @classmethod
@@ -299,7 +300,12 @@ class WaitForEventOperator(BaseOperator):
                 except ValueError as error:
                     raise ValueError(f"{self.task_id}: {error}") from error
         if self.has_default:
-            self._check_value(self.default, "default")
+            self._check_default()
+
+    def _check_default(self) -> None:
+        if resolves_at_run_time(self.default):
+            raise TypeError(f"{self.task_id}: default is a literal, and no output of another task")
+        self._check_value(self.default, "default")
 
     def _check_value(self, value: Any, name: str) -> None:
         """
@@ -320,8 +326,16 @@ class WaitForEventOperator(BaseOperator):
                 )
 
 
+_ONE_OF_BOTH = "soft_fail skips the task when the time is over, default delivers a value: give one"
+
+
 class OfTask:
     """A call that makes a task and returns its output, and what it is to hand to the operator."""
+
+    _mapped: ClassVar[str] = (
+        "a mapped wait is WaitForEventOperator.partial(task_id=..., listener=...).expand(listener_args=...); "
+        "it is in airflow_events.operators.wait_for_event. One task for many events is wait_for_events"
+    )
 
     def __init__(self, operator_arguments: Mapping[str, Any] | None = None) -> None:
         self._operator_arguments = dict(operator_arguments or {})
@@ -332,10 +346,7 @@ class OfTask:
 
     def expand(self, *_: Any, **__: Any) -> NoReturn:
         """Say how it is done."""
-        raise TypeError(
-            "a mapped wait is WaitForEventOperator.partial(task_id=..., listener=...).expand(listener_args=...); "
-            "it is in airflow_events.operators.wait_for_event. One task for many events is wait_for_events"
-        )
+        raise TypeError(self._mapped)
 
     partial = expand_kwargs = expand
 
@@ -401,7 +412,7 @@ def _when_time_is_over(
     if timeout is None and "default" in inherited:
         default = MISSING
     if soft_fail and default is not MISSING:
-        raise ValueError("soft_fail skips the task when the time is over, default delivers a value: give one")
+        raise ValueError(_ONE_OF_BOTH)
     if timeout is None and (soft_fail or default is not MISSING):
         raise ValueError("soft_fail and default are for when the time is over, and there is no timeout")
     return soft_fail, default

@@ -180,7 +180,7 @@ class WaitForEventsOperator(WaitForEventOperator):
                 except ValueError as error:
                     raise ValueError(f"{self.task_id}: arguments[{index}]: {error}") from error
         if self.has_default:
-            self._check_value(self.default, "default")
+            self._check_default()
 
 
 class _WaitForEvents(OfTask):
@@ -195,6 +195,11 @@ class _WaitForEvents(OfTask):
 
     :param arguments: as of `WaitForEventsOperator`; ``common`` is its ``listener_kwargs``.
     """
+
+    _mapped = (
+        "a mapped one is WaitForEventsOperator.partial(task_id=..., listener=...).expand(arguments=...); "
+        "it is in airflow_events.operators.wait_for_events"
+    )
 
     def __call__(
         self, listener: type[EventListener], arguments: Sequence[Any] | XComArg, /, **common: Any
@@ -221,8 +226,8 @@ def _listed(arguments: Any) -> list[Any]:
 def _refuse(listener: type[EventListener]) -> None:
     if listener.recorded_from_outside:
         raise TypeError(
-            f"an event of {listener.__qualname__} is sent to a task and ends it. Use WaitForEventOperator "
-            "with it, mapped over the arguments"
+            f"wait_for_events does not take {listener.__qualname__}: its events come to the API server, which "
+            "ends one task with each. Use WaitForEventOperator with it, mapped over the arguments"
         )
 
 

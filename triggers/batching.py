@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 
+from airflow_events import settings
 from airflow_events.listeners.base import EventListener
 from airflow_events.triggers.starting import MOST_AT_ONCE, Held, Starts, What
 
@@ -57,7 +58,7 @@ class Batches(Starts):
         polls: dict[asyncio.Task[Held | None], int] = {}
         until, is_over = math.inf, False
         try:
-            while len(batch) < self._most and self._now() < until and not self._fails:
+            while self._fitting(batch) == len(batch) < self._most and self._now() < until and not self._fails:
                 self._poll_for_more(listener, polls, batch)
                 left = None if math.isinf(until) else until - self._now()
                 await asyncio.wait(polls, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -71,8 +72,16 @@ class Batches(Starts):
             if polls:
                 await asyncio.wait(polls)
             batch += _done(polls)
-            self._let_go(listener, batch[self._most if is_over else 0 :])
-        return batch[: self._most]
+            most = self._fitting(batch)
+            self._let_go(listener, batch[most if is_over else 0 :])
+        return batch[:most]
+
+    def _fitting(self, batch: list[Held]) -> int:
+        """Return how many of these a run can have: as many as are wanted, and as the API server takes at once."""
+        sizes = itertools.accumulate(held.size for held in batch[: self._most])
+        # A quote takes two characters within the body, and a line is about the run itself.
+        most = settings.inbox_max_body() // 3
+        return max(sum(size <= most for size in sizes), min(len(batch), 1))
 
     def _poll_for_more(
         self, listener: type[EventListener], polls: dict[asyncio.Task[Held | None], int], batch: list[Held]

@@ -95,6 +95,11 @@ class Held:
         """The event as its run has it."""
         return shapes(self.event)
 
+    @functools.cached_property
+    def size(self) -> int:
+        """Of these, in characters of JSON."""
+        return len(json.dumps(self.shapes))
+
 
 class Starts:
     """

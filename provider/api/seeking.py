@@ -88,9 +88,11 @@ class _Waiting(NamedTuple):
 
 async def keep_looking() -> None:
     """Look every now and then, as long as the API server lives; what fails is logged, once, and tried again."""
-    failing, took = False, 0.0
+    failing, took, before = False, 0.0, 0.0
     while True:
-        await asyncio.sleep(min(max(settings.airflow_look_interval(), took / _SHARE), _LONGEST_PAUSE))
+        # Of the last two the shorter: one that takes long says nothing of the next.
+        pause = max(settings.airflow_look_interval(), min(took, before) / _SHARE)
+        await asyncio.sleep(min(pause, _LONGEST_PAUSE))
         began = time.monotonic()
         try:
             reached = await asyncio.to_thread(look_once)
@@ -102,7 +104,7 @@ async def keep_looking() -> None:
             failing = False
             if reached:
                 log.info("What they waited for was found: %s", ", ".join(reached))
-        took = time.monotonic() - began
+        took, before = time.monotonic() - began, took
 
 
 def look_once() -> list[str]:
@@ -114,9 +116,27 @@ def look_once() -> list[str]:
     for kind, ones in by_kind.items():
         for start in range(0, len(ones), _AT_ONCE):
             some = ones[start : start + _AT_ONCE]
-            found, waiting = in_transaction(lambda session, kind=kind, some=some: _look(session, kind, some))  # type: ignore[misc]
-            reached += _give_all(_KINDS[kind].listener, found, waiting)
+            while some:
+                found, waiting = in_transaction(lambda session, kind=kind, some=some: _look(session, kind, some))  # type: ignore[misc]
+                reached += _give_all(_KINDS[kind].listener, found, waiting)
+                some = _further(some, found, waiting)
     return reached
+
+
+def _further(
+    wanted: Sequence[_Wanted], found: Mapping[bytes, list[_Found]], waiting: Sequence[_Waiting]
+) -> list[_Wanted]:
+    """Return what is to be looked for from later on, as the first of it came before some wait looks for it."""
+    latest = {one.address: one.since for one in sorted(waiting, key=lambda one: one.since)}
+    further = []
+    for one in wanted:
+        occurrences = found.get(one.address)
+        if occurrences is None or len(occurrences) < _FIRST:
+            continue
+        last = occurrences[-1].moment
+        if one.since < last < latest.get(one.address, last):
+            further.append(one._replace(since=last))
+    return further
 
 
 def _wanted(session: Session) -> list[_Wanted]:

@@ -412,6 +412,7 @@ class Answer:
 
     :param generation: of a wait that has begun.
     :param deadline: ISO 8601 in UTC; None for no end.
+    :param left: seconds until then, by the clock of the API server; of a wait that has begun.
     :param run_start: when the run started as the wait first began, ISO 8601 in UTC; None if nobody knows.
     :param lost: the id of the recording that the wait has lost last; empty if none.
     :param stored: the event that it has, or None.
@@ -432,6 +433,7 @@ class Answer:
     message: str = ""
     generation: int = 0
     deadline: str | None = None
+    left: float | None = None
     run_start: str | None = None
     lost: str = ""
     stored: Stored | None = None

@@ -340,6 +340,7 @@ def _begin_one(batch: _Batch, entry: Begin, task: Task, timeouts: list[tuple[Tas
         Status.DONE,
         generation=values["generation"],
         deadline=_iso(deadline),
+        left=None if deadline is None else (deadline - batch.now).total_seconds(),
         run_start=_iso(values["run_start"]),
     )
     if has_event(wait, task.clears, batch.now, replay=entry.replay):

@@ -243,6 +243,26 @@ async def source():
     return Source
 
 
+class Cancelled(EventListener):
+    """What it awaits is cancelled by its client; or it would end the process."""
+
+    async def poll_for_event(self, how):
+        if how == "good":
+            return how
+        if how == "exit":
+            raise SystemExit("bye")
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+
+@pytest.mark.parametrize(("how", "said"), [("cancel", "cancelled itself"), ("exit", r"called sys.exit\('bye'\)")])
+async def test_a_poll_that_would_end_others_fails_the_task(airflow, how, said):
+    ti = airflow.deferred()
+    with pytest.raises(RuntimeError, match=said):
+        await ended(airflow, ti, airflow.trigger(ti, Cancelled, ["good", how]))
+
+
 async def test_a_thousand_timers(airflow):
     ti = airflow.deferred()
     moments = [NOW - timedelta(seconds=n) if n % 2 else f"PT{(n % 7) / 10 + 1}S" for n in range(1000)]

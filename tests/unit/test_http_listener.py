@@ -9,7 +9,7 @@ import pytest
 from airflow_events.listeners.base import check_arguments
 from airflow_events.listeners.http import HttpListener
 
-NO_KEYS = ["", "a\nb", "x" * 257, 1]
+NO_KEYS = ["", "a\nb", "x" * 257, 1.5, True]
 
 
 @pytest.mark.parametrize("key", ["order-1", "größe", "🎉", "x" * 256])

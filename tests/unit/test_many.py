@@ -31,7 +31,7 @@ def dag():
 @pytest.mark.parametrize(
     ("listener", "arguments", "of_task", "error", "message"),
     [
-        (HttpListener, [[]], {}, TypeError, "is sent to a task and ends it"),
+        (HttpListener, [[]], {}, TypeError, "does not take HttpListener: its events come to the API server"),
         (TimerListener, "2030-01-01", {}, TypeError, "arguments is a list .* not '2030-01-01'"),
         (TimerListener, [1, [2, 3]], {}, TypeError, r"arguments\[1\]: TimerListener.poll_for_event.*too many"),
         (TimerListener, [{"when": 1}], {}, TypeError, r"arguments\[0\].*'moment'|unexpected keyword"),
@@ -88,7 +88,7 @@ def test_it_is_a_task_with_upstream_and_can_be_mapped(dag):
     assert wait_for_events(TimerListener, upstream()).operator.upstream_task_ids == {"upstream"}
     mapped = WaitForEventsOperator.partial(task_id="m", listener=TimerListener).expand(arguments=[[1], [2]])
     assert mapped.retries == 3
-    with pytest.raises(TypeError, match="is sent to a task"):
+    with pytest.raises(TypeError, match="does not take HttpListener"):
         WaitForEventsOperator.partial(task_id="n", listener=HttpListener)
 
 

@@ -13,7 +13,7 @@ import pytest
 from airflow.sdk import DAG, Asset, BaseOperator, task
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, TaskDeferralTimeout
-from airflow_events import EventListener, wait_for_event, wait_for_events
+from airflow_events import EventListener, send_event, wait_for_event, wait_for_events
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.kafka import KafkaListener
@@ -62,6 +62,17 @@ class NoPoll(EventListener):
     pass
 
 
+class Static(EventListener):
+    @staticmethod
+    async def poll_for_event(url): ...
+
+
+class AsyncId(EventListener):
+    async def poll_for_event(self): ...
+
+    async def event_id(self, event): ...
+
+
 class Committing(EventListener):
     async def poll_for_event(self, path, *, limit=1): ...
 
@@ -82,6 +93,8 @@ Committing.__module__ = "airflow_events.listeners.timer"
         (NoPoll, "NoPoll does not define poll_for_event"),
         (NeedsArguments, "NeedsArguments must be made without arguments .*'url'"),
         (NotAsync, "NotAsync.poll_for_event must be an 'async def'"),
+        (Static, "Static.poll_for_event must be an ordinary method, with self"),
+        (AsyncId, "AsyncId.event_id must be a 'def', and no 'async def'"),
     ],
 )
 def test_what_is_no_listener_is_refused(dag, listener, message):
@@ -129,7 +142,8 @@ def test_a_consumer_that_cannot_leave_what_does_not_match_says_why(dag, listener
         (TimerListener, "08:00", "needs a moment or a duration"),
         (TimerListener, None, "not None of type NoneType"),
         (HttpListener, "", "a key is a text of 1 to 256 characters"),
-        (HttpListener, 7, "in one line, not 7"),
+        (HttpListener, 7.5, "in one line, not 7.5"),
+        (HttpListener, True, "in one line, not True"),
     ],
 )
 def test_a_literal_with_which_no_wait_could_wait_is_refused_as_the_dag_is_parsed(dag, listener, argument, message):
@@ -176,9 +190,30 @@ def test_an_argument_of_the_task_among_the_listeners_is_shown_its_place(dag, nam
 
 
 @pytest.mark.parametrize("how", ["expand", "partial", "expand_kwargs"])
-def test_mapping_it_says_how_it_is_done(dag, how):
-    with pytest.raises(TypeError, match=r"WaitForEventOperator.partial\(.*\)\.expand"):
-        getattr(wait_for_event, how)(TimerListener)
+@pytest.mark.parametrize(
+    ("call", "operator"),
+    [
+        (wait_for_event, "WaitForEventOperator"),
+        (wait_for_events, "WaitForEventsOperator"),
+        (send_event, "SendEventOperator"),
+    ],
+)
+def test_mapping_it_says_how_it_is_done(dag, how, call, operator):
+    with pytest.raises(TypeError, match=rf"{operator}.partial\(.*\)\.expand"):
+        getattr(call, how)(TimerListener)
+
+
+def test_an_argument_of_the_task_among_those_of_an_event_is_shown_its_place(dag):
+    with pytest.raises(TypeError, match=r"of the task it is one there: send_event\.override\(retries=...\)"):
+        send_event("key", 1, retries=2)
+
+
+def test_a_default_is_a_literal(dag):
+    @task
+    def upstream(): ...
+
+    with pytest.raises(TypeError, match="wait_for_event: default is a literal, and no output of another task"):
+        wait_for_event.override(timeout=5, default=upstream())(TimerListener, 1)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +247,20 @@ def test_default_arguments_of_the_dag_that_are_for_other_tasks_harm_no_wait():
         assert wait_for_event.override(timeout=5, default=1)(TimerListener, 1).operator.default == 1
 
 
+def test_a_mapped_wait_has_the_timeout_of_the_defaults_or_one_each():
+    with DAG("defaults", default_args={"timeout": 5}):
+        mapped = WaitForEventOperator.partial(task_id="one", listener=TimerListener, soft_fail=True)
+        mapped.expand(listener_args=[[0]])
+        each = WaitForEventOperator.partial(task_id="each", listener=TimerListener, default=1)
+        each.expand(listener_args=[[0]], timeout=[1, 2])
+
+
 @pytest.mark.parametrize(
-    ("arguments", "error"), [({"timeout": "1h"}, TypeError), ({"soft_fail": True}, ValueError)]
+    ("arguments", "error"),
+    [
+        ({"timeout": "1h"}, TypeError),
+        ({"timeout": 5, "soft_fail": True, "default": 1}, ValueError),
+    ],
 )
 def test_a_mapped_wait_is_checked_when_the_dag_is_parsed(dag, arguments, error):
     with pytest.raises(error):

@@ -477,6 +477,16 @@ async def test_what_is_gathered_is_given_back_when_there_is_no_room_any_more(inb
     assert len(inbox.asked) == 1 and inbox.room == 0
 
 
+async def test_a_batch_is_no_larger_than_an_api_server_takes(inbox, drops, running, monkeypatch):
+    inbox.room = 10
+    monkeypatch.setenv("AIRFLOW__EVENTS__INBOX_MAX_BODY", "3000")
+    batches(running, batch=10, within=1.0)
+    drop(drops, *(f"{letter * 100}" for letter in "abcdef"))
+    await until(lambda: len(archived(drops)) == 6)
+    assert len(inbox.asked) > 1
+    assert sorted(name for batch in inbox.asked for name in batch) == [letter * 100 for letter in "abcdef"]
+
+
 async def test_many_batches_follow_one_another(inbox, drops, running):
     inbox.room = 100
     batches(running, batch=70)
