@@ -160,6 +160,14 @@ class SourceMisconfigured(EventsError):
     """
 
 
+class SourceMissing(SourceMisconfigured):
+    """
+    There is no such queue, stream or table.
+
+    Where there was one, others may be about to make it again: that is waited for, as for a source that is away.
+    """
+
+
 class EventUndecodable(EventsError, ValueError):
     """
     A message is not of the format that the wait was told, or cannot be stored.

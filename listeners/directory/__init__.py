@@ -77,7 +77,7 @@ class DirectoryListener(FinalIdListener):
             return {**event, "path": drops.path_of(file.name, event["id"]), "marker": file.marker}
 
         async with shared(*_hub(drops.root)) as hub:
-            with contextlib.suppress(FileNotFoundError):  # which the hub says, if it does not come soon
+            with contextlib.suppress(OSError):  # which the hub says, if it does not come soon
                 await hub.on_disk(drops.check)
             return await receive(*_hub(drops.root), read, seek=lambda: FileSeeker(wanted))
 

@@ -85,6 +85,10 @@ class Attributes(NamedTuple):
         has_born = told & _STATX_BTIME
         return cls(inode, modified * 10**9 + modified_ns, size, born * 10**9 + born_ns if has_born else None)
 
+    def without_inode(self) -> Attributes:
+        """Return what is the same for each mount of a file system that invents the numbers of its files."""
+        return self._replace(inode=0, born=None)
+
     @property
     def identity(self) -> str:
         """
@@ -181,6 +185,8 @@ def _identity_at(file: Path, wanted: str) -> str | None:
     """Return the identity of a file, in the form of the one that is wanted; None if it is not there."""
     if (found := Attributes.at(file)) is None:
         return None
+    if wanted.startswith("0-"):
+        return found.without_inode().identity
     says_when_made = wanted.count("-") > 2  # which events of earlier versions do not
     return (found if says_when_made else found._replace(born=None)).identity
 

@@ -18,8 +18,9 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _NETWORK_FILE_SYSTEMS = re.compile(r"nfs\d?|cifs|smb3?|smbfs|9p|ceph|lustre|glusterfs|fuse\..*")
+# Those that give each file a number as it is first seen: each mount another one.
+_INVENTS_INODES = re.compile(r"fuse\.(?!glusterfs|ceph|juicefs|lustre).*")
 # Each watched directory holds one of the forty threads that anyio has for all of a process.
 _MOST_WATCHED = 16
 # Of each directory.
@@ -70,14 +73,22 @@ class Wanted:
         return cls(pattern, seconds, done_marker)
 
     def matching(self, names: Set[str]) -> set[str]:
-        if not any(special in self.pattern for special in "*?["):
-            return {self.pattern} if self.pattern in names else set()
-        matches = re.compile(fnmatch.translate(self.pattern)).match
-        hidden = self.pattern.startswith(".")
-        return {name for name in names if matches(name) and (hidden or not name.startswith("."))}
+        pattern = composed(self.pattern)
+        if not any(special in pattern for special in "*?["):
+            if pattern.isascii():
+                return {pattern} & names
+            return {name for name in names if composed(name) == pattern}
+        matches = re.compile(fnmatch.translate(pattern)).match
+        hidden = pattern.startswith(".")
+        return {name for name in names if matches(composed(name)) and (hidden or not name.startswith("."))}
 
     def marker(self, name: str) -> str | None:
         return self.done_marker.replace("{name}", name) if self.done_marker else None
+
+
+def composed(name: str) -> str:
+    """Return a name with each letter and its accents as one character, as macOS, say, does not write it."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 class FileSeeker(Wanting):
@@ -99,10 +110,24 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class _Seen:
-    """A file as the last looks found it; ``since`` is the loop's time at which it began to look so."""
+    """
+    A file as the last looks found it.
+
+    :param attributes: what its event is made of; ``stat`` what tells whether it has changed.
+    :param since: the loop's time at which it began to look so.
+    """
 
     attributes: Attributes
     since: float
+    stat: Attributes
+    is_link: bool = False
+
+
+class _Scan(NamedTuple):
+    """What is in a directory: the regular files, and those to which symbolic links in it lead."""
+
+    files: dict[str, os.stat_result]
+    links: dict[str, os.stat_result]
 
 
 class DirectoryHub(LookingHub):
@@ -121,6 +146,7 @@ class DirectoryHub(LookingHub):
         self._seen: dict[str, _Seen] = {}
         # Names of files that were moved since the last look: what looks like one of them may be the next.
         self._doubted: set[str] = set()
+        self._invents_inodes = False
         # What matches and was not given yet, so that a look compares only new files with old patterns.
         self._candidates: dict[Wanted, set[str]] = {}
         self._look = asyncio.Event()
@@ -136,6 +162,8 @@ class DirectoryHub(LookingHub):
     async def connect(self) -> None:
         await self.on_disk(Drops(self._root).check)
         await self.on_disk(put_back_claims, self._root)
+        kind = await self.on_disk(_network_file_system, self._root)
+        self._invents_inodes = kind is not None and _INVENTS_INODES.fullmatch(kind) is not None
         self._ended = asyncio.Event()
         background(self._listen(self._ended), f"changes of {self._root}")
         self._next_look = 0.0
@@ -172,9 +200,9 @@ class DirectoryHub(LookingHub):
         self._look.clear()
         began = loop.time()
         doubted, self._doubted = self._doubted, set()
-        files = await self.on_disk(_scan, self._root)
-        candidates = await self.on_disk(self._match, list(self.waiting), files, doubted, began)
-        settles_in = self._hand_out(candidates, files.keys())
+        found = await self.on_disk(_scan, self._root)
+        candidates = await self.on_disk(self._match, list(self.waiting), found, doubted, began)
+        settles_in = self._hand_out(candidates, found.files.keys() | found.links.keys())
         looked = loop.time() - began
         self._next_look = loop.time() + min(settles_in, settings.directory_rescan_interval())
         # What comes at once is looked at once, and thousands of patterns leave others the interpreter, too.
@@ -189,17 +217,22 @@ class DirectoryHub(LookingHub):
             look.cancel()
 
     def _match(
-        self, patterns: list[Wanted], files: dict[str, os.stat_result], doubted: set[str], now: float
+        self, patterns: list[Wanted], found: _Scan, doubted: set[str], now: float
     ) -> dict[Wanted, set[str]]:
         """Note what was found, and return what of it the patterns match; to be called in a thread."""
         before = {name: seen for name, seen in self._seen.items() if name not in doubted}
         self._seen = {}
-        for name, stat in files.items():
+        for name, stat in found.files.items():
             seen = before.get(name)
-            if seen is not None and seen.attributes._replace(born=None) == Attributes.of(stat):
+            if seen is not None and seen.stat == Attributes.of(stat):
                 self._seen[name] = seen
-            elif (attributes := Attributes.at(self._root / name)) is not None:
-                self._seen[name] = _Seen(attributes, now)
+            elif (attributes := self._attributes_of(name)) is not None:
+                self._seen[name] = _Seen(attributes, now, attributes._replace(born=None))
+        for name, stat in found.links.items():
+            seen, attributes = before.get(name), Attributes.of(stat)
+            if seen is None or not seen.is_link or seen.stat != attributes:
+                seen = _Seen(attributes, now, attributes, is_link=True)
+            self._seen[name] = seen
         fresh = self._seen.keys() - before.keys()
         self._candidates = {
             wanted: (self._candidates[wanted] & self._seen.keys()) | wanted.matching(fresh)
@@ -208,6 +241,15 @@ class DirectoryHub(LookingHub):
             for wanted in patterns
         }
         return {wanted: names for wanted, names in self._candidates.items() if names}
+
+    def _attributes_of(self, name: str) -> Attributes | None:
+        """Return those of a file, so that each process finds the same; None if there is none."""
+        try:
+            attributes = Attributes.at(self._root / name)
+        except OSError as error:
+            _warn_of_file(str(self._root / name), str(error))
+            return None
+        return attributes.without_inode() if attributes is not None and self._invents_inodes else attributes
 
     def _hand_out(self, candidates: Mapping[Wanted, set[str]], files: Set[str]) -> float:
         """Give settled files to waits, and return for how many seconds nothing more will have settled."""
@@ -231,7 +273,9 @@ class DirectoryHub(LookingHub):
                     while watchers:
                         watchers.pop().give(file)
                     id = coordinates(str(self._root), name, seen.attributes.identity)
-                    if consumers and (delivery := self.hold(id, file)) is not None:
+                    if seen.is_link:  # a commit would move the link, and leave the file
+                        _warn_of_link(str(self._root / name))
+                    elif consumers and (delivery := self.hold(id, file)) is not None:
                         consumers.popleft().give(delivery)
         return settle_in
 
@@ -264,15 +308,18 @@ class DirectoryHub(LookingHub):
             DirectoryHub._watched -= 1
 
 
-def _scan(root: Path) -> dict[str, os.stat_result]:
-    def regular_files() -> Iterator[tuple[str, os.stat_result]]:
-        with os.scandir(root) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file(follow_symlinks=False) and _is_unicode(entry):
-                        yield entry.name, entry.stat(follow_symlinks=False)
-
-    return dict(regular_files())
+def _scan(root: Path) -> _Scan:
+    found = _Scan({}, {})
+    with os.scandir(root) as entries:
+        for entry in entries:
+            try:
+                if entry.is_file() and _is_unicode(entry):
+                    (found.links if entry.is_symlink() else found.files)[entry.name] = entry.stat()
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # of this file alone
+                _warn_of_file(entry.path, str(error))
+    return found
 
 
 def _is_unicode(entry: os.DirEntry[str]) -> bool:
@@ -283,6 +330,16 @@ def _is_unicode(entry: os.DirEntry[str]) -> bool:
         _warn_of_name(entry.path)
         return False
     return True
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_of_file(path: str, error: str) -> None:
+    log.warning("%s is passed over: %s", path, error)
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_of_link(path: str) -> None:
+    log.warning("%s is a symbolic link: watches see it, and no wait takes it, since its file would stay", path)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -250,6 +250,8 @@ class Clients:
     def translated(self, error: KafkaError) -> Exception:
         """Return what we raise for an error of Kafka's."""
         code = error.code()
+        if code == KafkaError._SSL and "alert internal error" in error.str():  # of a proxy before the broker
+            return BrokerUnavailable(f"{error.str()} ({error.name()})")
         if code == KafkaError._SSL:
             return SourceMisconfigured(f"{self.source}: the TLS verification failed: {error.str()}")
         if code in _DENIED:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from airflow_events.errors import SourceMisconfigured
+from airflow_events.errors import SourceMisconfigured, SourceMissing
 from airflow_events.listeners.nats.messages import Source, headers_of
 from airflow_events.listeners.support.connections import (
     check_files,
@@ -95,14 +95,12 @@ async def about_of(server: Server, source: Source) -> dict[str, Any]:
     """
     Return what JetStream says of a stream.
 
-    :raises SourceMisconfigured: there is none.
+    :raises SourceMissing: there is none.
     """
     try:
         return await server.api(f"STREAM.INFO.{source.stream}")
     except NotFoundError as error:
-        raise SourceMisconfigured(
-            f"{source}: there is no such stream; make it, as it is never made here"
-        ) from error
+        raise SourceMissing(f"{source}: there is no such stream; make it, as it is never made here") from error
 
 
 def checked(answer: Msg) -> dict[str, Any]:
@@ -277,6 +275,8 @@ class Server:
             reason = status.get("Description") or f"status {status.get('Status')}"
             if status.get("Status") == "408" or "MaxBytes" in reason:
                 break
+            if reason == "Exceeded MaxWaiting":  # of pulls, those of others among them
+                raise ConnectionError(f"{subject}: {reason}")
             if reason.startswith("Exceeded Max"):
                 raise SourceMisconfigured(
                     f"the connection {self._conn_id!r}: a pull of {batch} is refused: {reason}"

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured
@@ -65,6 +66,7 @@ class ConsumerHub(QueueHub):
         self._wants = wanted
         self._server: Server | None = None
         self._consumer: Consumer | None = None
+        self._again: tuple[str, int] | None = None  # where another consumer would go on, should this be deleted
         self._connecting = asyncio.Lock()
         self._looked = 0.0
         self.keep_every = SHORTEST / 4
@@ -78,11 +80,12 @@ class ConsumerHub(QueueHub):
         await self.disconnect()
         self._server = server = await connect(self._source.conn_id)
         with refusals(self._source):
-            consumer = await consumer_of(server, self._source, self._wants)
+            consumer = await consumer_of(server, self._source, replace(self._wants, again=self._again))
             await server.listen()
         if self._consumer is not None and self._consumer.made != consumer.made:
             self.connection_lost()
         self._consumer, self.keep_every = consumer, consumer.again_after / 4
+        self._again = consumer.stream_made, consumer.acknowledged_to
         self._looked = time.monotonic()
 
     async def disconnect(self) -> None:
@@ -157,7 +160,10 @@ class ConsumerHub(QueueHub):
             about = await info(server, self._source)
         except NotFoundError:
             return None
-        return about if about["created"] == self.consumer.made else None
+        if about["created"] != self.consumer.made:
+            return None
+        self._again = self.consumer.stream_made, about["ack_floor"]["stream_seq"]
+        return about
 
     async def _look_for_a_stall(self, server: Server) -> None:
         about = await info(server, self._source)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.nats.client import SECOND, Server, about_of
 from airflow_events.listeners.nats.messages import Source, covers
-from nats.js.errors import NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
 if TYPE_CHECKING:
     from airflow_events.listeners.nats import Start
 
 # Of a consumer that is made here; the server's own limit is 1000.
 _MAX_ACK_PENDING = 10_000
+# What the server answers where it, or the account, allows less (err_code).
+_TOO_MUCH_PENDING = 10121
 # The shortest time, in seconds, within which what is in hand is kept in time.
 SHORTEST = 1.0
 # What a consumer may not have, and why.
@@ -36,12 +38,15 @@ class Wanted:
     :param deliver_policy: where one begins that is made here.
     :param lease: the ``ack_wait`` of one that is made here, in seconds.
     :param persistent: whether it must be kept on disk.
+    :param again: when the stream was made of which there was a consumer, as the server writes it, and the sequence
+        up to which all was acknowledged: one that is made in its place goes on there. None if there was none.
     """
 
     subject: str | None
     deliver_policy: Start
     lease: float
     persistent: bool
+    again: tuple[str, int] | None = None
 
 
 class Consumer:
@@ -52,6 +57,7 @@ class Consumer:
         self._config: dict[str, Any] = about["config"]
         self.stream_made: str = stream["created"]
         self.made: str = about["created"]
+        self.acknowledged_to: int = about["ack_floor"]["stream_seq"]
 
     @property
     def filters(self) -> list[str]:
@@ -120,7 +126,7 @@ async def consumer_of(server: Server, source: Source, wanted: Wanted) -> Consume
     try:
         about = await info(server, source)
     except NotFoundError:
-        await _make(server, source, wanted, stream["config"])
+        await _make(server, source, wanted, stream)
         about = await info(server, source)
     # The stream is looked up again, since it may have been made again before the consumer was found. Now it is the
     # consumer's, as long as that is the same: it goes with its stream.
@@ -130,8 +136,8 @@ async def consumer_of(server: Server, source: Source, wanted: Wanted) -> Consume
 
 
 async def _make(server: Server, source: Source, wanted: Wanted, stream: dict[str, Any]) -> None:
-    limit = (stream.get("consumer_limits") or {}).get("max_ack_pending") or _MAX_ACK_PENDING
-    config = {
+    limit = (stream["config"].get("consumer_limits") or {}).get("max_ack_pending") or _MAX_ACK_PENDING
+    config: dict[str, Any] = {
         "durable_name": source.durable,
         "description": "Waits of airflow-provider-events",
         "deliver_policy": wanted.deliver_policy,
@@ -140,10 +146,22 @@ async def _make(server: Server, source: Source, wanted: Wanted, stream: dict[str
         "max_deliver": -1,
         "max_ack_pending": limit,
     }
+    if wanted.again is not None:
+        made, acknowledged_to = wanted.again
+        config["deliver_policy"] = "all"
+        if made == stream["created"]:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": acknowledged_to + 1}
     if wanted.subject is not None:
         config["filter_subject"] = wanted.subject
+    what = f"CONSUMER.DURABLE.CREATE.{source.stream}.{source.durable}"
     request = {"stream_name": source.stream, "config": config, "action": "create"}
-    await server.make(f"CONSUMER.DURABLE.CREATE.{source.stream}.{source.durable}", **request)
+    try:
+        await server.make(what, **request)
+    except APIError as error:
+        if error.err_code != _TOO_MUCH_PENDING:
+            raise
+        del config["max_ack_pending"]  # then it is what the server, or the account, allows
+        await server.make(what, **request)
 
 
 def _need(source: Source, what: str, key: str, found: Any, fits: bool, needed: str) -> None:

@@ -57,7 +57,6 @@ class StreamHub(LogHub[int]):
             "ack_policy": "none",
             "inactive_threshold": 30 * SECOND,
             "mem_storage": True,
-            "num_replicas": 1,
         }
         if position is None:
             start = since.astimezone(timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, ClassVar, NamedTuple
 
-from airflow_events.errors import SourceMisconfigured
+from airflow_events.errors import SourceMisconfigured, SourceMissing
 from airflow_events.listeners.postgres.client import (
     LONGEST_PAUSE,
     LOST,
@@ -85,8 +86,8 @@ class TableHub(LookingHub):
         self._connection: AsyncConnection[Any] | None = None
         self._origin: Origin | None = None
         self._next_look = 0.0
+        self._look_again_at = 0.0  # at what was set aside
         self._refused: dict[str, Exception] = {}  # by a message's id, why it could not be acknowledged
-        self._was_there = False
         self._codec: str | None = None
         super().__init__(str(source))
 
@@ -141,7 +142,10 @@ class TableHub(LookingHub):
             return
         wanted = {of: len(seekers) for of, seekers in waiting.items()}
         look = looking(self._source, self._order, self._unacknowledged, self._read, wanted, _AT_ONCE)
-        held = [str(row.id) for row in self._held() if row.origin == origin]
+        again = self._look_again_at <= time.monotonic()
+        if self.aside and again:  # what nobody could read may be mended by now, or another row by its id
+            self._look_again_at, self._next_look = time.monotonic() + self._looks.interval, 0.0
+        held = [str(row.id) for row in self._held(aside=not again) if row.origin == origin]
         [*_, [(oid,)]] = answers = await run(connection, look.statement, {**look.asked, "held": held}, raw=True)
         if oid != origin.oid:
             raise errors.OperationalError("the table was recreated")
@@ -184,10 +188,15 @@ class TableHub(LookingHub):
         elif (delivery := self.hold(id, Row(origin, row, moment, raw))) is not None:
             waiting.popleft().give(delivery)
 
-    def _held(self) -> Iterator[Row]:
-        """Return the rows that waits of this triggerer have, by whichever hub, and those set aside here."""
+    def known_by(self, delivery: Delivery) -> str:
+        raw = delivery.message.raw
+        return f"{delivery.id} {hashlib.sha256(raw or b'').hexdigest()}"
+
+    def _held(self, *, aside: bool) -> Iterator[Row]:
+        """Return the rows that waits of this triggerer have, by whichever hub, and, if asked, those set aside."""
         hubs = {self, *InHand.of_loop().hubs.values()}
-        yield from (delivery.message for delivery in self.aside.values())
+        if aside:
+            yield from (delivery.message for delivery in self.aside.values())
         for hub in hubs:
             if isinstance(hub, TableHub):
                 yield from (delivery.message for delivery in hub.in_hand.values())
@@ -221,10 +230,8 @@ class TableHub(LookingHub):
         if in_recovery:  # which may be about to end
             raise errors.OperationalError("the server is in recovery (a read-only standby); its primary is needed")
         [tables] = await run(connection, TABLE, {"table": self._source.identifier.as_string(None)})
-        if not tables and self._was_there:  # whoever drops or renames it may be about to make another
-            raise errors.OperationalError("there is no such table any more")
         if not tables:
-            raise SourceMisconfigured(
+            raise SourceMissing(
                 f"{name}: there is no such table, or it is not in the search path; the statements for one are "
                 f"what airflow_events.listeners.postgres.create_table({self._source.table!r}) returns"
             )
@@ -259,7 +266,6 @@ class TableHub(LookingHub):
         self._codec = None if encoding == "UTF8" or self._value_type == "bytea" else codec_of(encoding)
         as_it_is = f"convert_to({{value}}::text, '{encoding}')"
         self._read = self._source.statement("{value}" if self._codec is None else as_it_is)
-        self._was_there = True
         self._origin = Origin(await system_of(connection), database, table, oid)
 
     def _check_columns(self, found: dict[str, _Column]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import aiormq
 from aiormq import exceptions
 from aiormq.abc import AbstractChannel, AbstractConnection
-from airflow_events.errors import SourceMisconfigured
+from airflow_events.errors import SourceMisconfigured, SourceMissing
 from airflow_events.listeners.rabbitmq.frames import LenientTransport
 from airflow_events.listeners.support.connections import (
     Endpoint,
@@ -159,7 +159,7 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ChannelNotFoundEntity as error:
         if "down or inaccessible" in str(error):
             raise ConnectionError(str(error)) from error
-        raise SourceMisconfigured(f"{source} is not there, and is not made: {error}") from error
+        raise SourceMissing(f"{source} is not there, and is not made: {error}") from error
     except exceptions.ChannelPreconditionFailed as error:
         if "x-stream-offset" in str(error):
             raise SourceMisconfigured(NO_STREAM.format(source)) from error

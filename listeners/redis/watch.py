@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ from redis.asyncio import Redis
 
 # How many entries are read at once, at most: the server bounds a read by nothing else.
 _AT_ONCE = 100
+
+# Seconds between two looks whether the stream is still the same.
+_LOOK_EVERY = 30.0
 
 # An entry's id, as the server compares it.
 _Id = tuple[int, int]
@@ -31,12 +35,36 @@ class StreamHub(LogHub[_Id]):
         self._field = field
         self._values = values
         self._client: Redis | None = None
+        self._last: _Id | None = None
+        self._looked = 0.0
         super().__init__(str(source))
 
     async def connect(self) -> None:
         self._client = await connect(self._source.conn_id, 1)
         with refusals(self._source):
             await self._client.xlen(self._source.stream)
+        last = await self._last_id()
+        if last is not None and self._last is not None and last < self._last:
+            self.start_over("was recreated")
+        self._last, self._looked = last, time.monotonic()
+
+    async def serve(self) -> None:
+        if time.monotonic() - self._looked > _LOOK_EVERY:
+            last, self._looked = await self._last_id(), time.monotonic()
+            if last is not None and self._last is not None and last < self._last:
+                raise ConnectionError("the stream was recreated")
+            self._last = last or self._last
+        await super().serve()
+
+    async def _last_id(self) -> _Id | None:
+        """Return the id that the stream has given last; None if there is no stream, or it may not be asked."""
+        assert self._client is not None
+        try:
+            about = await self._client.xinfo_stream(self._source.stream)
+        except exceptions.ResponseError:
+            return None
+        milliseconds, _, number = text(about["last-generated-id"]).partition("-")
+        return int(milliseconds), int(number)
 
     async def disconnect(self) -> None:
         if self._client is not None:
@@ -76,7 +104,7 @@ class _EntryReader(Reader[_Id]):
         self._client = client
         self._source = source
         self._message = message
-        self._at_once = _AT_ONCE
+        self._at_once = 1  # until it is seen how large they are
 
     async def read(self, seconds: float) -> list[Message]:
         after = "-".join(map(str, self.position))

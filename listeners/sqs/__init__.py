@@ -96,7 +96,7 @@ class SqsListener(FinalIdListener):
         """
         from airflow_events.listeners.sqs.client import Source, region_of
         from airflow_events.listeners.sqs.consume import SqsHub, bury, visibility
-        from airflow_events.listeners.sqs.messages import Message, S3Test, event_of
+        from airflow_events.listeners.sqs.messages import Message, NoEvent, event_of
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
         if unwrap not in (None, "sns"):
@@ -107,7 +107,7 @@ class SqsListener(FinalIdListener):
             return event_of(source, message, values, unwrap)
 
         async def unreadable(hub: SqsHub, delivery: Delivery, error: EventUndecodable) -> None:
-            if isinstance(error, S3Test):
+            if isinstance(error, NoEvent):
                 log.info("Passed over, and deleted: %s", error.reason)
             elif on_undecodable == "skip":
                 await skip(hub, delivery, error)

@@ -18,7 +18,7 @@ from airflow.configuration import conf
 from airflow.providers.amazon.aws.hooks.base_aws import AwsBaseHook
 from airflow.providers.amazon.aws.utils.connection_wrapper import AwsConnectionWrapper
 from airflow.sdk.exceptions import AirflowNotFoundException
-from airflow_events.errors import SourceMisconfigured
+from airflow_events.errors import SourceMisconfigured, SourceMissing
 from airflow_events.listeners.support.connections import connection, known_extras
 from botocore import UNSIGNED, exceptions
 from botocore.config import Config
@@ -151,7 +151,7 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ClientError as error:
         code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code in _NO_QUEUE:
-            raise SourceMisconfigured(f"{source}: there is no such queue, and none is made") from error
+            raise SourceMissing(f"{source}: there is no such queue, and none is made") from error
         if status >= 500 or status == 429 or code in _BUSY or "throttl" in code.lower():
             raise _Busy(str(error)) from error
         if status in (401, 403) or "AccessDenied" in code:

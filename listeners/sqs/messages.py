@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.support.values import Format, decode, json_of
+from airflow_events.listeners.support.values import Format, decode, json_of, named
 
 if TYPE_CHECKING:
     from airflow_events.listeners.sqs.client import Source
@@ -37,8 +37,8 @@ class Message:
         return self.received.get("MessageAttributes") or {}
 
 
-class S3Test(EventUndecodable):
-    """The message by which S3 tries whether it can send to a queue: nobody waits for it."""
+class NoEvent(EventUndecodable):
+    """What S3 sends to try a queue, or SNS to have a subscription confirmed: nobody waits for it."""
 
 
 def event_of(source: Source, message: Message, values: Format, unwrap: str | None) -> dict[str, Any]:
@@ -48,13 +48,15 @@ def event_of(source: Source, message: Message, values: Format, unwrap: str | Non
     :raises EventUndecodable: its body is not of that format, or no notification of SNS where it is to be one.
     """
     where, body = source.message(message.id), message.received["Body"]
-    attributes = {name: _text(value) for name, value in message.attributes.items()}
+    attributes = {named(name): _text(value) for name, value in message.attributes.items()}
     about_topic: dict[str, Any] = {}
     if unwrap == "sns":
         body, attributes, about_topic = _notification(body, where)
     value = decode(body.encode(), values, where)
     if isinstance(value, dict) and value.get("Event") == "s3:TestEvent" and value.get("Service") == "Amazon S3":
-        raise S3Test(where, "an event", f"{where} is the test message of S3's bucket {value.get('Bucket')!r}", b"")
+        raise NoEvent(
+            where, "an event", f"{where} is the test message of S3's bucket {value.get('Bucket')!r}", b""
+        )
     about = message.received.get("Attributes") or {}
     return {
         "queue": message.queue_arn.rpartition(":")[2],
@@ -74,10 +76,15 @@ def _notification(body: str, where: str) -> tuple[str, dict[str, str], dict[str,
     """Return message, attributes, and what there is to say of the topic, of what SNS sent."""
     try:
         envelope = json_of(body)
+        if envelope["Type"] in ("SubscriptionConfirmation", "UnsubscribeConfirmation"):
+            raise NoEvent(where, "an event", f"{where} is a {envelope['Type']} of SNS", b"")
         text = envelope["Message"]
         if envelope["Type"] != "Notification" or not isinstance(text, str):
             raise ValueError(f"its Type is {envelope['Type']!r}")
-        attributes = {name: str(one["Value"]) for name, one in envelope.get("MessageAttributes", {}).items()}
+        of_message = envelope.get("MessageAttributes", {}).items()
+        attributes = {named(name): str(one["Value"]) for name, one in of_message}
+    except NoEvent:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise EventUndecodable(where, "a notification of SNS", repr(error), body.encode()[:200]) from error
     return text, attributes, {"topic_arn": envelope.get("TopicArn"), "subject": envelope.get("Subject")}

@@ -17,8 +17,9 @@ import time
 from collections.abc import Coroutine
 from typing import Any, ClassVar, Generic, TypeVar
 
+from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events import settings
-from airflow_events.errors import SourceUnreachable
+from airflow_events.errors import SourceMissing, SourceUnreachable
 from airflow_events.listeners.support.shared import background, woken
 from airflow_events.listeners.support.turns import Turns
 from tenacity import RetryCallState
@@ -74,6 +75,10 @@ class Seeker:
 _S = TypeVar("_S", bound=Seeker)
 
 
+# What is said of a source, or by a secrets backend of a connection, that was there and may come again.
+_GONE = (SourceMissing, AirflowNotFoundException)
+
+
 class Hub(abc.ABC, Generic[_S]):
     """
     Serves all waits on one source.
@@ -107,6 +112,7 @@ class Hub(abc.ABC, Generic[_S]):
         self._up = asyncio.Event()
         self._asked_for = 0  # how many want a connection, and no event
         self._heard = time.monotonic()
+        self._was_there = False
         self._trouble: tuple[Any, ...] | None = None  # what the waits were told, while the source is unreachable
         self._work = background(self._run(), name)
 
@@ -224,8 +230,10 @@ class Hub(abc.ABC, Generic[_S]):
                     if self._trouble is not None:
                         self._trouble = None
                         self._tell_all(logging.INFO, "%s is there again", self.name)
-                    away_since, attempts = 0.0, 0
-            except lost as error:
+                    away_since, attempts, self._was_there = 0.0, 0, True
+            except Exception as error:
+                if not isinstance(error, (*lost, *_GONE) if self._was_there else lost):
+                    raise
                 attempts += 1
                 # Of a request without an answer it counts from the last that had one.
                 away_since = away_since or (self._heard if isinstance(error, NoAnswer) else time.monotonic())

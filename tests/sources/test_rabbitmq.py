@@ -281,6 +281,32 @@ async def test_two_messages_with_one_id_come_one_after_the_other(broker, waits):
     assert broker.unacknowledged() == 0
 
 
+async def test_another_message_by_the_id_of_one_that_went_with_the_connection_is_another(broker, waits):
+    """Another triggerer has the one by then, and what this one knows of it is old."""
+    task = waits.poll()
+    await nothing(task)
+    broker.publish(b'"A"', broker.queue, message_id="x")
+    event = await soon(task)
+    [hub] = InHand.of_loop().hubs.values()
+    await hub.disconnect()
+
+    async def other():
+        channel = await broker.channel()
+        while isinstance((got := await channel.basic_get(broker.queue)).delivery, Basic.GetEmpty):
+            await asyncio.sleep(0.05)
+        return channel, got
+
+    channel, got = await asyncio.to_thread(broker.do, other())
+    assert got.body == b'"A"'
+    await asyncio.to_thread(broker.publish, b'"B"', broker.queue, message_id="x")
+    second = waits.poll(1)
+    await nothing(second, 2)
+    with pytest.raises(AtRedelivery):
+        await waits.commit(event)
+    assert (await soon(second))["value"] == "B"
+    broker.do(channel.basic_ack(got.delivery.delivery_tag))
+
+
 async def test_what_corrects_a_message_that_cannot_be_read_comes_under_the_same_id(broker, waits):
     broker.publish(b"{", broker.queue, message_id="one")
     with pytest.raises(EventUndecodable):
@@ -421,7 +447,7 @@ async def test_another_consumer_is_an_exclusive_one(broker, waits, caplog):
     assert (await soon(task, 60))["value"] == "a"
 
 
-async def test_a_queue_that_is_deleted_while_waits_wait(broker, waits):
+async def test_a_queue_that_is_deleted_while_waits_wait_is_waited_for(broker, waits, caplog):
     broker.queue = f"{broker.queue}.deleted"
     broker.make_queue()
     task = waits.poll()
@@ -433,8 +459,10 @@ async def test_a_queue_that_is_deleted_while_waits_wait(broker, waits):
         await channel.close()
 
     broker.do(delete())
-    with pytest.raises(SourceMisconfigured, match="is not there"):
-        await soon(task)
+    await until_told(caplog, "is not there, and is not made")
+    broker.make_queue()
+    await asyncio.to_thread(broker.publish, b"1", broker.queue, message_id="x")
+    assert (await soon(task, 60))["value"] == 1
 
 
 async def test_an_event_of_the_first_edition():

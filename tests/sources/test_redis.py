@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 import servers
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
+from airflow_events.listeners.redis import watch
 from broker import nothing, soon
 from of_redis import Redis6, Valkey
 
@@ -149,6 +150,18 @@ async def test_groups_are_independent_and_may_begin_at_the_end(broker, waits):
     assert (await soon(late))["value"] == "b"
 
 
+async def test_a_watched_stream_that_is_made_again_with_older_ids_is_read_again(broker, waits, monkeypatch):
+    """As from a backup, under their own ids."""
+    monkeypatch.setattr(watch, "_LOOK_EVERY", 0.2)
+    broker.send("a")
+    task = waits.watch(match="@ == 'b'", since="2020-01-01T00:00:00Z")
+    await nothing(task)
+    with broker.client as client:
+        client.delete(broker.queue)
+        client.xadd(broker.queue, {"v": b'"b"'}, id="1700000000000-0")
+    assert (await soon(task, 20))["value"] == "b"
+
+
 async def test_a_key_that_is_no_stream(broker, waits):
     with broker.client as client:
         client.set(broker.queue, "text")
@@ -252,7 +265,6 @@ async def test_a_watch_of_entries_whose_metadata_is_odd(broker, waits, caplog):
 
 
 async def test_large_entries_are_read_a_few_at_once(broker, waits, monkeypatch):
-    from airflow_events.listeners.redis import watch
 
     monkeypatch.setattr(watch, "READ_BYTES", 100_000)
     asked = []

@@ -19,7 +19,7 @@ from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfi
 from airflow_events.listeners.sqs import client
 from airflow_events.listeners.support import serde
 from botocore.exceptions import ClientError
-from broker import nothing, soon
+from broker import nothing, soon, until_told
 from of_sqs import REGION, Sqs, SqsFifo, moto
 
 from conftest import Waits
@@ -267,10 +267,11 @@ async def test_what_sns_sends_is_unwrapped(broker, waits):
     sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=f"arn:aws:sqs:{REGION}:123456789012:{broker.queue}")
     task = waits.poll(unwrap="sns")
     await asyncio.sleep(0.3)
-    attributes = {"kind": {"DataType": "String", "StringValue": "order"}}
+    attributes = {"__type": {"DataType": "String", "StringValue": "order"}}
+    broker.send({"Type": "SubscriptionConfirmation", "Message": "You have chosen", "Token": "x"})
     sns.publish(TopicArn=topic, Message='{"id": 1}', Subject="news", MessageAttributes=attributes)
     event = await soon(task)
-    assert (event["value"], event["attributes"]) == ({"id": 1}, {"kind": "order"})
+    assert (event["value"], event["attributes"]) == ({"id": 1}, {"___type": "order"})
     assert (event["topic_arn"], event["subject"]) == (topic, "news")
     await waits.commit(event)
 
@@ -306,12 +307,14 @@ async def test_a_queue_that_is_not_there_is_not_made(broker, waits, monkeypatch)
     assert not broker.client.list_queues(QueueNamePrefix="nowhere").get("QueueUrls")
 
 
-async def test_a_queue_that_is_deleted_while_a_wait_waits(broker, waits):
+async def test_a_queue_that_is_deleted_while_a_wait_waits_is_waited_for(broker, waits, caplog):
     task = waits.poll()
     await nothing(task, 0.7)
     broker.client.delete_queue(QueueUrl=broker.url)
-    with pytest.raises(SourceMisconfigured, match="there is no such queue"):
-        await soon(task)
+    await until_told(caplog, "there is no such queue")
+    broker.client.create_queue(QueueName=broker.queue)
+    broker.send({"order": 1})
+    assert (await soon(task, 60))["value"] == {"order": 1}
 
 
 @contextmanager

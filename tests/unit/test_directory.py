@@ -8,9 +8,11 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -410,7 +412,7 @@ async def test_a_file_that_is_moved_during_a_look_is_none(drops, monkeypatch):
 
     def scan_and_move(root):
         found = scan(root)
-        for name in found:
+        for name in found.files:
             (root / name).rename(archive)
         return found
 
@@ -560,3 +562,58 @@ async def test_many_files_or_watches_at_once_are_given_out_over_several_turns(dr
     events = await soon(asyncio.gather(*tasks))
     assert len({event["name"] for event in events}) == len(set(patterns))
     assert max(Counter(done).values()) <= 50
+
+
+async def test_a_symbolic_link_is_watched_and_never_taken(drops, caplog):
+    """As a volume of Kubernetes has its files: a commit would move the link, and leave the file."""
+    (drops / "..data").mkdir()
+    (drops / "..data" / "countries.json").write_text("[]")
+    (drops / "countries.json").symlink_to("..data/countries.json")
+    event = await soon(poll(drops, pattern="countries.json", listener=DirectoryWatchListener))
+    assert (event["size"], event["path"]) == (2, str(drops / "countries.json"))
+    task = poll(drops, pattern="countries.json")
+    await nothing(task)
+    await cancel(task)
+    assert "countries.json is a symbolic link: watches see it, and no wait takes it" in caplog.text
+
+
+@pytest.mark.parametrize("pattern", ["Müller-*.csv", "Müller-1.csv"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+async def test_a_pattern_matches_names_however_their_accents_are_written(drops, pattern, written):
+    name = unicodedata.normalize(written, "Müller-1.csv")
+    (drops / name).write_text("x")
+    event = await soon(poll(drops, pattern=unicodedata.normalize("NFC", pattern)))
+    assert event["name"] == name
+    await commit(event)
+    assert archived_names(drops) == [name]
+
+
+def archived_names(drops):
+    return [file.name for file in (drops / ".airflow-events/archive").glob("*/*")]
+
+
+async def test_a_file_that_cannot_be_looked_at_holds_up_no_other(drops, monkeypatch, caplog):
+    at = files.Attributes.at
+
+    def broken(file):
+        if file.name == "a":
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return at(file)
+
+    monkeypatch.setattr(hub.Attributes, "at", broken)
+    (drops / "a").write_text("x")
+    (drops / "b").write_text("x")
+    assert (await soon(poll(drops)))["name"] == "b"
+    assert "Input/output error" in caplog.text
+
+
+async def test_where_inodes_are_invented_they_tell_nothing(drops, monkeypatch):
+    """Each machine's mount by sshfs, say, gives the file another number."""
+    monkeypatch.setattr(hub, "_network_file_system", lambda root: "fuse.sshfs")
+    (drops / "a").write_text("x")
+    event = await soon(poll(drops))
+    assert event["id"].startswith("0-") and event["id"].count("-") == 2
+    shutil.copy2(drops / "a", drops / "other mount")
+    (drops / "other mount").replace(drops / "a")
+    await commit(event)
+    assert archived_names(drops) == ["a"]
