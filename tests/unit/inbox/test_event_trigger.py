@@ -1,0 +1,94 @@
+"""The trigger of a wait beside the inbox's transactions: what its source has confirmed, and what it has not."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from types import SimpleNamespace
+
+import pytest
+from airflow_events.errors import AtRedelivery
+from airflow_events.inbox import transactions
+from airflow_events.inbox.models import EventTaken
+from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.triggers import event as event_trigger
+from airflow_events.triggers.event import EventTrigger
+from sqlalchemy import select
+
+
+class Queue(EventListener):
+    """As RabbitMQ: what is not acknowledged over the connection that it came by, is at its redelivery."""
+
+    messages: list[str] = []  # noqa: RUF012
+    is_gone = False
+    ids: list[str] = []  # noqa: RUF012
+
+    async def poll_for_event(self):
+        while not self.messages:
+            await asyncio.sleep(0.01)
+        return {"id": self.messages[0]}
+
+    def event_id(self, event):
+        self.ids.append(current_wait().run_id)
+        return event["id"]
+
+    async def event_checkpointed(self, event):
+        if type(self).is_gone:
+            type(self).is_gone = False
+            raise AtRedelivery("the connection over which it came is gone")
+        self.messages.remove(event["id"])
+
+
+@pytest.fixture
+def run(waits, monkeypatch):
+    """Run the trigger of a task instance until its wait has ended."""
+    work = dict(transactions._WORK)
+
+    async def ask(entry):
+        await asyncio.sleep(0)
+        return work[type(entry)](waits.session, [entry])[0]
+
+    inbox = SimpleNamespace(of_loop=lambda: SimpleNamespace(ask=ask))
+    monkeypatch.setattr(event_trigger, "Inbox", inbox)
+    monkeypatch.setattr(event_trigger.reference, "load", lambda _: Queue)
+    Queue.messages, Queue.is_gone, Queue.ids = [], False, []
+
+    async def until_ended(ti):
+        names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), waits._keys[ti], strict=True))
+        trigger = EventTrigger(listener="m:Queue", wait={**names, "run_start": None})
+        trigger.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id="wait", try_number=1)
+        await asyncio.wait_for(trigger.until_ended(), 20)
+
+    return until_ended
+
+
+def acknowledged(waits):
+    return waits.session.execute(select(EventTaken.__table__.c.acknowledged_at)).scalar_one()
+
+
+async def test_what_the_source_has_not_confirmed_no_clear_confirms(waits, run):
+    """Or the inbox would forget whose it is, while the source has it."""
+    Queue.messages, Queue.is_gone = ["m"], True
+    ti = waits.deferred(next_method="execute_complete")
+    await run(ti)
+    assert (waits.state(ti).state, acknowledged(waits), Queue.messages) == ("success", None, ["m"])
+    ti = waits.again(ti, cleared=True)
+    await run(ti)
+    assert (waits.state(ti).state, acknowledged(waits), Queue.messages) == ("success", None, ["m"])
+    other = waits.deferred(next_method="execute_complete")
+    Queue.messages.append("n")
+    await run(other)
+    assert waits.row(other).event == waits.row(ti).event.replace("m", "n")
+    assert Queue.messages == [] and acknowledged_of_both(waits)
+
+
+def acknowledged_of_both(waits):
+    moments = waits.session.execute(select(EventTaken.__table__.c.acknowledged_at)).scalars().all()
+    return len(moments) == 2 and all(moments)
+
+
+async def test_an_events_id_may_ask_for_which_wait_it_is(waits, run):
+    Queue.messages = ["m"]
+    ti = waits.deferred(next_method="execute_complete")
+    await run(ti)
+    assert set(Queue.ids) == {waits._keys[ti][2]}
