@@ -37,19 +37,18 @@ def taken_of(session: Session, identities: Iterable[str | None]) -> dict[bytes, 
     Return whose events of these identities are.
 
     Rows that are there are locked until the end of the transaction, in the order of their keys: of two waits that
-    take what was set aside, or an id with another content, one waits for the other, as it does for a new row.
+    take what was set aside, or an id with another content, one waits for the other, as it does for a new row. Where
+    there is none, nothing is locked: MySQL would lock the gap, and two batches of new events stop each other.
     """
     wanted = sorted({bytes.fromhex(one) for one in identities if one})
     if not wanted:
         return {}
     columns = (EventTaken.content, EventTaken.record_id, EventTaken.wait, EventTaken.set_aside)
-    query = (
-        select(EventTaken.identity, *columns)
-        .where(EventTaken.identity.in_(wanted))
-        .order_by(EventTaken.identity)
-        .with_for_update()
-    )
-    rows = session.execute(query)
+    there = session.scalars(select(EventTaken.identity).where(EventTaken.identity.in_(wanted))).all()
+    if not there:
+        return {}
+    query = select(EventTaken.identity, *columns).where(EventTaken.identity.in_(sorted(there)))
+    rows = session.execute(query.order_by(EventTaken.identity).with_for_update())
     return {row.identity: Taken(row.content, row.record_id, row.wait, row.set_aside, is_new=False) for row in rows}
 
 
