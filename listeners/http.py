@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
@@ -57,6 +58,10 @@ class HttpListener(EventListener):
         if schema is not None:
             from airflow_events.listeners.support.schemas import check_schema  # of use for few
 
+            if is_template(json.dumps(schema, default=str)):
+                raise ValueError(
+                    "schema: it is taken as it is written, and Airflow would render the '{{' or '{%' in it"
+                )
             try:
                 check_schema(schema)
             except ValueError as error:
@@ -71,7 +76,7 @@ class HttpListener(EventListener):
         :param key: under which events can be sent to the wait beside its own address. Waits of several runs
             and DAGs may have the same. None: by its own address only.
         :param schema: a JSON Schema that events must fit; one that does not is refused, and the wait goes on.
-            It is taken as it is written: templates in it are not rendered.
+            It is taken as it is written: a template in it is refused.
         :raises ValueError: the key is none.
         """
         if key is not None:

@@ -37,8 +37,8 @@ def taken_of(session: Session, identities: Iterable[str | None]) -> dict[bytes, 
     Return whose events of these identities are.
 
     Rows that are there are locked until the end of the transaction, in the order of their keys: of two waits that
-    take what was set aside, or an id with another content, one waits for the other, as it does for a new row. Where
-    there is none, nothing is locked: MySQL would lock the gap, and two batches of new events stop each other.
+    take what was set aside, or an id with another content, one waits for the other, as it does for a new row. Of
+    those that are not there nothing is locked: MySQL would lock gaps, and batches of new events stop each other.
     """
     wanted = sorted({bytes.fromhex(one) for one in identities if one})
     if not wanted:

@@ -151,6 +151,12 @@ def test_a_literal_with_which_no_wait_could_wait_is_refused_as_the_dag_is_parsed
         wait_for_event(listener, argument)
 
 
+def test_a_schema_is_no_template(dag):
+    schema = {"properties": {"a": {"description": "use {{ name }}"}}}
+    with pytest.raises(ValueError, match="wait_for_event: schema: it is taken as it is written"):
+        wait_for_event(HttpListener, "key", schema=schema)
+
+
 @pytest.mark.parametrize("listener", [TimerListener, HttpListener])
 def test_what_a_template_says_is_seen_when_it_is_rendered(dag, listener):
     wait_for_event(listener, "{{ params.what }}")
