@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from pamqp.commands import Basic
-
 from parts import Part, Rows, Stage
 from parts.processes import fresh_triggerer, until_open
 from parts.timers import latency_lines, note, nothing_noted
@@ -140,6 +138,8 @@ def _to_nats(broker: Any, bodies: list[bytes]) -> None:
 
 
 def _to_rabbitmq(broker: Any, bodies: list[bytes]) -> None:
+    from pamqp.commands import Basic
+
     async def publish() -> None:
         channel = await broker.channel()
         await asyncio.gather(
