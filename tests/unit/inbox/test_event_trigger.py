@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 import uuid
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from airflow_events.inbox import transactions
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.triggers import event as event_trigger
+from airflow_events.triggers import polling
 from airflow_events.triggers.event import EventTrigger
 from sqlalchemy import select
 
@@ -53,12 +56,16 @@ def run(waits, monkeypatch):
     monkeypatch.setattr(event_trigger.reference, "load", lambda _: Queue)
     Queue.messages, Queue.is_gone, Queue.ids = [], False, []
 
-    async def until_ended(ti):
+    def trigger_of(ti):
         names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), waits._keys[ti], strict=True))
         trigger = EventTrigger(listener="m:Queue", wait={**names, "run_start": None})
         trigger.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id="wait", try_number=1)
-        await asyncio.wait_for(trigger.until_ended(), 20)
+        return trigger
 
+    async def until_ended(ti):
+        await asyncio.wait_for(trigger_of(ti).until_ended(), 20)
+
+    until_ended.trigger_of = trigger_of
     return until_ended
 
 
@@ -92,3 +99,32 @@ async def test_an_events_id_may_ask_for_which_wait_it_is(waits, run):
     ti = waits.deferred(next_method="execute_complete")
     await run(ti)
     assert set(Queue.ids) == {waits._keys[ti][2]}
+
+
+async def test_what_a_listener_raises_is_told_as_a_text_that_can_be_stored(waits, run, monkeypatch):
+    """A triggerer that told its supervisor the other would end, and so would the next one that had the trigger."""
+
+    async def poll(self):
+        raise ValueError("unknown record: \0 \ud83d")
+
+    monkeypatch.setattr(Queue, "poll_for_event", poll)
+    trigger = run.trigger_of(waits.deferred(next_method="execute_complete"))
+    with pytest.raises(RuntimeError) as raised:
+        await anext(trigger.run())
+    said = "".join(traceback.format_exception(raised.value))
+    assert "ValueError: unknown record: \\x00 \\ud83d" in said
+    assert "\0" not in said and said.encode()
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=-5), timedelta(0), timedelta(minutes=5)])
+async def test_a_deadline_holds_where_the_clock_is_wrong(waits, run, monkeypatch, ahead):
+    now = event_trigger._now
+    monkeypatch.setattr(event_trigger, "_now", lambda: now() + ahead)
+    monkeypatch.setattr(polling, "_now", lambda: now() + ahead)
+    ti = waits.deferred(next_method="execute_complete")
+    trigger = run.trigger_of(ti)
+    trigger.timeout, trigger.default = 1.0, ["late"]
+    began = asyncio.get_running_loop().time()
+    await asyncio.wait_for(trigger.until_ended(), 20)
+    assert asyncio.get_running_loop().time() - began > 0.9
+    assert waits.state(ti).state == "success"
