@@ -156,7 +156,7 @@ class Senders:
     def _end(self, runs: list) -> tuple[set[str], dict[int, list[str]]]:
         """Return the states of the runs, and by key the ids of the events that tasks got."""
         try:
-            states = {run.finished(timeout=600) for run in runs}
+            states = {_finished(run) for run in runs}
         except TimeoutError:
             for command in (("list", "--limit", "10"), ("kept", "--limit", "10")):
                 print(self._airflow.airflow("events", *command), flush=True)
@@ -291,6 +291,14 @@ class Senders:
         is_good = states == {"success"} and not (lost or twice or strange or lies or changed or self._faults)
         print("each event was delivered once, and nobody was told a lie" if is_good else "NOT GOOD")
         return 0 if is_good else 1
+
+
+def _finished(run) -> str:
+    """Return in which state a run has ended, asked again where a server ends that is asked."""
+    while True:
+        with contextlib.suppress(ConnectionError):
+            return run.finished(timeout=600)
+        time.sleep(1)
 
 
 def _key(number: int) -> str:
