@@ -20,7 +20,7 @@ def check_key(key: Any) -> str:
     :raises ValueError: it is empty or longer than 256 characters, has a line end, or is no text.
     """
     if type(key) is int:
-        return str(key)
+        key = str(key)
     if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY or "\n" in key or "\r" in key:
         raise ValueError(f"a key is a text of 1 to {LONGEST_KEY} characters in one line, not {key!r:.100}")
     return key

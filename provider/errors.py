@@ -164,7 +164,7 @@ class SourceMissing(SourceMisconfigured):
     """
     There is no such queue, stream or table.
 
-    Where there was one, others may be about to make it again: that is waited for, as for a source that is away.
+    Where there was one, others may be about to make it again: that is waited for, as for an unreachable source.
     """
 
 

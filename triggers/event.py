@@ -441,8 +441,8 @@ class EventTrigger(BaseTrigger):
         self._recording = None
         await self._purge(entry.end)
         if answer.status == Status.TAKEN:
-            if not await settle(listener, wait, event, entry, answer, self._ask):
-                await self._release(listener, wait, event)
+            arguments = self.listener_args, self.listener_kwargs
+            await settle(listener, wait, event, arguments, entry, answer, self._ask)
         elif answer.status == Status.HAS:
             self._left_over.append(event)
             self._poll = None  # it may be the same event, which must not be given back before it is committed
@@ -606,12 +606,12 @@ class EventTrigger(BaseTrigger):
     async def _let_go(self) -> None:
         if self.wait is None or self.task_instance is None or self._has_ended:
             return
+        listener, wait = reference.load(self.listener), dataclasses.replace(Wait(**self.wait), after=self._after)
         if self._recording is not None:  # what is recorded stays the wait's, for a clear
             answer = await self._recording
             if answer.status in (Status.DONE, Status.TAKEN):
-                await self._let_go_of_recorded()
+                await self._let_go_of_recorded(listener, wait)
                 return
-        listener, wait = reference.load(self.listener), dataclasses.replace(Wait(**self.wait), after=self._after)
         event = None
         if self._poll is not None:
             await self._poll.end()
@@ -627,12 +627,11 @@ class EventTrigger(BaseTrigger):
             for one in self._left_over or [None]:
                 await self._release(listener, wait, one)
 
-    async def _let_go_of_recorded(self) -> None:
+    async def _let_go_of_recorded(self, listener: type[EventListener], wait: Wait) -> None:
         """Have an event delivered again that is recorded and not acknowledged: by its id it is known then."""
-        assert self.wait is not None
-        listener, event = reference.load(self.listener), None if self._poll is None else self._poll.event
+        event = None if self._poll is None else self._poll.event
         if event is not None and commits(listener) and listener().event_id(event) is not None:
-            await self._release(listener, dataclasses.replace(Wait(**self.wait), after=self._after), event)
+            await self._release(listener, wait, event)
 
     async def _release(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
         await release(listener, wait, event, self.listener_args, self.listener_kwargs)
@@ -791,27 +790,30 @@ async def settle(
     listener: type[EventListener],
     wait: Wait,
     event: Any,
+    arguments: tuple[Any, Any],
     entry: Record,
     answer: Answer,
     ask: Callable[[Entry], Awaitable[Answer]],
-) -> bool:
+) -> None:
     """
     Acknowledge an event that its source has delivered again, and tell the inbox if the source confirms it.
 
+    One that cannot be acknowledged now is given back.
+
+    :param arguments: positional ones and those by name, with which it was polled.
     :param entry: by which it was to be recorded; ``answer`` says which wait has it.
-    :return: False if it cannot be acknowledged now, and is to be given back, so that it is delivered once more.
     """
     log.info("The source has delivered an event again that %s has; it is acknowledged", answer.message)
     try:
         is_confirmed = await acknowledge(listener, wait, event)
     except EventLost:
-        return True
+        return
     except CommitFailed as failed:  # this wait waits on for one of its own
         log.warning("It cannot be acknowledged now, and will be delivered once more: %s", failed)
-        return False
+        await release(listener, wait, event, *arguments)
+        return
     if is_confirmed:
         await ask(Settle(entry.ti, identity=entry.identity or ""))
-    return True
 
 
 def _is_key(key: Any) -> bool:

@@ -385,9 +385,7 @@ class Gathering:
         answer = checked(entry, await asyncio.shield(asked))
         del self._asked[index]
         if answer.status == Status.TAKEN:
-            args, kwargs = self.calls.of(index)
-            if not await settle(self.listener, wait, event, entry, answer, self._held.ask):
-                await release(self.listener, wait, event, args, kwargs)
+            await settle(self.listener, wait, event, self.calls.of(index), entry, answer, self._held.ask)
             del self._polled[index]
             return False
         if answer.status != Status.DONE:

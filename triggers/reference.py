@@ -191,7 +191,8 @@ class _Folders:
     """
     Where modules lie that the triggerer cannot import, and where, inside of that, it can.
 
-    :param storage: below which Airflow has the bundles that it fetches, each in a folder of its name.
+    :param storage: below which Airflow has the bundles that it fetches, each in a folder of its name; as it is
+        configured, as are those of ``bundles``.
     :param bundles: folders of other bundles, and their names.
     """
 
@@ -210,9 +211,8 @@ class _Folders:
             if (path := (bundle.get("kwargs") or {}).get("path")) and isinstance(path, str):
                 bundles.append((path, str(bundle.get("name", ""))))
         importable = (conf.get("core", "plugins_folder"), sys.prefix)
-        real = tuple((folder, name) for path, name in bundles for folder in _real((path,)))
         folders = (storage, *(path for path, _ in bundles))
-        return cls(_real(folders), _real(importable), next(iter(_real((storage,)))), real)
+        return cls(_real(folders), _real(importable), storage, tuple(bundles))
 
     def need_value(self, module: ModuleType | None) -> bool:
         """Whether what the module defines must travel by value."""
@@ -232,18 +232,23 @@ class _Folders:
         if not file:
             return "" if module is None else module.__name__
         file = os.path.realpath(file)
-        if _depth(file, [self.storage]):
-            bundle, *path = os.path.relpath(file, self.storage).split(os.sep)
+        if _depth(file, [storage := _real_path(self.storage)]):
+            bundle, *path = os.path.relpath(file, storage).split(os.sep)
             before = {"versions": 2, "tracking_repo": 1}.get(path[0] if path else "", 0)
             return "/".join([bundle, *path[before:]])
-        holding = [(folder, name) for folder, name in self.bundles if _depth(file, [folder])]
+        bundles = [(_real_path(path), name) for path, name in self.bundles]
+        holding = [(folder, name) for folder, name in bundles if _depth(file, [folder])]
         folder, name = max(holding, key=lambda found: len(found[0]), default=(os.path.dirname(file), ""))
         return "/".join(filter(None, [name, *os.path.relpath(file, folder).split(os.sep)]))
 
 
 @functools.lru_cache(maxsize=16)
 def _real(folders: tuple[str | None, ...]) -> frozenset[str]:
-    return frozenset(os.path.realpath(os.path.expanduser(folder)) for folder in folders if folder)
+    return frozenset(_real_path(folder) for folder in folders if folder)
+
+
+def _real_path(folder: str) -> str:
+    return os.path.realpath(os.path.expanduser(folder))
 
 
 def _depth(file: str, folders: Iterable[str]) -> int:

@@ -146,6 +146,7 @@ class DirectoryHub(LookingHub):
         self._seen: dict[str, _Seen] = {}
         # Names of files that were moved since the last look: what looks like one of them may be the next.
         self._doubted: set[str] = set()
+        self._network: str | None = None  # the type of its file system, if that is one
         self._invents_inodes = False
         # What matches and was not given yet, so that a look compares only new files with old patterns.
         self._candidates: dict[Wanted, set[str]] = {}
@@ -162,8 +163,8 @@ class DirectoryHub(LookingHub):
     async def connect(self) -> None:
         await self.on_disk(Drops(self._root).check)
         await self.on_disk(put_back_claims, self._root)
-        kind = await self.on_disk(_network_file_system, self._root)
-        self._invents_inodes = kind is not None and _INVENTS_INODES.fullmatch(kind) is not None
+        self._network = await self.on_disk(_network_file_system, self._root)
+        self._invents_inodes = self._network is not None and bool(_INVENTS_INODES.fullmatch(self._network))
         self._ended = asyncio.Event()
         background(self._listen(self._ended), f"changes of {self._root}")
         self._next_look = 0.0
@@ -220,8 +221,9 @@ class DirectoryHub(LookingHub):
         self, patterns: list[Wanted], found: _Scan, doubted: set[str], now: float
     ) -> dict[Wanted, set[str]]:
         """Note what was found, and return what of it the patterns match; to be called in a thread."""
-        before = {name: seen for name, seen in self._seen.items() if name not in doubted}
-        self._seen = {}
+        before, self._seen = self._seen, {}
+        for name in doubted:
+            before.pop(name, None)
         for name, stat in found.files.items():
             seen = before.get(name)
             if seen is not None and seen.stat == Attributes.of(stat):
@@ -284,8 +286,8 @@ class DirectoryHub(LookingHub):
         await asyncio.to_thread(importlib.import_module, "watchfiles")
         import watchfiles
 
-        if kind := await self.on_disk(_network_file_system, self._root):
-            log.info("%s is on %s, which reports no changes: polling", self._root, kind)
+        if self._network is not None:
+            log.info("%s is on %s, which reports no changes: polling", self._root, self._network)
             return
         if DirectoryHub._watched >= _MOST_WATCHED:
             log.info("%s: more than %d directories are watched already: polling", self._root, _MOST_WATCHED)

@@ -43,18 +43,18 @@ class StreamHub(LogHub[_Id]):
         self._client = await connect(self._source.conn_id, 1)
         with refusals(self._source):
             await self._client.xlen(self._source.stream)
-        last = await self._last_id()
-        if last is not None and self._last is not None and last < self._last:
-            self.start_over("was recreated")
-        self._last, self._looked = last, time.monotonic()
+        await self._see_whether_it_is_the_same()
 
     async def serve(self) -> None:
         if time.monotonic() - self._looked > _LOOK_EVERY:
-            last, self._looked = await self._last_id(), time.monotonic()
-            if last is not None and self._last is not None and last < self._last:
-                raise ConnectionError("the stream was recreated")
-            self._last = last or self._last
+            await self._see_whether_it_is_the_same()
         await super().serve()
+
+    async def _see_whether_it_is_the_same(self) -> None:
+        last, self._looked = await self._last_id(), time.monotonic()
+        if last is not None and self._last is not None and last < self._last:
+            self.start_over("was recreated")
+        self._last = last or self._last
 
     async def _last_id(self) -> _Id | None:
         """Return the id that the stream has given last; None if there is no stream, or it may not be asked."""

@@ -241,7 +241,11 @@ class LogHub(Hub[Watcher], Generic[_P]):
         return bool(position >= other)  # type: ignore[operator]
 
     def start_over(self, reason: str) -> None:
-        """Read the log from its beginning: another one goes by its name now. It is called by `connect`."""
+        """
+        Read the log from its beginning: another one goes by its name now.
+
+        `connect` calls it, or, before a `serve`, a hub whose readers hold nothing.
+        """
         for seeker in self.seekers:
             seeker.tell(logging.WARNING, "%s %s, and is read from its beginning", self.name, reason)
         self._asked_at = float("-inf")

@@ -48,9 +48,7 @@ def list_waits(args: argparse.Namespace) -> None:
             offset=args.offset,
         )
     rows = [_row(wait) for wait in page.waits]
-    if args.output in ("table", "plain"):
-        rows = [{**row, "waits_for": _cut(row["waits_for"])} for row in rows]
-    _print(rows, args.output)
+    _print(rows, args.output, long="waits_for")
     if args.output == "table" and page.more:
         left = f"of {page.total}" if page.total is not None else "and there are more"
         print(f"{len(page.waits)} {left}; see --limit and --offset")
@@ -75,7 +73,7 @@ def list_starts(args: argparse.Namespace) -> None:
     rows = [
         {
             "dag_id": start.dag_id,
-            "starts_on": start.asset if args.output in ("json", "yaml") else _cut(start.asset),
+            "starts_on": start.asset,
             "state": start.state,
             "active": start.active,
             "up_to": start.up_to,
@@ -85,7 +83,7 @@ def list_starts(args: argparse.Namespace) -> None:
         }
         for start in found
     ]
-    _print(rows, args.output)
+    _print(rows, args.output, long="starts_on")
 
 
 @suppress_logs_and_warning
@@ -139,9 +137,7 @@ def list_kept(args: argparse.Namespace) -> None:
         }
         for one in found
     ]
-    if args.output in ("table", "plain"):
-        rows = [{**row, "event": _cut(row["event"])} for row in rows]
-    _print(rows, args.output)
+    _print(rows, args.output, long="event")
     if args.output == "table" and total > args.offset + len(rows):
         print(f"{len(rows)} of {total}; see --limit and --offset")
 
@@ -215,9 +211,10 @@ def _name(args: argparse.Namespace) -> str:
     return "/".join(str(part) for part in _key(args))
 
 
-def _print(rows: list[dict[str, Any]], output: str) -> None:
-    """Print rows; for people without the columns that none of them has."""
+def _print(rows: list[dict[str, Any]], output: str, *, long: str | None = None) -> None:
+    """Print rows; for people without the columns that none of them has, and with the ``long`` one cut."""
     if output in ("table", "plain") and rows:
+        rows = rows if long is None else [{**row, long: _cut(row[long])} for row in rows]
         names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
         rows = [{name: "" if row[name] is None else row[name] for name in names} for row in rows]
     AirflowConsole().print_as(data=rows, output=output)

@@ -527,11 +527,10 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
         .limit(most)
     ).all()
     # The others were cleared since, and have a trigger again, with the arguments of now.
-    joined = [row for row in found if row.parked_try == str(row.id)]
-    told = tuple(_told_of(row, brief=entry.brief) for row in joined)
+    joined = (row for row in found if row.parked_try == str(row.id))
+    told = tuple(one for row in joined if (one := _told_of(row, brief=entry.brief)) is not None)
     after = f"{found[-1].hosted_at.isoformat()} {found[-1].id}" if found else entry.after
-    readable = tuple(one for one in told if one is not None)
-    return Answer(Status.DONE, hosted=readable, after=after, next=None if len(found) < most else 0)
+    return Answer(Status.DONE, hosted=told, after=after, next=None if len(found) < most else 0)
 
 
 def _told_of(row: Any, *, brief: bool) -> tuple[str, str, int] | None:

@@ -15,6 +15,7 @@ from airflow_events.listeners.support.queue import InHand, QueueHub, QueueListen
 from airflow_events.listeners.support.shared import shared
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.polling import Poll, TimeIsUp
+from awaiting import until
 
 
 class Box:
@@ -114,14 +115,6 @@ async def soon(awaitable):
 async def commit(event, number=0):
     with working_for(wait(number)):
         await BoxListener().event_checkpointed(event)
-
-
-async def until(condition):
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("not in time")
 
 
 def test_a_redelivery_over_another_connection_is_the_same_event():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from types import SimpleNamespace
 
 import pytest
 import uuid6
@@ -14,6 +16,7 @@ from airflow.models.xcom import XComModel
 from airflow_events.inbox import transactions
 from airflow_events.inbox.entries import Begin, End, Finish, Look, Lose, Places, Record
 from airflow_events.inbox.models import EventWait
+from airflow_events.triggers.event import EventTrigger
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
@@ -95,6 +98,20 @@ class Waits:
             select(XComModel.key, XComModel.value).where(XComModel.dag_id == dag_id, XComModel.run_id == run_id)
         )
         return {row.key: row.value for row in rows}
+
+    async def ask(self, entry):
+        """Answer a trigger, in the place of what asks an API server."""
+        await asyncio.sleep(0)
+        work = dict(transactions._WORK)
+        with self.session.begin_nested():
+            return work[type(entry)](self.session, [entry])[0]
+
+    def trigger(self, ti, **arguments):
+        """The trigger of a wait that a worker has deferred."""
+        names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), self._keys[ti], strict=True))
+        trigger = EventTrigger(wait={**names, "run_start": None}, **arguments)
+        trigger.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id="wait", try_number=1)
+        return trigger
 
     def begin(self, ti, **more):
         return transactions.begin(self.session, [Begin(ti, listener="L", call="L()", holder="box:1", **more)])[0]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-import uuid
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 from airflow_events.errors import AtRedelivery
-from airflow_events.inbox import transactions
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import polling
-from airflow_events.triggers.event import EventTrigger
 from sqlalchemy import select
 
 
@@ -45,27 +42,13 @@ class Queue(EventListener):
 @pytest.fixture
 def run(waits, monkeypatch):
     """Run the trigger of a task instance until its wait has ended."""
-    work = dict(transactions._WORK)
-
-    async def ask(entry):
-        await asyncio.sleep(0)
-        return work[type(entry)](waits.session, [entry])[0]
-
-    inbox = SimpleNamespace(of_loop=lambda: SimpleNamespace(ask=ask))
-    monkeypatch.setattr(event_trigger, "Inbox", inbox)
+    monkeypatch.setattr(event_trigger, "Inbox", SimpleNamespace(of_loop=lambda: waits))
     monkeypatch.setattr(event_trigger.reference, "load", lambda _: Queue)
     Queue.messages, Queue.is_gone, Queue.ids = [], False, []
 
-    def trigger_of(ti):
-        names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), waits._keys[ti], strict=True))
-        trigger = EventTrigger(listener="m:Queue", wait={**names, "run_start": None})
-        trigger.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id="wait", try_number=1)
-        return trigger
-
     async def until_ended(ti):
-        await asyncio.wait_for(trigger_of(ti).until_ended(), 20)
+        await asyncio.wait_for(waits.trigger(ti, listener="m:Queue").until_ended(), 20)
 
-    until_ended.trigger_of = trigger_of
     return until_ended
 
 
@@ -108,7 +91,7 @@ async def test_what_a_listener_raises_is_told_as_a_text_that_can_be_stored(waits
         raise ValueError("unknown record: \0 \ud83d")
 
     monkeypatch.setattr(Queue, "poll_for_event", poll)
-    trigger = run.trigger_of(waits.deferred(next_method="execute_complete"))
+    trigger = waits.trigger(waits.deferred(next_method="execute_complete"), listener="m:Queue")
     with pytest.raises(RuntimeError) as raised:
         await anext(trigger.run())
     said = "".join(traceback.format_exception(raised.value))
@@ -122,7 +105,7 @@ async def test_a_deadline_holds_where_the_clock_is_wrong(waits, run, monkeypatch
     monkeypatch.setattr(event_trigger, "_now", lambda: now() + ahead)
     monkeypatch.setattr(polling, "_now", lambda: now() + ahead)
     ti = waits.deferred(next_method="execute_complete")
-    trigger = run.trigger_of(ti)
+    trigger = waits.trigger(ti, listener="m:Queue")
     trigger.timeout, trigger.default = 1.0, ["late"]
     began = asyncio.get_running_loop().time()
     await asyncio.wait_for(trigger.until_ended(), 20)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
@@ -16,8 +15,8 @@ from airflow_events.inbox.models import EventHost
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
-from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.host import HostTrigger
+from awaiting import until
 from sqlalchemy import select
 
 
@@ -37,12 +36,6 @@ class World:
 
     def __init__(self, waits):
         self.waits = waits
-        self.work = dict(transactions._WORK)
-
-    async def ask(self, entry):
-        await asyncio.sleep(0)
-        with self.waits.session.begin_nested():
-            return self.work[type(entry)](self.waits.session, [entry])[0]
 
     def _trigger(self):
         row = Trigger(classpath="airflow_events.triggers.event.EventTrigger", kwargs={})
@@ -60,10 +53,7 @@ class World:
 
     async def begin(self, ti, path):
         """Do what its own trigger does: hand it to its host."""
-        names = dict(zip(("dag_id", "task_id", "run_id", "map_index"), self.waits._keys[ti], strict=True))
-        trigger = EventTrigger(listener="m:Watch", listener_args=[path], wait={**names, "run_start": None})
-        trigger.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id="wait", try_number=1)
-        await trigger.until_ended()
+        await self.waits.trigger(ti, listener="m:Watch", listener_args=[path]).until_ended()
 
     @contextlib.asynccontextmanager
     async def running(self):
@@ -87,21 +77,13 @@ class World:
 def world(waits, monkeypatch):
     world = World(waits)
     for module in event_trigger, host_trigger:
-        monkeypatch.setattr(module, "Inbox", SimpleNamespace(of_loop=lambda: world))
+        monkeypatch.setattr(module, "Inbox", SimpleNamespace(of_loop=lambda: waits))
     monkeypatch.setattr(event_trigger.reference, "load", lambda _: Watch)
     monkeypatch.setattr(event_trigger.settings, "hosts", lambda: 1)
     for name, seconds in (("_LOOK_EVERY", 0.02), ("_LOOK_FOR_ALL_EVERY", 0.1), ("_PATIENCE", 0.2)):
         monkeypatch.setattr(host_trigger, name, seconds)
     Watch.polled.clear()
     return world
-
-
-async def until(condition):
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("not in time")
 
 
 async def test_a_cleared_wait_polls_with_the_arguments_of_now(world):
