@@ -33,9 +33,10 @@ from parts import (  # noqa: E402
     imports,
     large,
     messages,
+    mixed,
+    one,
     pages,
     processes,
-    queues,
     ray_workflow,
     timers,
 )
@@ -43,13 +44,14 @@ from parts import (  # noqa: E402
 import bootstrap  # noqa: E402
 
 PARTS = {
+    **one.PARTS,
     **timers.PARTS,
     **large.PARTS,
-    **queues.PARTS,
     **ray_workflow.PARTS,
     **connections.PARTS,
     **at_once.PARTS,
     **messages.PARTS,
+    **mixed.PARTS,
     **imports.PARTS,
     **database.PARTS,
 }
@@ -69,15 +71,15 @@ SETTINGS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a wait costs, ours and others'.")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="only these tables")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds of the latencies (default: 5)")
-    parser.add_argument("--at-once", type=int, default=8, help="runs in a round of the latencies (default: 8)")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds of one event at a time (default: 5)")
+    parser.add_argument("--at-once", type=int, default=8, help="waits in each of its rounds (default: 8)")
     parser.add_argument(
         "--waits", type=tens, nargs="+", default=[1000],
         help="open waits, where many are; memory takes each of these, other parts the most (default: 1000)",
     )  # fmt: skip
     parser.add_argument("--in-one-dag", type=int, default=300, help="waits in DAGs of 300 tasks (default: 300)")
     parser.add_argument(
-        "--spread", type=float, default=60, help="seconds over which messages to queues are sent (default: 60)"
+        "--spread", type=float, default=24, help="seconds over which their events are spread (default: 24)"
     )
     parser.add_argument(
         "--others", type=int, nargs="+", default=[0, 10_000, 100_000, 1_000_000],
@@ -139,7 +141,8 @@ def airflow_for(options: argparse.Namespace) -> Iterator[Stage]:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         postgres = stack.enter_context(Postgres())
-        brokers, connections = {}, {}
+        # Of Airflow's sensor for files.
+        brokers, connections = {}, {"AIRFLOW_CONN_FS_DEFAULT": json.dumps({"conn_type": "fs"})}
         for module, name in sorted({broker for part in options.only for broker in PARTS[part].brokers}):
             kind = getattr(importlib.import_module(module), name)
             brokers[name] = broker = kind.make()

@@ -1,4 +1,4 @@
-"""The DAGs of ``benchmarks/compare.py`` whose waits are for messages."""
+"""The DAGs of ``benchmarks/compare.py`` whose waits are for messages and files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from typing import Any
 
 from airflow.providers.amazon.aws.sensors.sqs import SqsSensor
 from airflow.providers.apache.kafka.sensors.kafka import AwaitMessageSensor
+from airflow.providers.standard.sensors.filesystem import FileSensor
+from airflow.sdk import DAG
 from airflow_events import wait_for_event
+from airflow_events.listeners.directory import DirectoryListener
+from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
 from airflow_events.listeners.nats import NatsListener
 from airflow_events.listeners.postgres import PostgresListener
 from airflow_events.listeners.rabbitmq import RabbitMQListener
 from airflow_events.listeners.redis import RedisListener, RedisWatchListener
 from airflow_events.listeners.sqs import SqsListener
-from contenders import dags
+from airflow_events.listeners.timer import TimerListener
+from contenders import dags, downstream
 from message_queue import MessageQueueWait
 
 QUEUE = "{{ params.queue }}"
@@ -30,6 +35,12 @@ def taken(name: str) -> dict[str, Any]:
 
 
 CONTENDERS = {
+    "file_ours": lambda name: (
+        wait_for_event.override(task_id=name)(DirectoryListener, QUEUE, pattern="*.json", settle=0).operator
+    ),
+    "file_peer": lambda name: FileSensor(
+        task_id=name, filepath=f"{QUEUE}/*.json", deferrable=True, poke_interval=1
+    ),
     "sqs_ours": lambda name: wait_for_event.override(task_id=name)(SqsListener, QUEUE).operator,
     # It would take up to five messages at once.
     "sqs_peer": lambda name: SqsSensor(task_id=name, sqs_queue=QUEUE, deferrable=True, max_messages=1),
@@ -55,3 +66,14 @@ CONTENDERS = {
 }
 
 DAGS = dags(CONTENDERS, {"queue": "none", "number": "0"}, 1, 10)
+
+with DAG("mixed_30", schedule=None, params={"queue": "none"}, max_active_runs=10_000, max_active_tasks=100_000):
+    for number in range(10):
+        wait_for_event.override(task_id=f"timer{number}")(TimerListener, "2100-01-01T00:00:00Z")
+        key = f"{{{{ run_id }}}}-http{number}"
+        sent = wait_for_event.override(task_id=f"http{number}")(HttpListener, key=key)
+        match = {"order": f"{{{{ run_id }}}} watch{number}"}
+        watched = wait_for_event.override(task_id=f"watch{number}")(KafkaWatchListener, QUEUE, match=match)
+        if number == 0:
+            sent.operator >> downstream.override(task_id="after_http")()
+            watched.operator >> downstream.override(task_id="after_watch")()

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from parts import one
 from parts.timers import NAMES
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
@@ -33,23 +34,21 @@ def draw(results: dict[str, Any]) -> list[str]:
     mpl.use("Agg")
     drawn = []
     with mpl.rc_context(STYLE):
-        if "latency" in results:
-            drawn += _save(_latency(results), "benchmark-latency")
+        if "one" in results:
+            drawn += _save(_one(results), "benchmark-one")
         if "memory" in results:
             drawn += _save(_memory(results), "benchmark-memory")
     return drawn
 
 
-def _latency(results: dict[str, Any]) -> Any:
+def _one(results: dict[str, Any]) -> Any:
     """Each wait a dot: when it succeeded, and when what follows it ran."""
     from matplotlib import pyplot
 
-    rows = [(plain(NAMES[row["name"]]), row) for row in results["latency"]["rows"]]
-    in_ray = [row for row in results.get("ray", {}).get("rows", ()) if row["name"] == "ray"]
-    rows += [(plain(row["label"]), row) for row in in_ray]
+    rows = [(plain(one.NAMES[row["name"]]), row) for row in results["one"]["rows"]]
     figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.8 * len(rows)), layout="constrained")
     for number, (label, row) in enumerate(rows):
-        color = OURS if label.startswith("ours") else OTHERS
+        color = OURS if "ours: " in label else OTHERS
         for offset, key, shown in ((-0.17, "success", "wait succeeded"), (0.17, "running", "next task runs")):
             if values := row.get(key):
                 middle = statistics.median(values)
@@ -61,7 +60,7 @@ def _latency(results: dict[str, Any]) -> Any:
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(max(row["running"]) for _, row in rows))
-    axes.set_xlabel("seconds after the timer was due (each dot is a wait, the bar their median)")
+    axes.set_xlabel("seconds after the event (each dot is a wait, the bar their median)")
     axes.grid(axis="x", color=PALE, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure

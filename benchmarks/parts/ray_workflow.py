@@ -32,7 +32,7 @@ def measure(stage: Stage) -> Rows:
     ours: dict[str, Any] = {"name": "ours", "label": NAMES["ours"], "running": []}
     ray: dict[str, Any] = {"name": "ray", "label": LABEL, "running": [], "pss": [], "processes": [], "slots": []}
     for turn in range(stage.options.repeat):
-        ours["running"] += due_at_once(stage.airflow, "ours", count, f"ray{turn}")["running"]
+        ours["running"] += due_at_once(stage.airflow, "ours", count, f"ray{turn}")
         found = run(python, count)
         ray["running"] += [round(seconds, 3) for seconds in found["running"]]
         ray["pss"] += found["pss"]

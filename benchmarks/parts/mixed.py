@@ -1,0 +1,211 @@
+"""Waits without a trigger of their own, many times as many as a triggerer can have with one: what they cost it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from parts import Part, Rows, Stage
+from parts.connections import sockets
+from parts.processes import (
+    busy,
+    collected,
+    connect,
+    deferred,
+    fresh_triggerer,
+    open_files,
+    open_waits,
+    settle,
+)
+from parts.queues import KAFKA, send_at_once
+
+# Waits in a run of the DAG, a third of each kind.
+IN_RUN = 30
+# Messages that are sent one after another, those that are sent while there is no triggerer, and, of the waits that
+# are there, those that get one at the same moment.
+ALONE = 20
+IN_ABSENCE = 100
+AT_ONCE = 10_000
+# Seconds that the last of anything may take.
+LONGEST = 1200
+
+
+def mixed(stage: Stage) -> Rows:
+    """Have a third of them each of timers, keys, and watches of one topic, and see what the triggerer does."""
+    from deployment import until
+
+    airflow, look = stage.airflow, stage.options.look
+    broker = stage.brokers[KAFKA[1]]
+    broker.fresh()
+    triggerer = fresh_triggerer(airflow)
+    settle()
+    empty = _cores(triggerer, look)
+    memory, files, sockets_before = collected(airflow, triggerer), open_files(triggerer[0]), _connections(broker)
+
+    runs_wanted = max(max(stage.options.waits) // IN_RUN, 1)
+    count = runs_wanted * IN_RUN
+    began = time.monotonic()
+    runs = open_waits(airflow, f"mixed_{IN_RUN}", IN_RUN, count, queue=broker.queue)
+    until(lambda: _without_trigger(stage, count), f"{count} wait", timeout=60 + count, pause=1)
+    until_all_wait = time.monotonic() - began
+    print(f"{count} wait after {until_all_wait:.0f} s", flush=True)
+    for _ in range(6):
+        settle()
+    now = collected(airflow, triggerer)
+    found: dict[str, Any] = {
+        "waits": count,
+        "look": look,
+        "until_all_wait": round(until_all_wait, 1),
+        "supervisor": now[0] - memory[0],
+        "runner": now[1] - memory[1],
+        "files": open_files(triggerer[0]) - files,
+        "connections": _connections(broker) - sockets_before,
+        "triggers": _count(stage, "SELECT count(*) FROM trigger"),
+        "empty_cores": empty,
+        "cores": _cores(triggerer, look),
+    }
+    print(found, flush=True)
+    turn = iter(runs)
+    found["alone"] = [_alone(stage, next(turn), "watch0") for _ in range(ALONE)]
+    found["http"] = [_alone(stage, next(turn), "http0") for _ in range(ALONE)]
+    print(found["alone"], found["http"], flush=True)
+    found |= _taken_over(stage, [(next(turn).run_id, "watch1") for _ in range(min(IN_ABSENCE, len(runs) // 4))])
+    rest = [(run.run_id, f"watch{number}") for run in turn for number in range(IN_RUN // 3)][:AT_ONCE]
+    begin = datetime.now(timezone.utc)
+    _send(broker, rest)
+    found["at_once"] = _ends(stage, rest, begin)
+    print(found["at_once"][0], found["at_once"][-1], flush=True)
+    return [found]
+
+
+def _alone(stage: Stage, run: Any, task: str) -> list[float]:
+    """Return the seconds from an event to its wait's success, and to when the next task is queued."""
+    begin = datetime.now(timezone.utc)
+    if task.startswith("watch"):
+        _send(stage.brokers[KAFKA[1]], [(run.run_id, task)])
+    else:
+        stage.airflow.request("POST", f"{stage.airflow.url}/events/keys/{run.run_id}-{task}", {"order": 1})
+    [success] = _ends(stage, [(run.run_id, task)], begin)
+    query = "SELECT queued_dttm FROM task_instance WHERE run_id = %s AND task_id = %s"
+    after = f"after_{task.rstrip('0123456789')}"
+    queued = None
+    while queued is None:
+        time.sleep(0.1)
+        assert (datetime.now(timezone.utc) - begin).total_seconds() < LONGEST, f"{after} of {run} is not queued"
+        with connect(stage.postgres.url) as connection:
+            [(queued,)] = connection.execute(query, (run.run_id, after))
+    return [success, round((queued - begin).total_seconds(), 3)]
+
+
+def _taken_over(stage: Stage, waits: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Kill the triggerer, send meanwhile, and return what it took once Airflow had moved the hosts to another."""
+    airflow = stage.airflow
+    dead = airflow.components["triggerer"]
+    hosts = (
+        "SELECT count(*) FROM trigger WHERE triggerer_id = "
+        "(SELECT max(id) FROM job WHERE job_type = 'TriggererJob')"
+    )
+    dead.kill()
+    killed = datetime.now(timezone.utc)
+    _send(stage.brokers[KAFKA[1]], waits)
+    airflow.start_one("triggerer")
+    wanted = _count(stage, "SELECT count(*) FROM event_host")
+    while _count(stage, hosts) < wanted:
+        time.sleep(0.1)
+    taken_over = (datetime.now(timezone.utc) - killed).total_seconds()
+    ends = _ends(stage, waits, killed)
+    print(f"taken over after {taken_over:.1f} s, the last of {len(waits)} after {ends[-1]:.1f} s", flush=True)
+    return {"taken_over": round(taken_over, 1), "after_kill": ends}
+
+
+def _send(broker: Any, waits: Sequence[tuple[str, str]]) -> None:
+    send_at_once(broker, [{"order": f"{run} {task}"} for run, task in waits])
+
+
+def _ends(stage: Stage, waits: Sequence[tuple[str, str]], begin: datetime) -> list[float]:
+    """Return how long after ``begin`` each of these waits has succeeded, in their order."""
+    query = (
+        "SELECT end_date FROM task_instance JOIN unnest(%s::text[], %s::text[]) AS wanted (run, task) "
+        "ON run_id = run AND task_id = task WHERE state = 'success'"
+    )
+    runs, tasks = (list(each) for each in zip(*waits, strict=True))
+    while True:
+        with connect(stage.postgres.url) as connection:
+            ends = [moment for (moment,) in connection.execute(query, (runs, tasks))]
+        if len(ends) == len(waits):
+            return sorted(round((moment - begin).total_seconds(), 3) for moment in ends)
+        assert (datetime.now(timezone.utc) - begin).total_seconds() < LONGEST, f"{len(ends)} of {len(waits)}"
+        time.sleep(0.05 if len(waits) == 1 else 0.5)
+
+
+def _without_trigger(stage: Stage, count: int) -> bool:
+    """Whether so many wait, and none of them has a trigger but the hosts' anchors."""
+    with_trigger, without = deferred(stage.airflow)
+    hosts = _count(stage, "SELECT count(*) FROM event_host WHERE trigger_id IS NOT NULL")
+    return with_trigger + without == count and with_trigger <= hosts
+
+
+def _cores(triggerer: tuple[Any, Any], seconds: float) -> list[float]:
+    """Return how much of a core supervisor and runner take while nothing happens."""
+    before = [busy(process) for process in triggerer]
+    time.sleep(seconds)
+    return [round((busy(process) - was) / seconds, 4) for process, was in zip(triggerer, before, strict=True)]
+
+
+def _count(stage: Stage, query: str) -> int:
+    with connect(stage.postgres.url) as connection:
+        [(count,)] = connection.execute(query)
+    return int(count)
+
+
+def _connections(broker: Any) -> int:
+    return sockets(broker.server.process.pid, broker.server.port)
+
+
+def table(rows: Rows) -> str:
+    [row] = rows
+    count, at_once = row["waits"], row["at_once"]
+    to_success, to_queued = zip(*row["alone"], strict=True)
+    http_success, http_queued = zip(*row["http"], strict=True)
+    lines = [
+        f"| {count:,} open waits, a third each: `TimerListener`, `HttpListener`, `KafkaWatchListener` | |",
+        "|---|---|",
+        f"| until all wait | {row['until_all_wait']:.0f} s, {count / row['until_all_wait']:.0f} a second |",
+        f"| memory of the runner, above one that has none | {row['runner'] / 1024:.0f} MB, "
+        f"{row['runner'] / count:.1f} KB each |",
+        f"| of its supervisor | {row['supervisor'] / 1024:.0f} MB, {row['supervisor'] / count:.1f} KB each |",
+        f"| more open files of the supervisor; rows of triggers; connections to Kafka | {row['files']}; "
+        f"{row['triggers']}; {row['connections']} |",
+        f"| cores at rest, supervisor and runner; without a wait | {_two(row['cores'])}; "
+        f"{_two(row['empty_cores'])} |",
+        f"| a message to one of the watches: to success; to the next task queued | {_spread(to_success)}; "
+        f"{_spread(to_queued)} |",
+        f"| an event over HTTP to one of the keys, likewise | {_spread(http_success)}; {_spread(http_queued)} |",
+        f"| the triggerer is killed, and one started: Airflow has given it the hosts; the last of "
+        f"{len(row['after_kill'])} messages that were sent meanwhile has ended its wait | "
+        f"{row['taken_over']:.1f} s; {row['after_kill'][-1]:.1f} s |",
+        f"| {len(at_once):,} messages at once, for a wait each: first, median, last success | {at_once[0]:.1f} s, "
+        f"{statistics.median(at_once):.1f} s, {at_once[-1]:.1f} s: {len(at_once) / at_once[-1]:.0f} a second |",
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"One triggerer. Runs of a DAG with {IN_RUN} waits. PSS after a collection; at rest is over "
+            f"{row['look']:g} s. Median (least to most) of {len(row['alone'])}, one after another.",
+        ]
+    )
+
+
+def _two(cores: Sequence[float]) -> str:
+    return ", ".join(f"{each:.3f}" for each in cores)
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+PARTS = {"mixed": Part(mixed, table, (f"mixed_{IN_RUN}",), (KAFKA,))}
