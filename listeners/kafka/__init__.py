@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
 from airflow_events.listeners.support.values import OnUndecodable, check_choices
+from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class KafkaListener(FinalIdListener):
         :param dead_letter: a topic of the same brokers for messages that cannot be read, with the headers
             ``airflow-events-reason`` and ``airflow-events-source``; the user needs ``Write`` on it. After a crash
             between the two steps it has a message twice.
-        :param start: where a group that is not there yet begins: ``earliest`` at the first message, ``latest`` at
+        :param start: where a new group starts: ``earliest`` at the first message, ``latest`` at
             the next one. It is decided once, before anything is read.
         :param kafka_config_id: an Airflow connection of type ``kafka``, as the Kafka provider has it:
             librdkafka's settings among the extras.
@@ -140,14 +140,12 @@ class KafkaListener(FinalIdListener):
         await settle(Source(event["kafka_config_id"], (event["topic"],), event["group"]), event)
 
 
-class KafkaWatchListener(EventListener):
+class KafkaWatchListener(LogWatchListener):
     """
     Wait for the first message of a topic that matches, and take nothing.
 
     The event is as of `KafkaListener`, without what it needs for a commit.
     """
-
-    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -165,10 +163,10 @@ class KafkaWatchListener(EventListener):
         Return the first message that matches, of a timestamp of ``since`` or later.
 
         :param match: see `airflow_events.listeners.support.values.Match`.
-        :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
+        :param since: a moment, or a timedelta from the creation of the run; None is its creation.
 
         The other parameters and errors are as of `KafkaListener.poll_for_event`; here an undecodable message is
-        passed over, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
+        skipped, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
         """
         from airflow_events.listeners.kafka.client import Source
         from airflow_events.listeners.kafka.schemas import Formats

@@ -279,9 +279,9 @@ class GroupHub(QueueHub):
         now = {f"there is no topic {name!r}" for name in missing}
         now |= {f"no broker leads partition {number} of {name!r}" for name, number in look.leaderless}
         for what in sorted(now - self._told_of):
-            self._warn(f"{what} now; what else there is, is read")
+            self._warn(f"{what} now; the others are read")
         for what in sorted(self._told_of - now):
-            self._tell_all(logging.INFO, "%s: no longer so: %s", self.name, what)
+            self._tell_all(logging.INFO, "%s: resolved: %s", self.name, what)
         self._told_of = now
 
     def _places(self) -> dict[Place, _Partition]:
@@ -367,8 +367,10 @@ class GroupHub(QueueHub):
         for number in new:
             low, high = bounds[about.topic, number]
             begins[places[number]] = low
-            offset, _ = about.committed.get(number, (-1, ""))
-            if offset >= 0:
+            offset, metadata = about.committed.get(number, (-1, ""))
+            # What this deployment commits, the inbox knows; of a place that it does not know, it was the topic's
+            # that went by this name before.
+            if offset >= 0 and (is_first or metadata != _mark(known.owner)):
                 begins[places[number]] = min(offset, high)
             elif is_first and self._start == "latest":
                 begins[places[number]] = high
@@ -393,11 +395,11 @@ class GroupHub(QueueHub):
                     )
             elif offset > floor:
                 settled[place] = [(0, offset)]
-                self._warn(f"{was_set} by others, which is followed")
+                self._warn(f"{was_set} by others; accepted")
             elif offset < floor:
                 self._warn(
-                    f"{was_set} by others, which is put right: what waits have had is not delivered again. To "
-                    "read it again, use another group"
+                    f"{was_set} by others; reset to the inbox's position: what waits have had is not delivered "
+                    "again. To read it again, use another group"
                 )
         return settled
 
@@ -523,7 +525,8 @@ async def settle(source: Source, event: Mapping[str, Any]) -> None:
     try:
         async with connected(("kafka offsets", source), lambda: _open(source), _close) as group:
             offset = after(known.settled[place], 0)
-            await asyncio.to_thread(group.commit, {(source.topic, number): (offset, _mark(known.owner))})
+            if await asyncio.to_thread(group.topic_id) == event["topic_id"]:
+                await asyncio.to_thread(group.commit, {(source.topic, number): (offset, _mark(known.owner))})
     except (BrokerUnavailable, SourceMisconfigured) as error:
         log.info("%s: the group's offset is not committed, for now: %s", source, error)
 

@@ -118,6 +118,18 @@ class Group:
             leaderless,
         )
 
+    def topic_id(self) -> str:
+        """
+        Return Kafka's own id of the topic, if the group has one topic alone.
+
+        :raises BrokerUnavailable: no broker answers, or it is not there.
+        """
+        try:
+            return str(described(self._clients, self._asks())[self._source.topic].topic_id)
+        except BrokerUnavailable:
+            self.close()
+            raise
+
     def _asks(self) -> AdminClient:
         if self._admin is None:  # those that the connection names may be the ones that are unreachable
             self._admin = self._clients.admin(*self._brokers)

@@ -120,7 +120,7 @@ class Decoder:
         def failed(state: RetryCallState) -> None:
             if state.attempt_number == 1:
                 assert state.outcome is not None
-                message = "%s, which is tried again for up to %.0f s"
+                message = "%s; trying again for up to %.0f s"
                 tell(logging.WARNING, message, state.outcome.exception(), patience)
 
         def gave_up(state: RetryCallState) -> None:
@@ -217,7 +217,7 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
             return question(*args, **kwargs)
         except SchemaRegistryError as error:
             if error.http_status_code in (401, 403):
-                raise SourceMisconfigured(f"{name} does not let its user in: {error}") from error
+                raise SourceMisconfigured(f"{name} refuses its user: authentication failed: {error}") from error
             if error.error_code in _UNKNOWN:
                 raise
             raise BrokerUnavailable(f"{name} does not answer as it should: {error}") from error

@@ -84,7 +84,7 @@ class TopicHub(LogHub[_Position]):
     def _tell_of_leaders(self) -> None:
         now = {number for reader in self.readers for number in reader.leaderless}
         for number in sorted(now - self._leaderless):
-            what = "%s: no broker leads partition %s now; what else there is, is read"
+            what = "%s: no broker leads partition %s now; the others are read"
             self._tell_all(logging.WARNING, what, self.name, number)
         for number in sorted(self._leaderless - now):
             self._tell_all(logging.INFO, "%s: partition %s has a leader again, and is read", self.name, number)

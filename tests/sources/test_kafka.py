@@ -183,7 +183,7 @@ async def test_of_several_topics_one_that_is_not_there_holds_up_no_other(broker,
     event = await soon(waits.poll())
     await waits.commit(event)
     assert event["value"] == "a"
-    assert f"there is no topic '{later}' now; what else there is, is read" in caplog.text
+    assert f"there is no topic '{later}' now; the others are read" in caplog.text
     task = waits.poll(1)
     broker.queue = later
     broker.make_topic()
@@ -239,9 +239,9 @@ async def test_a_group_that_begins_at_the_end(broker, waits):
     assert (await soon(task))["value"] == "new"
 
 
-def set_offset(broker, offset):
+def set_offset(broker, offset, metadata=None):
     admin = AdminClient(broker.bootstrap)
-    places = [TopicPartition(broker.queue, 0, offset)]
+    places = [TopicPartition(broker.queue, 0, offset, metadata=metadata)]
     [asked] = admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions("airflow", places)]).values()
     asked.result(30)
 
@@ -322,7 +322,7 @@ async def test_an_offset_that_somebody_set_further_on_is_followed(broker, waits,
         if value >= 4:
             break
     assert value == 4
-    assert " to 4 by others, which is followed" in caplog.text
+    assert " to 4 by others; accepted" in caplog.text
     await until_offset(broker, 5)
 
 
@@ -333,7 +333,7 @@ async def test_an_offset_that_somebody_set_back_is_put_right_and_said(broker, wa
     await gone(waits)
     set_offset(broker, 0)
     assert await taken(waits, 1, 5) == [2]
-    assert "was set from 2 to 0 by others, which is put right" in caplog.text
+    assert "was set from 2 to 0 by others; reset to the inbox's position" in caplog.text
     await until_offset(broker, 3)
     assert await taken(waits, 3, group="another") == [0, 1, 2]
 
@@ -505,7 +505,7 @@ async def test_a_compacted_topic(broker, waits):
 
 
 @pytest.mark.parametrize("beside", [False, True])
-async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(broker, waits, caplog, often, beside):
+async def test_a_topic_that_was_recreated_is_read_from_its_beginning(broker, waits, caplog, often, beside):
     broker.send(*range(3))
     assert await taken(waits, 2) == [0, 1]
     held = await soon(waits.poll(2))
@@ -524,6 +524,28 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(broker, wai
     await waits.commit(held)  # which changes nothing of the new one
     await waits.commit(event)
     await until_offset(broker, 1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_an_acknowledgement_of_a_topic_that_is_gone_moves_nothing_in_the_new_one(broker, waits, inbox, late):
+    """Nobody has read the new one yet, whose messages are numbered from the beginning again."""
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send(*range(3))
+    assert await taken(waits, 2) == [0, 1]
+    held = await soon(waits.poll(2))
+    await until_offset(broker, 2)
+    _, mark = broker.committed()[0]
+    await gone(waits)
+    admin = AdminClient(broker.bootstrap)
+    admin.delete_topics([broker.queue])[broker.queue].result(30)
+    broker.make_topic()
+    broker.send("new", "newer")
+    await waits.commit(held, 2)
+    assert offset_of(broker) < 0
+    if late:  # it saw the old one, and comes only now
+        set_offset(broker, 3, mark)
+    assert await taken(waits, 2, 3) == ["new", "newer"]
+    await until_offset(broker, 2)
 
 
 # What is refused, or waited for.
