@@ -17,7 +17,7 @@ from airflow_events.listeners.support.timestamps import parsed, when
 RUN_STATES = ("success", "failed")
 TASK_STATES = ("success", "failed", "skipped", "upstream_failed")
 
-# Seconds that `since` may lie before or after the start of the run, if it counts from there.
+# Seconds that `since` may lie before or after the creation of the run, if it counts from there.
 _FARTHEST = 10 * 365 * 86400.0
 
 # What stands for an argument that nobody knows before it is rendered; templates in others are texts as any.
@@ -93,7 +93,7 @@ class DagRunListener(_FoundByTheApiServer):
         :param since: not one that ended before: a datetime, ISO 8601, seconds since the epoch, or a timedelta from
             the start of the wait's own run. None is that start, and whenever it ended if ``run_id`` or
             ``logical_date`` says which.
-        :raises ValueError: an argument is not in order.
+        :raises ValueError: an argument is invalid.
         """
         await _forever()
 
@@ -140,7 +140,7 @@ class TaskListener(_FoundByTheApiServer):
             ``upstream_failed``, or a list of them.
         :param map_index: of a mapped task; -1 for one that is not.
         :param run_id: only in this run; ``logical_date``, ``since``: as of `DagRunListener`.
-        :raises ValueError: an argument is not in order.
+        :raises ValueError: an argument is invalid.
         """
         await _forever()
 
@@ -177,8 +177,8 @@ class AssetListener(_FoundByTheApiServer):
 
         :param name: of the asset; or its ``uri``.
         :param partition: only an event with this partition key. None: any.
-        :param since: as of `DagRunListener`; None is the start of the run.
-        :raises ValueError: an argument is not in order.
+        :param since: as of `DagRunListener`; None is the creation of the run.
+        :raises ValueError: an argument is invalid.
         """
         await _forever()
 
@@ -216,9 +216,9 @@ def _run(run_id: Any, logical_date: Any) -> dict[str, str | None]:
 
 def _since(since: Moment | None, of: dict[str, Any]) -> dict[str, Any]:
     """
-    Say since when: at a moment (``since``), or so many seconds after the run's start (``after``).
+    Say since when: at a moment (``since``), or so many seconds after the run's creation (``after``).
 
-    With neither, whenever it was. The start is left to the inbox, which knows when the wait first began.
+    With neither, whenever it was. That is left to the inbox, which knows when the run was created.
     """
     if since is None:
         one_run = of.get("run_id") is not None or of.get("logical_date") is not None
@@ -228,6 +228,6 @@ def _since(since: Moment | None, of: dict[str, Any]) -> dict[str, Any]:
     if isinstance(since, timedelta):
         after = since.total_seconds()
         if abs(after) > _FARTHEST:
-            raise ValueError(f"since is more than ten years from the start of the run: {since!r}")
+            raise ValueError(f"since is more than ten years from the creation of the run: {since!r}")
         return {"since": None, "after": after}
     return {"since": when(since, current_wait()).isoformat(), "after": None}

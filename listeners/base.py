@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pendulum
 
@@ -23,6 +25,8 @@ class Wait:
     :param map_index: ``-1`` for a task that is not mapped.
     :param run_start: when the run started, in UTC; None where Airflow does not know (a run that was
         marked as finished before it started).
+    :param run_created: when the run was created, in UTC, from which on a watch looks: it may have been queued for
+        long. None where nobody knows: ``run_start`` counts then.
     :param timezone: the DAG's time zone, as pendulum names it: ``UTC``, ``Europe/Berlin``, ``+02:00``.
     :param index: which of the events of its task it waits for; None if that is the only one.
     :param after: the id of the record whose event the wait has lost, the last one; empty if it has lost none.
@@ -36,18 +40,18 @@ class Wait:
     timezone: str = "UTC"
     index: int | None = None
     after: str = ""
+    run_created: datetime | None = None
 
     @property
     def id(self) -> str:
         """
         The wait's name at a source: ``dag_id/run_id/task_id/map_index``, and ``#index`` if its task has many.
 
-        A wait that has lost an event goes on under another name, with ``~`` and eight characters at its end. A
-        process that still has the lost record, and is about to commit it, then cannot do so by a claim that the
-        wait has made since on the same event: it would be committed with no record that says so.
+        A wait that has lost an event goes on under another name, with ``~`` and eight characters at its end. Where
+        a listener holds events at the source under this name, a process that still has the lost record cannot
+        commit by what the wait has taken since: the event would be committed with no record that says so.
 
-        Claims are held under it, so its format is frozen: a wait that an upgrade would rename loses
-        the claims that it holds.
+        For such listeners its format is frozen: a wait that an upgrade renames loses what it holds.
         """
         name = f"{self.dag_id}/{self.run_id}/{self.task_id}/{self.map_index}"
         if self.index is not None:
@@ -108,8 +112,9 @@ class EventListener(abc.ABC):
     What a subclass owes (``docs/writing-a-listener.md`` has the long form):
 
     - An event that `poll_for_event` returned stays at the source until `event_checkpointed`.
-    - `event_checkpointed` is a compare-and-set. Called again for the same wait, also long after, it
-      changes nothing; it raises `airflow_events.errors.EventLost` when another wait has the event.
+    - `event_id` tells a redelivery from another event, or else `event_checkpointed` is a compare-and-set, which
+      raises `airflow_events.errors.EventLost` when another wait has the event.
+    - `event_checkpointed` may be called again for the same wait, also long after, and changes nothing then.
     - Events are made of what Airflow's serde takes: JSON shapes, datetimes, UUIDs, tuples, sets.
     """
 
@@ -173,7 +178,7 @@ class EventListener(abc.ABC):
 
         Of the listeners of `airflow_events.listeners.airflow`, which the API server knows. JSON shapes, which rows
         hold: ``kind``, ``of`` (the same for all waits with this `address`), and since when: ``since``, a moment in
-        ISO 8601, or ``after``, seconds after the start of the run, or neither (both are None).
+        ISO 8601, or ``after``, seconds after the creation of the run, or neither (both are None).
 
         :param args: what `poll_for_event` is called with; ``kwargs`` likewise.
         :raises ValueError: the arguments are not in order.
@@ -304,16 +309,32 @@ def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: 
     Check that ``poll_for_event`` takes these arguments.
 
     :raises TypeError: it does not; the message has its signature, or why it does not.
+    :raises ValueError: one is of a `Literal` type, and none of its values.
     """
     signature = inspect.signature(listener.poll_for_event)
     try:
-        signature.bind(None, *args, **kwargs)
+        bound = signature.bind(None, *args, **kwargs).arguments
     except TypeError as error:
         for name in kwargs.keys() & listener.not_taken.keys():
             raise TypeError(f"{listener.__qualname__} takes no {name}: {listener.not_taken[name]}") from None
         raise TypeError(
             f"{listener.__qualname__}.poll_for_event{signature} does not take these arguments: {error}"
         ) from None
+    for name, choices in _choices(listener.poll_for_event).items():
+        said = bound.get(name)
+        if isinstance(said, str) and not is_template(said) and said not in choices:
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{listener.__qualname__}: {name} is one of {known}, not {said!r}")
+
+
+@functools.lru_cache(maxsize=256)
+def _choices(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the values that parameters of a `Literal` type may have; none of them if a type is not known here."""
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:
+        return {}
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
 
 
 def is_template(value: Any) -> bool:

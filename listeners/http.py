@@ -77,7 +77,7 @@ class HttpListener(EventListener):
             and DAGs may have the same. None: by its own address only.
         :param schema: a JSON Schema that events must fit; one that does not is refused, and the wait goes on.
             It is taken as it is written: a template in it is refused.
-        :raises ValueError: the key is none.
+        :raises ValueError: the key is invalid.
         """
         if key is not None:
             check_key(key)

@@ -89,7 +89,7 @@ def _json(body: dict[str, Any]) -> bytes:
     try:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the event is no JSON: {error}") from error
+        raise ValueError(f"the event is not valid JSON: {error}") from error
 
 
 @dataclass

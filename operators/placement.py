@@ -79,9 +79,9 @@ def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
     if why := _rendered_on_worker_because(task, arguments):
         return why
     if missing := _params_without_value(task):
-        return f"its param {missing} has no default, and Airflow's triggerer stops at such a one"
+        return f"its param {missing} has no default, and Airflow's triggerer crashes on it"
     if checked := _param_with_schema(task):
-        return f"its param {checked} has a schema, which only workers hold its value against"
+        return f"its param {checked} has a schema, which only workers validate"
     if task.map_index_template:
         return "it has a map_index_template, which only workers render"
     if _runs_before(task):
@@ -89,9 +89,9 @@ def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
     if method := _own_method(task, _BEFORE):
         return f"its class defines {method}, which only workers call"
     if task.max_active_tis_per_dag is not None or task.max_active_tis_per_dagrun is not None:
-        return "it has a max_active_tis_per_dag or max_active_tis_per_dagrun, which hold back workers alone"
+        return "it has a max_active_tis_per_dag or max_active_tis_per_dagrun, which are enforced only for workers"
     if task.pool != DEFAULT_POOL_NAME:
-        return "it has a pool, whose slots hold back workers alone"
+        return "it has a pool, whose slots are enforced only for workers"
     if conf.getboolean("triggerer", "queues_enabled", fallback=False):
         return "[triggerer] queues_enabled needs a queue, which the scheduler does not give to triggers"
     return None

@@ -80,7 +80,7 @@ class _SendEvent(OfTask):
     ) -> XComArg:
         for name in of_task:
             raise TypeError(
-                f"{name} is no argument of an event; of the task it is one there: "
+                f"{name} is no argument of an event. If it is one of the task: "
                 f"send_event.override({name}=...)(key, event)"
             )
         return self._output(SendEventOperator, "send_event", key=key, event=event, to=to, ttl=ttl)

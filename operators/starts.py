@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -200,6 +201,9 @@ def _check(listener: type[EventListener], args: Any, kwargs: Any) -> None:
             raise TypeError(f"start_on: {error}") from error
     if any(map(is_template, templates.strings([list(args), kwargs]))):
         raise TypeError("start_on takes literals: there is no run yet for which a template could be rendered")
+    taken = inspect.signature(listener.poll_for_event).parameters
+    for option in kwargs.keys() & inspect.signature(start_on.override).parameters.keys() - taken.keys():
+        raise TypeError(f"{option} is an argument of start_on: start_on.override({option}=...)({name}, ...)")
     check_arguments(listener, args, kwargs)
     listener.check_arguments(*args, **kwargs)
 

@@ -41,8 +41,8 @@ class _Missing:
 
 
 MISSING = _Missing()
-_LONGEST = timedelta(days=36525)
-"""How long a timeout may be: Airflow's databases and Python know no moment much later."""
+_LONGEST = timedelta(days=3650)
+"""How long a timeout may be: MySQL knows no moment after January 2038, and its error would end the scheduler."""
 
 
 class _StartFromTrigger:
@@ -264,7 +264,7 @@ class WaitForEventOperator(BaseOperator):
             "listener": reference.refer(self.listener),
             "listener_args": serde.localized(serde.simple(self.listener_args), zone),
             "listener_kwargs": serde.localized(serde.simple(self.listener_kwargs), zone),
-            "finish_on_worker": placement(self).finishes_on_worker_because is not None,
+            "finish_on_worker": placement(self).finishes_on_worker_because or False,
             "timeout": self.timeout.total_seconds() if self.timeout else None,
             "soft_fail": self.soft_fail,
             "default": [serde.localized(serde.simple(self.default), zone)] if self.has_default else [],

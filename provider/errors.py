@@ -21,8 +21,8 @@ class AtRedelivery(EventsError):
     The source delivered an event to another process, or over a connection that is gone.
 
     A listener raises it from ``event_checkpointed``. It is no failure: the source delivers the event again, and
-    whoever waits there is told that it is another wait's, and acknowledges it. It takes an ``event_id``, by which
-    a redelivery is known.
+    the process that receives it learns that it belongs to another wait, and acknowledges it. That needs an
+    ``event_id``, by which a redelivery is known.
     """
 
 
@@ -57,7 +57,7 @@ class EventNotSent(EventsError):
     """
     The API server did not take an event that a task sent, or could not be asked.
 
-    Sent again, by another try of the task, it is the same event, also if only the answer was lost.
+    A retry of the task sends the same event: it counts once, also if only the answer was lost.
 
     :ivar status: of the answer, as HTTP has it; None if there was none.
     """
@@ -103,7 +103,7 @@ class ArgumentsChanged(EventsError):
         """Say so of a mapped wait, and what its event was recorded for."""
         return cls(
             f"the event of {wait_id} was recorded for {call}, and the task has other arguments now: the list that "
-            "it is mapped over has changed. Let the list be as it was, or forget the event, and clear the task"
+            "it is mapped over has changed. Restore the list, or forget the event, and clear the task"
         )
 
     @classmethod
@@ -111,7 +111,7 @@ class ArgumentsChanged(EventsError):
         """Say so of an event of a list of ``count``."""
         error = cls(
             f"event {index} was recorded for other arguments than the list of {count} has there now. An event "
-            "that was taken belongs to its place in the list: let the list be as it was (the same order, no "
+            "that was taken belongs to its place in the list: restore the list (the same order, no "
             "template of the current time), or forget what is recorded, and clear the task"
         )
         error.index = index
@@ -134,7 +134,7 @@ class UndefinedInTemplate(EventsError, ValueError):
 
 
 class ListenerUnavailable(EventsError):
-    """The listener cannot be had in this process: not importable, or pickled by another Python."""
+    """The listener cannot be loaded in this process: not importable, or pickled by another Python."""
 
 
 class UnknownOutcome(EventsError):
@@ -202,7 +202,7 @@ class InboxRefused(EventsError):
     """
 
     def __init__(self, operation: str, detail: str) -> None:
-        super().__init__(f"the inbox refused to {operation}: {detail}")
+        super().__init__(f"the inbox rejected the request {operation!r}: {detail}")
 
 
 class InboxNotMigrated(EventsError):

@@ -85,7 +85,7 @@ def check(token: str) -> str:
         except jwt.ExpiredSignatureError:
             raise InboxTokenRefused("the token has expired; do the clocks differ?") from None
         except jwt.ImmatureSignatureError:
-            raise InboxTokenRefused("the token is of the future; do the clocks differ?") from None
+            raise InboxTokenRefused("the token's issue time is in the future; do the clocks differ?") from None
         except (jwt.PyJWTError, ValueError):
             raise InboxTokenRefused("this is no token for the inbox") from None
         return str(claims["sub"])
@@ -123,7 +123,7 @@ def _decoded(key: str) -> bytes:
         decoded = b""
     if len(decoded) != _FERNET_BYTES:
         raise InboxKeyMissing(
-            "[core] fernet_key has what is no Fernet key (32 bytes in URL-safe base64); set it, or "
+            "[core] fernet_key is not a valid Fernet key (32 bytes in URL-safe base64); set it, or "
             "[events] inbox_secret, for API servers and triggerers"
         )
     return decoded

@@ -87,6 +87,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": "integer",
         "default": "1000",
     },
+    "http_most_kept_for_sender": {
+        "version_added": "0.2.0",
+        "description": (
+            "How many events of one sender (a user, a webhook or a task) are kept for all keys at most; more are "
+            "refused with 429."
+        ),
+        "type": "integer",
+        "default": "10000",
+    },
     "http_most_kept": {
         "version_added": "0.2.0",
         "description": (
@@ -194,8 +203,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "directory_claim_timeout": {
         "version_added": "0.1.0",
         "description": (
-            "After how many seconds a file that a wait has claimed and not committed is given to others. "
-            "A wait that still lives loses nothing by it: its commit is refused, and it waits on."
+            "After how many seconds a file that a wait of version 0.1 had claimed and not committed is given to "
+            "others. Later versions claim no files, and need this only after an upgrade from 0.1."
         ),
         "type": "float",
         "default": "86400",

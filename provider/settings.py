@@ -62,6 +62,11 @@ def http_most_kept_for_key() -> int:
     return _get("http_most_kept_for_key", int)
 
 
+def http_most_kept_for_sender() -> int:
+    """How many events of one sender are kept."""
+    return _get("http_most_kept_for_sender", int)
+
+
 def http_most_kept() -> int:
     """How many events are kept for all keys together."""
     return _get("http_most_kept", int)

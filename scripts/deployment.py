@@ -291,10 +291,10 @@ class Deployment:
     def api(self, method: str, path: str, body: Any = None) -> Any:
         """Call Airflow's REST API."""
         if not self._token:
-            self._token = self._request("GET", f"{self.url}/auth/token", None)["access_token"]
-        return self._request(method, f"{self.url}/api/v2{path}", body)
+            self._token = self.request("GET", f"{self.url}/auth/token", None)["access_token"]
+        return self.request(method, f"{self.url}/api/v2{path}", body)
 
-    def _request(self, method: str, url: str, body: Any) -> Any:
+    def request(self, method: str, url: str, body: Any) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -313,7 +313,7 @@ class Deployment:
         if not self.components["api-server"].alive:
             raise RuntimeError(f"the API server has ended; see {self.components['api-server'].log}")
         try:
-            self._request("GET", f"{self.url}/api/v2/version", None)
+            self.request("GET", f"{self.url}/api/v2/version", None)
         except (OSError, RuntimeError, ValueError):
             return False
         return True

@@ -11,6 +11,8 @@ from airflow_events.listeners.base import EventListener
 from airflow_events.triggers.starting import MOST_AT_ONCE, Held, Starts, What
 
 _SLOT = 0
+# Seconds between two looks whether a listener that has failed may be asked again.
+_PAUSE = 0.5
 
 
 class Batches(Starts):
@@ -58,10 +60,16 @@ class Batches(Starts):
         polls: dict[asyncio.Task[Held | None], int] = {}
         until, is_over = math.inf, False
         try:
-            while self._fitting(batch) == len(batch) < self._most and self._now() < until and not self._fails:
-                self._poll_for_more(listener, polls, batch)
+            while self._fitting(batch) == len(batch) < self._most and self._now() < until:
+                if not self._fails:
+                    self._poll_for_more(listener, polls, batch)
+                elif not batch and not polls:
+                    break
                 left = None if math.isinf(until) else until - self._now()
-                await asyncio.wait(polls, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if polls:
+                    await asyncio.wait(polls, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                else:  # it is asked again in a moment
+                    await asyncio.sleep(_PAUSE if left is None else min(left, _PAUSE))
                 batch += _done(polls)
                 if batch and math.isinf(until):
                     until = self._now() + self._within

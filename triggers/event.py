@@ -106,7 +106,8 @@ class EventTrigger(BaseTrigger):
 
     :param listener: as `airflow_events.triggers.reference` writes it.
     :param listener_args: for ``poll_for_event``; rendered here if the trigger starts here.
-    :param finish_on_worker: hand the event to a worker instead of ending the task here.
+    :param finish_on_worker: why a worker is handed the event instead of ending the task here; True of earlier
+        versions, False if it ends here.
     :param timeout: seconds from the first try on, None for no end.
     :param soft_fail: when the time is up, skip the task.
     :param default: when the time is up, deliver this: a list of one item, or empty for none.
@@ -125,7 +126,7 @@ class EventTrigger(BaseTrigger):
         listener: str | dict[str, str],
         listener_args: list[Any] | None = None,
         listener_kwargs: dict[str, Any] | None = None,
-        finish_on_worker: bool = False,
+        finish_on_worker: bool | str = False,
         timeout: float | None = None,
         soft_fail: bool = False,
         default: list[Any] | None = None,
@@ -152,7 +153,8 @@ class EventTrigger(BaseTrigger):
         self.replay = replay
         self.wait = wait
         self.mapped_over = mapped_over
-        self.deadline: datetime | None = None
+        self.deadline: datetime | None = None  # by the clock of this machine
+        self._until: datetime | None = None  # the same by the inbox's
         self._started_here = False
         self._dag_result = False
         self._generation = 0
@@ -208,8 +210,8 @@ class EventTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         if self.wait is None:
             raise RuntimeError(
-                "the DAG was changed while this wait was open, and its waits begin on a worker now: nothing says "
-                "here what this one waits for; its next try, or a clear, begins there and has what was recorded"
+                "the DAG was changed while this wait was open, and its waits begin on a worker now: its arguments "
+                "are not available here; the next try, or a clear, starts on a worker and keeps the recorded event"
             )
         listener = reference.load(self.listener)
         if self.task_instance is None:  # dag.test(), where there is no API server
@@ -218,7 +220,7 @@ class EventTrigger(BaseTrigger):
         try:
             await self.until_ended()
         except Outlived as outlived:
-            self.log.warning("What this process does for the wait does not count any more: %s", outlived)
+            self.log.warning("This process does not own the wait any more: %s", outlived)
             try:
                 await self.on_kill()
             except Exception:
@@ -284,7 +286,7 @@ class EventTrigger(BaseTrigger):
             except TimeIsUp:
                 return await self._time_is_up(listener, wait)
             except EventUndecodable as error:
-                if await fails_for(error, self._scope, self._ask, self._entry):
+                if await fails_for(error, self._scope(listener), self._ask, self._entry):
                     raise
                 return False
             record_id, to_commit = uuid.uuid4().hex, commits(listener)
@@ -297,7 +299,7 @@ class EventTrigger(BaseTrigger):
             try:
                 acknowledged = await acknowledge(listener, wait, event)
             except EventLost as lost:
-                self.log.warning("The event went to another wait, and this one waits on: %s", lost)
+                self.log.warning("The event went to another wait, and this one continues: %s", lost)
                 metrics.count(metrics.LOST, **tags(listener, wait))
                 await self._ask(self._entry(Lose, record_id=record_id))
                 self._recording = None
@@ -322,8 +324,10 @@ class EventTrigger(BaseTrigger):
             begun = await self._ask(self._beginning(listener, wait))
         self._generation, self._after = begun.generation, begun.lost
         self.deadline = _by_this_clock(begun)
-        start = wait.run_start if begun.run_start is None else datetime.fromisoformat(begun.run_start)
-        return begun, dataclasses.replace(wait, run_start=start, after=begun.lost)
+        self._until = None if begun.deadline is None else datetime.fromisoformat(begun.deadline)
+        times = {"run_start": begun.run_start, "run_created": begun.run_created}
+        known: dict[str, Any] = {name: datetime.fromisoformat(said) for name, said in times.items() if said}
+        return begun, dataclasses.replace(wait, after=begun.lost, **known)
 
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         with working_for(wait):
@@ -360,10 +364,10 @@ class EventTrigger(BaseTrigger):
             return said
         if not self._may_be_hosted(listener):
             return None
-        host = _digest([_HOST, self._scope, zlib.crc32(wait.id.encode()) % settings.hosts()])
+        host = _digest([_HOST, reference.identify(self.listener), zlib.crc32(wait.id.encode()) % settings.hosts()])
         answer = await self._ask(self._entry(Join, kwargs=serde.encode(self.serialize()[1]), host=host))
         if answer.status == Status.DONE:
-            self.log.info("The wait goes on with others like it, which share a trigger, and this one ends")
+            self.log.info("The wait continues in a trigger that it shares with others, and this one ends")
         return answer.status
 
     def _may_be_hosted(self, listener: type[EventListener]) -> bool:
@@ -381,7 +385,7 @@ class EventTrigger(BaseTrigger):
         if commits(listener) or XCom is not BaseXCom:
             return None
         end: Entry | None = None
-        at = self.deadline
+        at = self._until
         foreseen = foreseen_by(listener, wait, self.listener_args, self.listener_kwargs)
         if foreseen is not None and (at is None or foreseen[1] <= at):
             event, at = serde.check(foreseen[0]), foreseen[1]
@@ -401,14 +405,12 @@ class EventTrigger(BaseTrigger):
             )
         )
         if answer.status == Status.DONE:
-            self.log.info(
-                "Nobody has to poll for it: the wait goes on in Airflow's database, and this trigger ends"
-            )
+            self.log.info("The wait is parked: the API server will end it, and this trigger ends")
         return answer.status
 
     async def _recorded_at_once(self, listener: type[EventListener], wait: Wait, event: Any) -> Record:
         """Return what records an event that has nothing to commit, and ends the task with it."""
-        told = recording(listener, self._scope, wait, event)
+        told = recording(listener, self._scope(listener), wait, event)
         record: Record = self._entry(Record, record_id=uuid.uuid4().hex, **told, end=await self._end(event))
         return record
 
@@ -421,7 +423,7 @@ class EventTrigger(BaseTrigger):
         entry = self._entry(
             Record,
             record_id=record_id,
-            **recording(listener, self._scope, wait, event),
+            **recording(listener, self._scope(listener), wait, event),
             end=None if commits(listener) else await self._end(event),
         )
         # Should this be cancelled meanwhile, `on_kill` finds out what became of it.
@@ -491,16 +493,19 @@ class EventTrigger(BaseTrigger):
     async def _end(self, value: Any) -> End:
         """Return what ends the task with ``value``; a worker does it where only that gives the right error."""
         if self.finish_on_worker:
+            self.log.info("A worker ends the task, because %s", outcome.why_on_worker(self.finish_on_worker))
             return await self._on_worker(value)
         length = None
         if self.mapped_over:
             if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
+                self.log.info("A worker fails the task: nothing can be mapped over its value")
                 return await self._on_worker(value)
             length = len(value)
         values: dict[str, Any] = {}
         if self.push and value is not None:
             if self.multiple_outputs:
                 if not isinstance(value, Mapping) or not all(map(_is_key, value)):
+                    self.log.info("A worker fails the task: its value cannot be taken apart (multiple_outputs)")
                     return await self._on_worker(value)
                 values.update(value)
             values[BaseXCom.XCOM_RETURN_KEY] = value
@@ -661,10 +666,9 @@ class EventTrigger(BaseTrigger):
     def _arrived(self) -> float | None:
         return None if self._poll is None else self._poll.arrived
 
-    @property
-    def _scope(self) -> str:
-        """What an event's id is unique in."""
-        return reference.scope(self.listener)
+    def _scope(self, listener: type[EventListener]) -> str:
+        """Return what an event's id is unique in."""
+        return reference.scope(self.listener, listener)
 
     def _call(self) -> str:
         return describe(
@@ -803,7 +807,9 @@ async def settle(
     :param arguments: positional ones and those by name, with which it was polled.
     :param entry: by which it was to be recorded; ``answer`` says which wait has it.
     """
-    log.info("The source has delivered an event again that %s has; it is acknowledged", answer.message)
+    log.info(
+        "The source has redelivered an event that is recorded for %s already; it is acknowledged", answer.message
+    )
     try:
         is_confirmed = await acknowledge(listener, wait, event)
     except EventLost:

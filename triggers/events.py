@@ -91,7 +91,7 @@ class EventsTrigger(EventTrigger):
         begun, wait = await self._begin(listener, wait)
         if begun.status == Status.REJECTED:
             return await self._end_without_event(_by_a_worker(outcome.Rejected(begun.message, begun.by)))
-        held = Held(Inbox.of_loop().ask, self._ti, self._generation, self._scope)
+        held = Held(Inbox.of_loop().ask, self._ti, self._generation, self._scope(listener))
         gathering = self._gathering = Gathering(listener, wait, self._calls, held, wanted=self._wanted)
         await gathering.read()
         if gathering.complete:
@@ -207,7 +207,7 @@ class EventsTrigger(EventTrigger):
     async def _in_a_test(self, listener: type[EventListener], wait: Wait) -> TriggerEvent:
         if self.timeout is not None:
             self.deadline = _now() + timedelta(seconds=self.timeout)
-        held = Held(_nothing_is_recorded, "", 0, self._scope)
+        held = Held(_nothing_is_recorded, "", 0, self._scope(listener))
         gathering = self._gathering = Gathering(listener, wait, self._calls, held, wanted=self._wanted)
         self._announce(wait)
         try:

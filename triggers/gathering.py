@@ -353,7 +353,7 @@ class Gathering:
         try:
             acknowledged = await acknowledge(self.listener, wait, of_place.event)
         except EventLost as lost:
-            log.warning("Event %d went to another wait, and its place waits on: %s", index, lost)
+            log.warning("Event %d went to another wait, and its place continues: %s", index, lost)
             metrics.count(metrics.LOST, **tags(self.listener, wait))
             self._lost[index] = (await self._ask(Lose, place=index, record_id=of_place.record_id)).lost
             del self._uncommitted[index]

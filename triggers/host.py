@@ -14,18 +14,18 @@ import dataclasses
 import functools
 import logging
 import uuid
-from collections.abc import AsyncIterator
-from datetime import datetime, timedelta
+from collections.abc import AsyncIterator, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
 import greenback
 from airflow.triggers.base import BaseTrigger, TriggerEvent
+from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox.entries import Answer, Begin, Finish, Hosted, Status
 from airflow_events.listeners.base import EventListener, Wait
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.commit import inherit_portal
-from airflow_events.listeners.support.shared import background
+from airflow_events.listeners.support.hub import shared_log
 from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave, storable
 from airflow_events.triggers.inbox import Inbox
 
@@ -36,8 +36,6 @@ _LOOK_EVERY = 0.5
 _LOOK_FOR_ALL_EVERY = 60.0
 # Seconds after which a wait that another process has begun is begun again.
 _PATIENCE = 30.0
-# What has joined may become visible later than what has joined after it.
-_OVERLAP = timedelta(seconds=10)
 
 
 class HostTrigger(BaseTrigger):
@@ -50,15 +48,18 @@ class HostTrigger(BaseTrigger):
     def __init__(self, *, host: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.host = host
-        self._waits: dict[str, asyncio.Task[None]] = {}
+        self._waits: dict[str, asyncio.Task[Any]] = {}
         self._after = ""
         self._is_over = False
+        self._portal = False  # whether Airflow's runner lets synchronous code of its triggers call Airflow
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return f"{__name__}.{type(self).__name__}", {"host": self.host}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         loop, looked = asyncio.get_running_loop(), float("-inf")
+        self._portal = greenback.has_portal()
+        shared_log.set(self.host)
         try:
             while not self._is_over:
                 try:
@@ -67,7 +68,7 @@ class HostTrigger(BaseTrigger):
                         looked = loop.time()
                     await self._take_in()
                 except Exception:
-                    log.exception("The waits of a host could not be looked for; this is tried again")
+                    log.exception("A host could not ask for its waits; this is tried again")
                 await asyncio.sleep(_LOOK_EVERY)
         finally:
             for wait in self._waits.values():
@@ -82,16 +83,13 @@ class HostTrigger(BaseTrigger):
             page = await self._page(after)
             for ti, kwargs, generation in page.hosted:
                 if ti not in self._waits:
-                    wait = _HostedWait.of(kwargs, generation)
-                    wait.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id=wait.task_id, try_number=0)  # type: ignore[assignment]
-                    self._waits[ti] = background(self._serve(ti, wait), f"a hosted wait, {wait.name}")
+                    # In this trigger's context, and so with its log.
+                    self._waits[ti] = asyncio.create_task(self._begin(ti, kwargs, generation))
                     self._waits[ti].add_done_callback(functools.partial(self._forget, ti))
             after = page.after
             if page.next is None:
                 break
-        if after:
-            moment = datetime.fromisoformat(after.partition(" ")[0]) - _OVERLAP
-            self._after = moment.isoformat()
+        self._after = after
 
     async def _let_go_of_those_that_left(self) -> None:
         """Stop polling for waits that were cleared or ended by others, whose records would be refused."""
@@ -117,26 +115,35 @@ class HostTrigger(BaseTrigger):
         self._is_over = answer.status == Status.OUTLIVED
         return answer
 
+    def _begin(self, ti: str, kwargs: str, generation: int) -> Coroutine[Any, Any, Any]:
+        """Return what serves a wait; or what fails its try, if this process cannot make it of what it has."""
+        try:
+            return self._serve(ti, _HostedWait.of(ti, kwargs, generation))
+        except Exception as error:
+            return self._fail(ti, ti, generation, error)
+
     async def _serve(self, ti: str, wait: _HostedWait) -> None:
-        await inherit_portal(greenback.has_portal())
+        await inherit_portal(self._portal)
         while True:
             try:
                 await wait.until_ended()
                 return
             except Outlived as outlived:
-                told = str(outlived)
+                # It may be another process's, that had the host before, and dies: so this one begins again.
+                log.info("The hosted wait %s is not this process's any more: %s", wait.name, outlived)
             except Exception as error:
-                log.warning("The try of the hosted wait %s fails: %s", wait.name, storable(str(error)))
-                finish = Finish(ti, generation=wait.generation, end=by_a_worker_fails(error))
-                answer = await Inbox.of_loop().ask(finish)
-                if answer.status == Status.DONE:
+                if await self._fail(ti, wait.name, wait.generation, error):
                     return
-                told = answer.message
-            # It may be another process's, that had the host before, and dies: so this one begins again.
-            log.info("The hosted wait %s is not this process's any more: %s", wait.name, told)
             await asyncio.sleep(_PATIENCE)
 
-    def _forget(self, ti: str, wait: asyncio.Task[None]) -> None:
+    async def _fail(self, ti: str, name: str, generation: int, error: Exception) -> bool:
+        log.warning("The try of the hosted wait %s fails: %s", name, storable(str(error)))
+        answer = await Inbox.of_loop().ask(Finish(ti, generation=generation, end=by_a_worker_fails(error)))
+        if answer.status != Status.DONE:
+            log.info("The hosted wait %s is not this process's any more: %s", name, answer.message)
+        return answer.status == Status.DONE
+
+    def _forget(self, ti: str, wait: asyncio.Task[Any]) -> None:
         self._waits.pop(ti, None)
         with contextlib.suppress(asyncio.CancelledError):
             if (error := wait.exception()) is not None:
@@ -147,13 +154,18 @@ class _HostedWait(EventTrigger):
     """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
 
     @classmethod
-    def of(cls, kwargs: str, generation: int) -> _HostedWait:
+    def of(cls, ti: str, kwargs: str, generation: int) -> _HostedWait:
         """
         Make one of what the inbox has.
 
+        :param kwargs: empty if the API server could not read them.
         :param generation: of the wait as it began last, for a try that fails before it begins here.
+        :raises Exception: they are of another version of this package, say.
         """
+        if not kwargs:
+            raise ListenerUnavailable("what the wait waits for cannot be read: is [core] fernet_key another one?")
         wait = cls(**serde.decode(kwargs))
+        wait.task_instance = SimpleNamespace(id=uuid.UUID(ti), task_id=wait.task_id, try_number=0)  # type: ignore[assignment]
         wait._generation = generation
         return wait
 

@@ -28,7 +28,7 @@ _AT_ONCE = 2
 # Seconds.
 _COLLECTING = 0.005
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
-_PATIENCE = 1.0  # until waits are told that the inbox cannot be asked
+_PATIENCE = 1.0  # until waits are told that the inbox cannot be reached
 _FEW_FAILURES = 4  # until a wait is told when it is so for this one alone
 
 
@@ -172,8 +172,8 @@ class Inbox(OnePerLoop):
 
     def _has_failed(self, batch: list[_Asked], began: float, failed: Failed) -> None:
         trouble = (
-            f"The inbox at {self._post.url} cannot be asked ({failed}). What this wait has is kept, and the "
-            "inbox is asked again until it answers; `airflow events doctor` says what may be wrong"
+            f"The inbox at {self._post.url} cannot be reached ({failed}). The wait keeps its event, and the "
+            "request is tried again until the inbox answers; `airflow events doctor` says what may be wrong"
         )
         self._failing_since = began if self._failing_since is None else self._failing_since
         if asyncio.get_running_loop().time() - self._failing_since >= _PATIENCE:

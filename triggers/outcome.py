@@ -49,6 +49,13 @@ class Rejected:
 Outcome = Arrived | TimedOut | Rejected
 
 
+def why_on_worker(finish_on_worker: bool | str) -> str | None:
+    """Return why a worker ends the task, as a trigger was told; None if none does."""
+    if not finish_on_worker:
+        return None
+    return finish_on_worker if isinstance(finish_on_worker, str) else "the version that began the wait said so"
+
+
 def encode(outcome: Outcome) -> dict[str, Any]:
     """
     Write an outcome as the payload of a ``TriggerEvent``.

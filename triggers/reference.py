@@ -65,11 +65,24 @@ def by_value(listener: type[EventListener]) -> dict[str, str]:
     return {"name": listener.__qualname__, "of": made.place, "python": _PYTHON, "pickle": made.text}
 
 
-def scope(reference: Any) -> str:
+def scope(reference: Any, listener: type[EventListener]) -> str:
     """
-    Return what the ids of a listener's events are unique in: the name of its class, and where that is defined.
+    Return what the ids of a listener's events are unique in: the class that says them, by `identify`.
 
-    Identities of events hold it: the form is frozen. References of earlier versions do not say where.
+    A subclass that does not define `event_id` has its events in common with the class that does: what one of them
+    has taken, a wait of the other does not get. Identities of events hold it: the form is frozen.
+    """
+    says = next(each for each in listener.__mro__ if "event_id" in vars(each))
+    if says is not listener and _is_here(says):
+        return name(says)
+    return identify(reference)
+
+
+def identify(reference: Any) -> str:
+    """
+    Return the name of a listener's class, and, of one that travels by value, where that is defined.
+
+    Its form is frozen. References of earlier versions do not say where.
     """
     if isinstance(reference, str):
         return reference
@@ -146,11 +159,19 @@ def load(reference: Any) -> type[EventListener]:
     """
     Return the listener that `name` or `by_value` described.
 
-    :raises ListenerUnavailable: it cannot be had in this process; the message says why.
+    :raises ListenerUnavailable: it cannot be loaded in this process; the message says why.
     """
     if isinstance(reference, str):
         return _import(reference)
     return _unpickle(reference["name"], reference["python"], reference["pickle"])
+
+
+def _is_here(listener: type[EventListener]) -> bool:
+    """Whether a class can be found by its name in this process, as none can that came as a pickle."""
+    found: Any = sys.modules.get(listener.__module__)
+    for part in listener.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is listener
 
 
 def display_name(reference: Any) -> str:

@@ -49,6 +49,10 @@ class Rules:
         return None if found is None else _moment(found).isoformat()
 
 
+# What all of Airflow's databases can hold, as logical dates of a second that is full are moved on.
+_EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=timezone.utc), datetime(9999, 12, 30, tzinfo=timezone.utc)
+
+
 def _moment(found: Any) -> datetime:
     """Return a moment that an event has as text or as seconds since the epoch, in UTC unless it says otherwise."""
     try:
@@ -57,6 +61,9 @@ def _moment(found: Any) -> datetime:
         parsed = timestamps.parsed(found) if isinstance(found, str) else found
         if isinstance(parsed, timedelta):
             raise ValueError("it is a duration")
-        return timestamps.in_utc(parsed, timezone.utc)
+        moment = timestamps.in_utc(parsed, timezone.utc)
+        if not _EARLIEST <= moment <= _LATEST:
+            raise ValueError("Airflow's databases hold no such moment")
+        return moment
     except (ValueError, TypeError) as error:
         raise NoLogicalDate(f"the logical date cannot be {found!r}: {error}") from error

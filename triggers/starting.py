@@ -71,11 +71,6 @@ class What:
     makes: str
     rules: Rules
 
-    @property
-    def scope(self) -> str:
-        """What an event's id is unique in, as of waits."""
-        return reference.scope(self.reference)
-
 
 @dataclass(frozen=True)
 class Held:
@@ -233,7 +228,7 @@ class Starts:
         held = Held(wait, event, poll.arrived)
         if self._what.rules.wants(held.shapes):
             return held
-        log.debug("%s: passed over, and acknowledged, as it does not match: %s", self._name(), event)
+        log.debug("%s: skipped and acknowledged, as it does not match: %s", self._name(), event)
         await asyncio.shield(background(self._acknowledge(listener, held, None), f"passing over {wait.id}"))
         return None
 
@@ -306,7 +301,12 @@ class Starts:
         if answer.status in (Status.DONE, Status.TAKEN):
             self._failures = 0
             if answer.status == Status.TAKEN:
-                log.info("%s: %d have come again, of which there is %s", self._name(), len(held), answer.message)
+                log.info(
+                    "%s: %d redelivered events already have %s; acknowledged",
+                    self._name(),
+                    len(held),
+                    answer.message,
+                )
             else:
                 for one in held:
                     recorded(listener, one.wait, one.arrived)
@@ -322,7 +322,7 @@ class Starts:
         self._let_go(listener, held)
 
     def _told(self, listener: type[EventListener], held: Held) -> Told:
-        told = recording(listener, self._what.scope, held.wait, held.event)
+        told = recording(listener, reference.scope(self._what.reference, listener), held.wait, held.event)
         return Told(json.dumps(held.shapes), told["identity"], told["content"])
 
     async def _acknowledge(self, listener: type[EventListener], held: Held, identity: str | None) -> None:
@@ -330,11 +330,17 @@ class Starts:
         try:
             is_confirmed = await acknowledge(listener, held.wait, held.event)
         except EventLost as lost:
-            log.warning("%s: one is taken, and another's at its source: %s", self._name(), lost)
+            log.warning(
+                "%s: a run was started, but the source gave the event to another consumer: %s", self._name(), lost
+            )
             metrics.count(metrics.LOST, **tags(listener, held.wait))
             return
         except CommitFailed as failed:
-            log.error("%s: one is taken, and will come again: %s", self._name(), failed)
+            log.error(
+                "%s: a run was started, but its event could not be acknowledged and will be redelivered: %s",
+                self._name(),
+                failed,
+            )
             self._let_go(listener, [held])
             return
         metrics.count(metrics.COMMITTED, **tags(listener, held.wait))

@@ -6,6 +6,7 @@ Files that are dropped into a directory, without any server.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventLost
-from airflow_events.listeners.base import EventListener
+from airflow_events.listeners.base import EventListener, is_template
 from airflow_events.listeners.directory.files import Drops, commit, coordinates
 from airflow_events.listeners.directory.hub import DirectoryHub, File, FileSeeker, Wanted
 from airflow_events.listeners.support.queue import FinalIdListener, receive
 from airflow_events.listeners.support.shared import shared
+
+# Seconds after which a file system that does not answer is the hub's to tell of.
+_LONGEST_CHECK = 5.0
 
 
 class DirectoryListener(FinalIdListener):
@@ -37,6 +41,10 @@ class DirectoryListener(FinalIdListener):
     """
 
     not_taken: ClassVar[Mapping[str, str]] = {"match": "a file is chosen by its name, with pattern"}
+
+    @classmethod
+    def check_arguments(cls, directory: Any, pattern: Any = "*", **more: Any) -> None:
+        _check(pattern, **more)
 
     async def poll_for_event(
         self,
@@ -77,8 +85,9 @@ class DirectoryListener(FinalIdListener):
             return {**event, "path": drops.path_of(file.name, event["id"]), "marker": file.marker}
 
         async with shared(*_hub(drops.root)) as hub:
-            with contextlib.suppress(OSError):  # which the hub says, if it does not come soon
-                await hub.on_disk(drops.check)
+            # What fails, or hangs, the hub says, if it does not come soon.
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(hub.on_disk(drops.check), _LONGEST_CHECK)
             return await receive(*_hub(drops.root), read, seek=lambda: FileSeeker(wanted))
 
     def event_id(self, event: Any) -> str:
@@ -105,6 +114,10 @@ class DirectoryWatchListener(EventListener):
 
     hosted: ClassVar[bool] = True
 
+    @classmethod
+    def check_arguments(cls, directory: Any, pattern: Any = "*", **more: Any) -> None:
+        _check(pattern, **more)
+
     async def poll_for_event(
         self,
         directory: str,
@@ -118,6 +131,11 @@ class DirectoryWatchListener(EventListener):
         async with shared(*_hub(root)) as hub:
             file: Any = await hub.take(FileSeeker(wanted, watches=True))
         return {**_describe(root, file), "path": str(root / file.name)}
+
+
+def _check(pattern: Any, settle: Any = 0, done_marker: Any = None, **others: Any) -> None:
+    if not any(map(is_template, (pattern, settle, done_marker))):
+        Wanted.of(pattern, settle, done_marker)
 
 
 def _hub(root: Path) -> tuple[tuple[str, Path], Callable[[], DirectoryHub]]:

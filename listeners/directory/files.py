@@ -148,10 +148,15 @@ def commit(event: dict[str, Any]) -> None:
         _move(root, name, identity, marker, Path(event["path"]))
         return
     done = root / OURS / "removal" / identity / name
-    with contextlib.suppress(EventLost):  # or a commit before this one has deleted it, and it is the next file
+    try:
         _move(root, name, identity, marker, done)
-    for file in (done, done.parent / (marker or name)):
-        file.unlink(missing_ok=True)
+    except EventLost:
+        if _is_written_to(root / name, identity):
+            raise
+        # A commit before this one has deleted it, and this is the next file of its name.
+    if _identity_at(done, identity) == identity:
+        for file in (done, done.parent / (marker or name)):
+            file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         done.parent.rmdir()
 
@@ -179,6 +184,13 @@ def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) 
             with contextlib.suppress(FileNotFoundError):
                 put_back(done.parent / again, root / again)
         raise EventLost(f"{file} was written to again while it was moved")
+
+
+def _is_written_to(file: Path, identity: str) -> bool:
+    """Whether a file is the one that had this identity, with another content; False where nothing can tell."""
+    now, was = (_identity_at(file, identity) or "").split("-"), identity.split("-")
+    # An inode alone does not: the next file may have it.
+    return len(was) == 4 and (now[0], now[3:]) == (was[0], was[3:]) and now != was
 
 
 def _identity_at(file: Path, wanted: str) -> str | None:

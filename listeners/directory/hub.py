@@ -91,6 +91,13 @@ def composed(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def _among(names: Set[str], name: str) -> str | None:
+    """Return the name as the directory has it, however that writes its accents; None if it is not there."""
+    if name.isascii() or name in names:
+        return name if name in names else None
+    return next((each for each in names if composed(each) == composed(name)), None)
+
+
 class FileSeeker(Wanting):
     """A wait for a file."""
 
@@ -265,7 +272,7 @@ class DirectoryHub(LookingHub):
                 if not watchers and not consumers:
                     break
                 marker = wanted.marker(name)
-                if marker and marker not in files:
+                if marker and (marker := _among(files, marker)) is None:
                     continue
                 seen = self._seen[name]
                 if (settles_in := seen.since + wanted.settle - now) > 0:
@@ -336,7 +343,7 @@ def _is_unicode(entry: os.DirEntry[str]) -> bool:
 
 @functools.lru_cache(maxsize=1000)
 def _warn_of_file(path: str, error: str) -> None:
-    log.warning("%s is passed over: %s", path, error)
+    log.warning("%s is skipped: %s", path, error)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -346,7 +353,7 @@ def _warn_of_link(path: str) -> None:
 
 @functools.lru_cache(maxsize=1000)
 def _warn_of_name(path: str) -> None:
-    log.warning("%r is passed over: its name is no valid Unicode", path)
+    log.warning("%r is skipped: its name is no valid Unicode", path)
 
 
 def _network_file_system(root: Path) -> str | None:

@@ -13,10 +13,10 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
 needs("a NATS listener", "nats", "nats")
@@ -84,8 +84,8 @@ class NatsListener(FinalIdListener):
             process had in hand as it died goes to another wait. A process that lives keeps what it has, however
             long that takes.
         :param require_persistence: refuse a stream or a consumer that is kept in memory.
-        :param nats_conn_id: an Airflow connection of type ``nats`` or ``generic``; ``docs/sources/nats.md`` says
-            what may stand in it.
+        :param nats_conn_id: an Airflow connection of type ``nats``, ``tls``, ``ws``, ``wss`` or ``generic``;
+            ``docs/sources/nats.md`` says what it may have.
         :raises SourceMisconfigured: the connection is of another type; there is no such stream; the stream or the
             consumer would lose events, or hold them up; the user may not use them.
         :raises SourceUnreachable: the server was unreachable for too long.
@@ -139,14 +139,12 @@ class NatsListener(FinalIdListener):
         await acknowledge(source, event.get("created", ""), event["sequence"])
 
 
-class NatsWatchListener(EventListener):
+class NatsWatchListener(LogWatchListener):
     """
     Wait for the first message of a stream that matches, and take nothing away.
 
     The event is as of `NatsListener`, without ``created``, ``durable`` and ``nats_conn_id``.
     """
-
-    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -163,11 +161,11 @@ class NatsWatchListener(EventListener):
         Return the first message that matches, stored at ``since`` or later.
 
         :param match: see `airflow_events.listeners.support.values.Match`.
-        :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
+        :param since: a moment, or a timedelta from the creation of the run; None is its creation.
         :param subject: of which subjects, with wildcards; None is all of them.
 
         The other parameters and errors are as of `NatsListener.poll_for_event`; here an undecodable message is
-        passed over, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
+        skipped, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
         """
         from airflow_events.listeners.nats.messages import Source
         from airflow_events.listeners.nats.watch import StreamHub

@@ -100,7 +100,9 @@ async def about_of(server: Server, source: Source) -> dict[str, Any]:
     try:
         return await server.api(f"STREAM.INFO.{source.stream}")
     except NotFoundError as error:
-        raise SourceMissing(f"{source}: there is no such stream; make it, as it is never made here") from error
+        raise SourceMissing(
+            f"{source}: there is no such stream; create it, as it is not created automatically"
+        ) from error
 
 
 def checked(answer: Msg) -> dict[str, Any]:
@@ -172,7 +174,9 @@ class Server:
         except errors.Error as error:
             # The server lets some seconds pass for the login, and a slow network, or a busy loop, more than that.
             if "auth" in str(error).lower() and "timeout" not in str(error).lower():
-                raise SourceMisconfigured(f"the connection {self._conn_id!r} is not let in: {error}") from error
+                raise SourceMisconfigured(
+                    f"the connection {self._conn_id!r} is refused: authentication failed: {error}"
+                ) from error
             raise ConnectionError(str(error)) from error
         except ImportError as error:
             raise SourceMisconfigured(f"the connection {self._conn_id!r} needs: pip install nkeys") from error

@@ -17,7 +17,14 @@ from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, Wanting, receive, skip
 from airflow_events.listeners.support.shared import shared
-from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, decode, seconds
+from airflow_events.listeners.support.values import (
+    Format,
+    OnUndecodable,
+    check_choices,
+    decode,
+    digest_of,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from airflow_events.listeners.postgres.consume import Row, TableHub
@@ -158,6 +165,7 @@ class PostgresListener(QueueListener):
                 "table": table,
                 "id": row.id,
                 "timestamp": row.created_at,
+                "digest": digest_of(row.raw),
                 "value": decode(row.raw, values, f"the row {row.id} of {source}"),
                 "source": list(row.origin),
                 "columns": dict(columns or {}),
@@ -187,8 +195,8 @@ class PostgresListener(QueueListener):
         return coordinates(system, database, table, oid, event["id"])
 
     def event_content(self, event: Any) -> Any:
-        """Return what is the row's, by whichever connection and under whichever name of its table it was read."""
-        return [event["timestamp"], event["value"]]
+        """Return what is the row's, by whichever connection, name of its table and format it was read."""
+        return [event["timestamp"], event.get("digest", event["value"])]
 
     async def acknowledge(self, event: Any) -> None:
         """

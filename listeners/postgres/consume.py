@@ -256,7 +256,7 @@ class TableHub(LookingHub):
             )
         if self._source.on_commit == "delete" and not is_deletable:
             raise SourceMisconfigured(
-                f"{name}: the connection's user has not the right to DELETE, for on_commit='delete'"
+                f"{name}: the connection's user lacks the privilege DELETE, for on_commit='delete'"
             )
         # Of a table whose rows are deleted some may be marked, from before.
         is_marked = columns.acknowledged_at in found
@@ -291,9 +291,9 @@ class TableHub(LookingHub):
             if not column.readable or (name == ours and marks and not column.writable):
                 right = "UPDATE" if column.readable else "SELECT"
                 raise SourceMisconfigured(
-                    f"{self.name}: the connection's user has not the right to {right} the column {name!r}; needed "
-                    f"are SELECT on all columns that are used, and UPDATE on {ours!r} or, for on_commit='delete', "
-                    "DELETE"
+                    f"{self.name}: the connection's user lacks the privilege to {right} the column {name!r}; "
+                    f"needed are SELECT on all columns that are used, and UPDATE on {ours!r} or, for "
+                    "on_commit='delete', DELETE"
                 )
 
 

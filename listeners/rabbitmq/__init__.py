@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
 needs("a RabbitMQ listener", "rabbitmq", "aiormq")
@@ -35,7 +35,7 @@ class RabbitMQListener(QueueListener):
 
     The event is
 
-    ``{"server", "virtual_host", "queue", "message_id", "timestamp", "value", "exchange", "routing_key",
+    ``{"server", "virtual_host", "queue", "message_id", "timestamp", "value", "digest", "exchange", "routing_key",
     "content_type", "headers", "properties", "rabbitmq_conn_id"}``. ``server`` is the connection's ``host:port``;
     ``timestamp`` is the message's own, a datetime in UTC or None; ``headers`` are JSON shapes, bytes among them as
     text or Base64; ``properties`` has what else was set. Server, virtual host, queue and ``message_id`` are what
@@ -79,9 +79,9 @@ class RabbitMQListener(QueueListener):
             broker delivers it again, whether a wait has had it: ``refuse`` fails one wait for it, as above, also
             where others are skipped; ``at_least_once`` takes it, and takes it again.
         :param require_durable: refuse a queue that is not durable. One that deletes itself is always refused.
-        :param rabbitmq_conn_id: an Airflow connection of type ``amqp``, ``rabbitmq`` or ``generic``. Its schema is
-            the virtual host, ``/`` by default; extras are ``ssl``, ``cafile``, ``certfile``, ``keyfile``, and
-            ``heartbeat`` in seconds.
+        :param rabbitmq_conn_id: an Airflow connection of type ``amqp``, ``amqps``, ``rabbitmq`` or ``generic``.
+            Its schema is the virtual host, ``/`` by default; extras are ``ssl``, ``cafile``, ``certfile``,
+            ``keyfile``, and ``heartbeat`` in seconds.
         :raises SourceMisconfigured: the connection is of another type, or refused; there is no such queue; it is a
             stream, or not durable; the user may not use it.
         :raises SourceUnreachable: the server was unreachable for too long.
@@ -128,15 +128,13 @@ class RabbitMQListener(QueueListener):
         )
 
 
-class RabbitMQWatchListener(EventListener):
+class RabbitMQWatchListener(LogWatchListener):
     """
     Wait for the first message of a stream that matches, and take nothing away.
 
     The event is as of `RabbitMQListener`, without ``server`` and ``virtual_host``, and with the message's
     ``offset`` in the stream.
     """
-
-    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -156,10 +154,10 @@ class RabbitMQWatchListener(EventListener):
 
         :param stream: the name of a queue of type ``stream``. It must be there: it is not made.
         :param match: see `airflow_events.listeners.support.values.Match`.
-        :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
+        :param since: a moment, or a timedelta from the creation of the run; None is its creation.
 
         The other parameters and errors are as of `RabbitMQListener.poll_for_event`; here an undecodable message is
-        passed over, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
+        skipped, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
         """
         from airflow_events.listeners.rabbitmq.client import Source
         from airflow_events.listeners.rabbitmq.watch import StreamHub

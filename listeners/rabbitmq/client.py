@@ -192,9 +192,11 @@ async def connect(conn_id: str) -> AbstractConnection:
     told = _told(found)
     nodes = endpoints(found, *_SCHEMES)
     options = await _tls(found, told, nodes)
+    # A host that is switched off does not even refuse.
+    longest = STEP if len(nodes) == 1 else STEP / (len(nodes) + 1)
     for last, node in enumerate(nodes, 1 - len(nodes)):
         try:
-            return await _open(found, _url(found, told, node, "context" in options), options)
+            return await within(_open(found, _url(found, told, node, "context" in options), options), longest)
         except _LOST as error:
             if not last:
                 raise

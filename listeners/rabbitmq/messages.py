@@ -13,7 +13,7 @@ from typing import Any
 from aiormq.abc import DeliveredMessage
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.rabbitmq.client import Source, coordinates
-from airflow_events.listeners.support.values import Format, decode, named, text_of
+from airflow_events.listeners.support.values import Format, decode, digest_of, named, text_of
 
 _PROPERTIES = (
     "content_encoding", "priority", "correlation_id", "reply_to", "expiration", "message_type", "user_id",
@@ -87,6 +87,7 @@ def event_of(source: Source, received: Received, values: Format) -> dict[str, An
         "queue": source.queue,
         **described(message, headers_of(message)),
         "timestamp": timestamp_of(message),
+        "digest": digest_of(bytes(message.body)),
         "value": value_of(message, values, f"the message {received.id} of {source}"),
         "rabbitmq_conn_id": source.conn_id,
     }

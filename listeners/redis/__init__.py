@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
 from airflow_events.errors import EventUndecodable
-from airflow_events.listeners.base import EventListener
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
 needs("a Redis listener", "redis", "redis")
@@ -29,9 +29,9 @@ class RedisListener(QueueListener):
 
     The event is
 
-    ``{"stream", "group", "id", "timestamp", "value", "server", "redis_conn_id"}``, ``timestamp`` a datetime in
-    UTC, from the entry's id, and ``server`` the connection's ``host:port/db``. Server, stream, group and id are
-    what tells the event from every other.
+    ``{"stream", "group", "id", "timestamp", "value", "digest", "server", "redis_conn_id"}``, ``timestamp`` a
+    datetime in UTC, from the entry's id, and ``server`` the connection's ``host:port/db``. Server, stream, group
+    and id are what tells the event from every other.
 
     An entry is pending in its group until the wait's event is recorded, and is acknowledged then. One that a
     process had in hand as it died goes to another wait after ``lease``. Entries are not deleted: how long a stream
@@ -76,13 +76,13 @@ class RedisListener(QueueListener):
         :param dead_letter: a stream, on the same connection, for entries that cannot be read. What is added has
             the entry's fields, and ``airflow-events-reason`` and ``airflow-events-source``. After a crash between
             the two steps it has an entry twice.
-        :param start: where a group that is not there yet begins: ``0`` at the first entry, ``$`` at the next one.
+        :param start: where a new group starts: ``0`` at the first entry, ``$`` at the next one.
         :param lease: after how many seconds an entry that a process had in hand as it died goes to another wait. A
             process that lives keeps what it has, however long that takes.
         :param require_persistence: refuse a server that keeps nothing on disk.
-        :param redis_conn_id: an Airflow connection of type ``redis``, as the Redis provider has it: ``db``,
-            ``ssl`` and ``ssl_...`` among the extras.
-        :raises SourceMisconfigured: the connection is of another type, or is a cluster's; the server keeps nothing
+        :param redis_conn_id: an Airflow connection of type ``redis``, ``rediss``, ``valkey`` or ``valkeys``, as
+            the Redis provider has it: ``db``, ``ssl`` and ``ssl_...`` among the extras.
+        :raises SourceMisconfigured: the connection is of another type; the server keeps nothing
             on disk; the key is no stream; the user may not use it.
         :raises SourceUnreachable: the server was unreachable for too long.
         :raises EventUndecodable: see ``on_undecodable``.
@@ -126,14 +126,12 @@ class RedisListener(QueueListener):
             await acknowledge(client, source, [event["id"]])
 
 
-class RedisWatchListener(EventListener):
+class RedisWatchListener(LogWatchListener):
     """
     Wait for the first entry of a stream that matches, and take nothing away.
 
     The event is as of `RedisListener`, without ``group``.
     """
-
-    hosted: ClassVar[bool] = True
 
     async def poll_for_event(
         self,
@@ -150,10 +148,10 @@ class RedisWatchListener(EventListener):
         Return the first entry that matches, added at ``since`` or later.
 
         :param match: see `airflow_events.listeners.support.values.Match`.
-        :param since: a moment, or a timedelta from the start of the run; None is the start of the run.
+        :param since: a moment, or a timedelta from the creation of the run; None is its creation.
 
         The other parameters and errors are as of `RedisListener.poll_for_event`; here an undecodable entry is
-        passed over, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
+        skipped, with a warning in the triggerer's log, unless ``on_undecodable`` is ``fail``.
         """
         from airflow_events.listeners.redis.client import Source
         from airflow_events.listeners.redis.watch import StreamHub

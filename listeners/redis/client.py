@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from airflow_events.listeners.support.connections import (
 )
 from airflow_events.listeners.support.shared import connected
 from airflow_events.listeners.support.timestamps import of_epoch
-from airflow_events.listeners.support.values import Format, decode
+from airflow_events.listeners.support.values import Format, decode, digest_of
 from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
@@ -114,7 +115,9 @@ def event_of(
     else:
         value = decode(fields[field.encode()], values, f"the field {field!r} of {where}")
     event = {"stream": source.stream, "id": entry, "timestamp": moment(entry), "value": value}
-    return event if not source.group else {**event, "group": source.group}
+    if not source.group:
+        return event
+    return {**event, "group": source.group, "digest": digest_of(*itertools.chain(*fields.items()))}
 
 
 def _decoded(raw: bytes, where: str) -> str:

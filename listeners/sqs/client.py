@@ -151,7 +151,9 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ClientError as error:
         code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code in _NO_QUEUE:
-            raise SourceMissing(f"{source}: there is no such queue, and none is made") from error
+            raise SourceMissing(
+                f"{source}: there is no such queue; create it, as it is not created automatically"
+            ) from error
         if status >= 500 or status == 429 or code in _BUSY or "throttl" in code.lower():
             raise _Busy(str(error)) from error
         if status in (401, 403) or "AccessDenied" in code:

@@ -72,9 +72,9 @@ def extras(found: Connection) -> dict[str, Any]:
         try:
             told = json.loads(found.extra)
         except ValueError as error:
-            raise misconfigured(found, "has extras that are no JSON") from error
+            raise misconfigured(found, "has extras that are not valid JSON") from error
         if not isinstance(told, dict):
-            raise misconfigured(found, "has extras that are no JSON object")
+            raise misconfigured(found, "has extras that are not a JSON object")
     return {name: value for name, value in told.items() if value is not None}
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events import settings
 from airflow_events.errors import SourceMissing, SourceUnreachable
+from airflow_events.listeners.base import current_wait
 from airflow_events.listeners.support.shared import background, woken
 from airflow_events.listeners.support.turns import Turns
 from tenacity import RetryCallState
@@ -39,6 +40,10 @@ _PAUSES = wait_exponential(multiplier=0.2, max=15) + wait_random(0, 0.3)
 
 class NoAnswer(ConnectionError):
     """The source was asked and has not answered in time, or its client has given up without saying why."""
+
+
+shared_log: contextvars.ContextVar[str] = contextvars.ContextVar("airflow_events.shared_log")
+"""Of waits that share a log: whose it is."""
 
 
 class Seeker:
@@ -68,8 +73,19 @@ class Seeker:
             self.found.set_exception(error)
 
     def tell(self, level: int, message: str, *arguments: Any) -> None:
-        """Write a line into the log of the wait's task."""
+        """Write a line into the log of the wait's task, or, with the wait's name, of the host that it shares."""
+        if self._context.get(shared_log):
+            message, arguments = f"%s: {message}", (self._context.copy().run(current_wait).id, *arguments)
+        self.write(level, message, *arguments)
+
+    def write(self, level: int, message: str, *arguments: Any) -> None:
+        """Write a line that is about all who wait for the source into that log."""
         self._context.copy().run(log.log, level, message, *arguments)
+
+    @property
+    def log(self) -> object:
+        """What the line goes to: a log of the wait's own, or the host's."""
+        return self._context.get(shared_log) or self
 
 
 _S = TypeVar("_S", bound=Seeker)
@@ -114,6 +130,7 @@ class Hub(abc.ABC, Generic[_S]):
         self._heard = time.monotonic()
         self._was_there = False
         self._trouble: tuple[Any, ...] | None = None  # what the waits were told, while the source is unreachable
+        self._logs_told: set[object] = set()  # the logs that have it
         self._work = background(self._run(), name)
 
     async def take(self, seeker: _S) -> Any:
@@ -127,8 +144,9 @@ class Hub(abc.ABC, Generic[_S]):
         self.seekers[seeker] = None
         self._changed.set()
         self.joined(seeker)
-        if self._trouble is not None:
-            seeker.tell(logging.WARNING, *self._trouble)
+        if self._trouble is not None and seeker.log not in self._logs_told:
+            self._logs_told.add(seeker.log)
+            seeker.write(logging.WARNING, *self._trouble)
         try:
             event = await seeker.found
             await self._turns.take()
@@ -229,7 +247,7 @@ class Hub(abc.ABC, Generic[_S]):
                     # Only now: what lets us connect and does nothing more is unreachable, too.
                     if self._trouble is not None:
                         self._trouble = None
-                        self._tell_all(logging.INFO, "%s is there again", self.name)
+                        self._tell_all(logging.INFO, "%s is reachable again", self.name)
                     away_since, attempts, self._was_there = 0.0, 0, True
             except Exception as error:
                 if not isinstance(error, (*lost, *_GONE) if self._was_there else lost):
@@ -243,7 +261,7 @@ class Hub(abc.ABC, Generic[_S]):
                     raise SourceUnreachable(self.name, seconds, error) from error
                 # One error may be of a connection that had grown old.
                 if self._trouble is None and (attempts > 1 or isinstance(error, NoAnswer)):
-                    message = "%s cannot be reached, which is tried again for up to %.0f s: %s"
+                    message = "%s cannot be reached; trying again for up to %.0f s: %s"
                     self._trouble = (message, self.name, settings.unreachable_timeout(), _text_of(error))
                     self._tell_all(logging.WARNING, *self._trouble)
                 await asyncio.sleep(_pause(attempts))
@@ -271,8 +289,10 @@ class Hub(abc.ABC, Generic[_S]):
 
     def _tell_all(self, level: int, message: str, *arguments: Any) -> None:
         log.log(level, message, *arguments)
-        for seeker in list(self.seekers):
-            seeker.tell(level, message, *arguments)
+        seekers = {seeker.log: seeker for seeker in self.seekers}
+        self._logs_told = set(seekers)
+        for seeker in seekers.values():
+            seeker.write(level, message, *arguments)
 
     async def _idle(self) -> None:
         while not self._is_wanted:

@@ -11,8 +11,9 @@ from airflow.sdk._shared.secrets_masker import should_hide_value_for_key
 from airflow_events.listeners.base import EventListener
 
 _MASK = "***"
-# From the first colon after the scheme to the last @ before the path.
-_IN_URL = re.compile(r"(://[^\s/?#:@]*:)[^\s/?#]*(?=@)")
+# From the first colon after the scheme to the last @ of the login, in which people leave /, ? and # as they are;
+# or a login without a colon that is as long as a token. What follows a colon and begins as a port does, is one.
+_IN_URL = re.compile(r"(://[^\s/?#:@]*:)(?!\d+(?:[/?#]|\s|$))\S*(?=@)|(://)[^\s/?#:@]{16,}(?=@)")
 # Of a URL's query, or of a connection string.
 _ASSIGNED = re.compile(r"(?<![^\s?&;,])(\w+)(\s*=\s*)('[^']*'|[^\s&;,]+)")
 
@@ -42,7 +43,7 @@ def masked(value: Any, redact: Callable[..., Any], name: str | None = None) -> A
 
 def _within(value: Any) -> Any:
     if isinstance(value, str):
-        return _ASSIGNED.sub(_assigned, _IN_URL.sub(rf"\1{_MASK}", value))
+        return _ASSIGNED.sub(_assigned, _IN_URL.sub(lambda found: f"{found[1] or found[2]}{_MASK}", value))
     if isinstance(value, dict):
         return {key: _within(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

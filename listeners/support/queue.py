@@ -350,7 +350,13 @@ class QueueListener(EventListener):
         """Return the coordinates of the message at its source, as one text: see `EventListener.event_id`."""
 
     def event_content(self, event: Any) -> Any:
-        """Return the event without the connection over which it came: another one may deliver it again."""
+        """
+        Return what the source has of the message, its ``digest``: a redelivery may be read by another format.
+
+        Of an event without one, all but the connection over which it came.
+        """
+        if digest := event.get("digest"):
+            return digest
         return {name: said for name, said in event.items() if not name.endswith(("_conn_id", "_config_id"))}
 
     async def acknowledge(self, event: Any) -> None:

@@ -27,7 +27,8 @@ def check_schema(schema: Any) -> None:
     """
     Check that events can be judged by a schema.
 
-    :raises ValueError: it is no JSON Schema, refers to something else, or has a pattern that takes no linear time.
+    :raises ValueError: it is not a valid JSON Schema, refers to something else, or has a pattern that takes more
+        than linear time.
     """
     _validator(_text(schema))
 
@@ -69,7 +70,7 @@ def _validator(schema: str) -> Any:
             retriever=_refuse,
         )
     except jsonschema_rs.ValidationError as error:
-        raise ValueError(f"it is no JSON Schema that events can be judged by: {_why(error)}") from None
+        raise ValueError(f"it is not a valid JSON Schema that events can be judged by: {_why(error)}") from None
 
 
 def _why(error: jsonschema_rs.ValidationError) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from airflow.sdk.serde import deserialize, serialize
 from airflow_events.errors import EventNotSerializable
+from airflow_events.listeners.support.timestamps import in_zone
 
 # By these Airflow tells its own dicts from others; a payload that has them would be taken for a class.
 RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
@@ -164,7 +165,7 @@ def localized(value: Any, zone: tzinfo) -> Any:
     Airflow writes a naive datetime down as if it were in the time zone of the process that writes.
     """
     if isinstance(value, datetime) and value.tzinfo is None:
-        return value.replace(tzinfo=zone)
+        return in_zone(value, zone)
     if type(value) is dict:
         return {key: localized(item, zone) for key, item in value.items()}
     if type(value) in (list, tuple, set, frozenset):

@@ -39,6 +39,18 @@ def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
     return in_utc(moment, wait.tz)
 
 
+def in_zone(moment: datetime, zone: tzinfo) -> datetime:
+    """
+    Return a naive datetime in a time zone.
+
+    Of an hour that a clock change repeats it is the second, as wherever Airflow reads a naive datetime, whatever
+    its ``fold`` says; in an hour that is skipped it is as much later.
+    """
+    if isinstance(zone, pendulum.Timezone):
+        return zone.convert(moment.replace(fold=1))
+    return moment.replace(tzinfo=zone)
+
+
 def in_utc(moment: float | datetime, zone: tzinfo) -> datetime:
     """
     Return seconds since the epoch, or a datetime, as a datetime in UTC.
@@ -52,7 +64,7 @@ def in_utc(moment: float | datetime, zone: tzinfo) -> datetime:
         except (OverflowError, OSError, ValueError) as error:
             raise ValueError(f"{moment!r} seconds since the epoch is out of range (milliseconds?)") from error
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=zone)
+        moment = in_zone(moment, zone)
     # A plain datetime: the event should not depend on a library's class.
     return datetime.fromtimestamp(moment.timestamp(), timezone.utc)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,14 @@ def decode(raw: bytes | None, values: Format, where: str) -> Any:
         return raw.decode() if values == "text" else json_of(raw)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
         raise EventUndecodable(where, values, str(error), raw[:200]) from error
+
+
+def digest_of(*raw: bytes | None) -> str:
+    """Return a digest of a message as its source has it, in hex: the same by whatever format it is read."""
+    found = hashlib.sha256()
+    for part in raw:
+        found.update(b"-" if part is None else b"%d:%b" % (len(part), part))
+    return found.hexdigest()[:32]
 
 
 def text_of(raw: bytes) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -380,7 +381,7 @@ class LogHub(Hub[Watcher], Generic[_P]):
         self, message: Message, error: EventUndecodable, watchers: list[Watcher], again: bool = False
     ) -> None:
         if not again:
-            log.warning("%s: passed over: %s", self.name, error)
+            log.warning("%s: skipped: %s", self.name, error)
         for watcher in watchers:
             if message.timestamp >= watcher.since and watcher.on_undecodable == "fail":
                 watcher.fail(error)
@@ -426,8 +427,9 @@ def since_of(since: datetime | str | timedelta | None, wait: Wait) -> datetime:
     """
     Return from when on a watch looks.
 
-    :param since: a datetime or ISO 8601, naive in the DAG's time zone; a timedelta from the start of the run;
-        None is the start of the run.
-    :raises ValueError: the string is no moment, or the run has no start to count from.
+    :param since: a datetime or ISO 8601, naive in the DAG's time zone; a timedelta from the creation of the
+        run; None is its creation.
+    :raises ValueError: the string is no moment, or the run has nothing to count from.
     """
-    return when(timedelta() if since is None else since, wait)
+    counted = dataclasses.replace(wait, run_start=wait.run_created or wait.run_start)
+    return when(timedelta() if since is None else since, counted)

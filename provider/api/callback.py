@@ -117,9 +117,9 @@ def check(token: str) -> Token:
             options={"require": ["exp", "iat", "aud"], "verify_iat": False},
         )
     except jwt.ExpiredSignatureError:
-        raise TokenExpired("the address has expired") from None
+        raise TokenExpired("the URL has expired") from None
     except jwt.PyJWTError:
-        raise TokenInvalid("the address is not valid") from None
+        raise TokenInvalid("the URL is not valid") from None
     dag_id, run_id, task_id, map_index = claims["wait"]
     return Token(
         Wait(dag_id, run_id, task_id, map_index),

@@ -1,4 +1,4 @@
-"""The route that a signed address leads to."""
+"""The route of signed URLs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_of(
 ) -> Token:
     """Return what the token of the address says, which nobody without the secret could have written."""
     if not token:
-        raise HTTPException(status.HTTP_401_UNAUTHORIZED, "the address has no token")
+        raise HTTPException(status.HTTP_401_UNAUTHORIZED, "the URL has no token")
     try:
         return check(token)
     except TokenInvalid as error:
@@ -43,7 +43,7 @@ router = APIRouter(dependencies=[Depends(token_of)])
 
 @router.post(
     "/callback",
-    summary="Send an event to the wait that a signed address is for",
+    summary="Send an event to the wait that a signed URL is for",
     response_model=Answer,
     response_description="The event is durable, and the wait has it.",
     responses={**KEPT, **answers(400, 401, 403, 404, 409, 410, 413, 415, 422, 425, 503)},
@@ -59,10 +59,10 @@ async def send_by_callback(
         sending.check_payload(payload)
         row = WaitRow.lock(session, token.wait)
         if token.made_by is not None and not _is_of_run(session, token.made_by, row.wait):
-            raise Over("the run that the address was made in is gone")
+            raise Over("the run that the URL was made in is gone")
         cleared = _last_clear(session, row)
         if cleared is not None and token.issued < cleared:
-            raise Over(f"{token.wait.id} was cleared since the address was made")
+            raise Over(f"{token.wait.id} was cleared after the URL was made")
         return sending.give(
             row, payload, by="callback", event_id=event_id, idempotency_key=idempotency_key, arrived=arrived
         )

@@ -20,10 +20,11 @@ from airflow.utils.session import create_session
 from airflow_events import inbox_token, settings
 from airflow_events.api.requests import parse, read
 from airflow_events.errors import InboxKeyMissing, InboxTokenRefused
-from airflow_events.inbox.entries import Answer, Entry, Status, as_json, entry_of
+from airflow_events.inbox.carrying_out import carry_out_each
+from airflow_events.inbox.entries import Entry, as_json, entry_of
 from airflow_events.provider_info import VERSION
 from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, status
-from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import DBAPIError
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ async def stand() -> dict[str, str]:
 def _answers(raw: bytes) -> bytes:
     entries = _entries(parse(raw))
     try:
-        answers = _carried_out(entries)
+        answers = carry_out_each(entries)
     except DBAPIError as error:
         if _lacks_tables(error):
             log.error(
@@ -92,19 +93,6 @@ def _answers(raw: bytes) -> bytes:
             ) from None
         raise
     return json.dumps({"answers": [as_json(answer) for answer in answers], "version": VERSION}).encode()
-
-
-def _carried_out(entries: list[Entry]) -> list[Answer]:
-    """Carry out entries, and those that the database refuses to write not."""
-    from airflow_events.inbox import transactions
-
-    try:
-        return transactions.carry_out(entries)
-    except DataError as error:
-        if len(entries) > 1:
-            return [answer for entry in entries for answer in _carried_out([entry])]
-        log.warning("The database refuses what it is to write", exc_info=error)
-        return [Answer(Status.INVALID, f"the database refuses it: {str(error.orig).splitlines()[0]}")]
 
 
 def _entries(body: Any) -> list[Entry]:

@@ -144,7 +144,7 @@ def send(
     )
     for_later = to == "all" and ttl is not None
     if for_later:
-        _check_room(session, address)
+        _check_room(session, kept)
     free = _free(session, address)
     if free and to == "one":  # whoever came first
         _match(session, address, free, most=_FIRST)
@@ -155,7 +155,7 @@ def send(
         if to == "all" and not for_later:
             raise NoSuchWait(f"no wait has the key {key!r} now, and without a ttl an event for all is not kept")
         if to == "one":
-            _check_room(session, address)
+            _check_room(session, kept)
             for_later = True
     if for_later:
         kept.reached = json.dumps(given.reached)
@@ -413,21 +413,22 @@ class _Total:
 _total = _Total()
 
 
-def _check_room(session: Session, address: bytes) -> None:
+def _check_room(session: Session, kept: EventKept) -> None:
     """
     Check that one more event may be kept.
 
     :raises TooMany: it may not.
     """
-    for_key, of_key = settings.http_most_kept_for_key(), EventKept.address == address
-    if _are(session, for_key, of_key):
-        session.execute(
-            delete(EventKept)
-            .where(of_key, EventKept.expires <= now())
-            .execution_options(synchronize_session=False)
-        )
-        if _are(session, for_key, of_key):
-            raise TooMany(f"{for_key} events are kept for this key, and no more ([events] http_most_kept_for_key)")
+    for option, most, which in (
+        ("key", settings.http_most_kept_for_key(), EventKept.address == kept.address),
+        ("sender", settings.http_most_kept_for_sender(), EventKept.sent_by == kept.sent_by),
+    ):
+        if _are(session, most, which):
+            over = delete(EventKept).where(which, EventKept.expires <= now())
+            session.execute(over.execution_options(synchronize_session=False))
+            if _are(session, most, which):
+                said = f"{most} events are kept for this {option}, and no more"
+                raise TooMany(f"{said} ([events] http_most_kept_for_{option})")
     if _total.reaches(session, in_all := settings.http_most_kept()):
         raise TooMany(f"{in_all} events are kept for all keys, and no more ([events] http_most_kept)")
 

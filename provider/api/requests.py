@@ -98,7 +98,7 @@ def parse(raw: bytes) -> Any:
         return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise HTTPException(
-            status.HTTP_422_UNPROCESSABLE_CONTENT, f"the body is no JSON: {error or 'nested too deeply'}"
+            status.HTTP_422_UNPROCESSABLE_CONTENT, f"the body is not valid JSON: {error or 'nested too deeply'}"
         ) from None
 
 
@@ -134,11 +134,11 @@ REFUSALS: Mapping[int, str] = {
     403: "Logged in, or addressed, without the permission.",
     404: "There is no such run or task, or it does not wait for HTTP events.",
     409: "The wait has another event already.",
-    410: "The wait has ended without an event, or was rejected; or the address has expired.",
+    410: "The wait has ended without an event, or was rejected; or the URL has expired.",
     413: "The body is larger than `[events] http_max_body`.",
     415: "The body is not `application/json`.",
-    422: "The body is no JSON, does not fit the wait's schema, or cannot be stored; or the idempotency key was "
-    "used with another body.",
+    422: "The body is not valid JSON, does not fit the wait's schema, or cannot be stored; or the idempotency key "
+    "was used with another body.",
     425: "What the wait takes is not known before it begins. `Retry-After` says when to try again.",
     429: "As many events are kept as `[events] http_most_kept_for_key` or `http_most_kept` allows. `Retry-After` "
     "says when to try again.",

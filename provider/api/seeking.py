@@ -98,12 +98,16 @@ async def keep_looking() -> None:
             reached = await asyncio.to_thread(look_once)
         except Exception:
             level = logging.DEBUG if failing else logging.ERROR
-            log.log(level, "What waits look for could not be looked for; this is tried again", exc_info=True)
+            log.log(
+                level,
+                "Could not check the DAG runs, tasks and assets that waits are for; this is tried again",
+                exc_info=True,
+            )
             failing = True
         else:
             failing = False
             if reached:
-                log.info("What they waited for was found: %s", ", ".join(reached))
+                log.info("Events were found for: %s", ", ".join(reached))
         took, before = time.monotonic() - began, took
 
 

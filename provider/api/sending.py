@@ -235,7 +235,7 @@ def fits(row: WaitRow, payload: Any) -> None:
     :raises TooEarly: the schema is not known yet.
     """
     if "schema" not in row.wants:
-        raise TooEarly(f"what {row.wait.id} takes is worked out when it begins, and it has not")
+        raise TooEarly(f"{row.wait.id} has not begun; which events it takes is not known yet")
     schema = row.wants["schema"]
     if schema is None:
         return
@@ -283,7 +283,7 @@ def _may_take(row: WaitRow) -> None:
         state = row.task.state or "of a run that has ended"
         raise Over(f"{row.wait.id} has ended without an event: it is {state}")
     if row.resuming:
-        raise Moving(f"{row.wait.id} is on its way to a worker")
+        raise Moving(f"{row.wait.id} is being handed to a worker")
     if row.task.state == TaskInstanceState.DEFERRED and not row.waiting:
         raise Moving(f"{row.wait.id} has no trigger")
 

@@ -24,7 +24,7 @@ from airflow_events import settings, task_proof
 from airflow_events.api import keys
 from airflow_events.api.key_events import KeyAnswer, key_answer
 from airflow_events.api.requests import Payload
-from airflow_events.inbox.database import in_transaction
+from airflow_events.doors import in_turn
 from airflow_events.listeners.base import Wait
 from fastapi import APIRouter, Depends, Header, HTTPException, Response, status
 from fastapi.exceptions import RequestValidationError
@@ -80,14 +80,14 @@ class TaskAnswer(KeyAnswer):
     )
 
 
-def sender_of(ti: uuid.UUID, authorization: Annotated[str | None, Header()] = None) -> Sender:
+async def sender_of(ti: uuid.UUID, authorization: Annotated[str | None, Header()] = None) -> Sender:
     """Return the task that sends, which only it can have proved."""
     scheme, _, proof = (authorization or "").strip().partition(" ")
     if scheme.lower() != "bearer" or not proof:
         raise HTTPException(status.HTTP_401_UNAUTHORIZED, "there is no proof in the header Authorization")
     if not settings.send_from_tasks():
         raise HTTPException(status.HTTP_403_FORBIDDEN, "tasks may not send events ([events] send_from_tasks)")
-    sender = in_transaction(lambda session: _sender(session, ti, proof))
+    sender = await in_turn(lambda session: _sender(session, ti, proof))
     if sender is None:
         raise HTTPException(status.HTTP_401_UNAUTHORIZED, "no task that is running has given this proof")
     return sender
@@ -123,7 +123,9 @@ def sent_of(payload: Payload) -> Sent:
 
 
 @router.post("/{ti}/events", response_model=TaskAnswer)
-def send_from_task(sender: TheSender, sent: Annotated[Sent, Depends(sent_of)], response: Response) -> KeyAnswer:
+async def send_from_task(
+    sender: TheSender, sent: Annotated[Sent, Depends(sent_of)], response: Response
+) -> KeyAnswer:
     """Give an event to the waits with a key, once for all tries of the task."""
     event_id = uuid.uuid4().hex
 
@@ -142,7 +144,7 @@ def send_from_task(sender: TheSender, sent: Annotated[Sent, Depends(sent_of)], r
         )
 
     try:
-        return key_answer(in_transaction(work), response)
+        return key_answer(await in_turn(work), response)
     except keys.SentBefore as before:
         return TaskAnswer(**key_answer(before.receipt, response).model_dump(), differs=True)
 

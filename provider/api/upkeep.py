@@ -38,9 +38,9 @@ async def keep_up() -> None:
             if str(error) != told:
                 told = str(error)
                 if isinstance(error, InboxNotMigrated):
-                    log.error("No wait for an event can work: %s", error)
+                    log.error("Waits for events cannot run: %s", error)
                 else:
-                    log.exception("The tables of the inbox could not be seen to; this is tried again")
+                    log.exception("Maintenance of the inbox's tables failed; this is tried again")
             await asyncio.sleep(_PAUSE_IF_FAILING)
         else:
             told = None

@@ -93,7 +93,7 @@ def show_wait(args: argparse.Namespace) -> None:
     with create_session() as session:
         detail = waits.show(session, _key(args))
     if detail is None:
-        raise SystemExit(f"{_name(args)} is no task instance that waits for an event")
+        raise SystemExit(f"{_name(args)} is not found, or does not wait for an event")
     rows = [_facts(detail)]
     if args.output in ("table", "plain"):
         rows = [{"what": name, "value": value} for name, value in rows[0].items() if value is not None]
@@ -111,7 +111,7 @@ def forget_event(args: argparse.Namespace) -> None:
     with create_session() as session:
         forgotten = waits.forget(session, _key(args), by=getuser())
     if forgotten is None:
-        raise SystemExit(f"{_name(args)} is no task instance")
+        raise SystemExit(f"{_name(args)} is not found")
     if forgotten.refused:
         raise SystemExit(forgotten.refused)
     print(f"Forgotten. Clear the task to wait for another event: {_name(args)}")
@@ -164,7 +164,7 @@ def send_event(args: argparse.Namespace) -> None:
     try:
         payload = json.loads(sys.stdin.read() if args.payload == "-" else args.payload)
     except (ValueError, RecursionError) as error:
-        print(f"The payload is no JSON: {error}".replace("\n", " "), file=sys.stderr)
+        print(f"The payload is not valid JSON: {error}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from None
     event_id = uuid.uuid4().hex
     receipt = _in_inbox(

@@ -29,9 +29,9 @@ class _Text:
     def __call__(self, text: str) -> str:
         """Return ``text`` if it is one."""
         if "\0" in text or not _is_unicode(text):
-            raise argparse.ArgumentTypeError("it holds a NUL, or what is no text")
+            raise argparse.ArgumentTypeError("it contains a NUL or invalid characters")
         if not 0 < len(text) <= self._most:
-            raise argparse.ArgumentTypeError(f"it is to have 1 to {self._most} characters, and has {len(text)}")
+            raise argparse.ArgumentTypeError(f"it must have 1 to {self._most} characters, not {len(text)}")
         return text
 
 
@@ -46,7 +46,7 @@ class _Integer:
         with contextlib.suppress(ValueError):
             if (number := int(text)) in self._range:
                 return number
-        raise argparse.ArgumentTypeError(f"it is to be an integer from {self._range[0]} to {self._range[-1]}")
+        raise argparse.ArgumentTypeError(f"it must be an integer from {self._range[0]} to {self._range[-1]}")
 
 
 def _is_unicode(text: str) -> bool:
@@ -59,8 +59,8 @@ def _is_unicode(text: str) -> bool:
 
 # As long as Airflow's columns.
 _ID = _Text(250)
-_MOST = Arg(("--limit",), type=_Integer(1, 100_000), default=100, help="How many at most (default: 100)")
-_LEFT_OUT = Arg(("--offset",), type=_Integer(0, 10_000_000), default=0, help="How many to leave out before them")
+_MOST = Arg(("--limit",), type=_Integer(1, 100_000), default=100, help="Maximum number of rows (default: 100)")
+_LEFT_OUT = Arg(("--offset",), type=_Integer(0, 10_000_000), default=0, help="Rows to skip before them")
 
 _WAIT = (
     Arg(("dag_id",), type=_ID, help="The id of the dag"),
@@ -104,7 +104,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
     return [
         GroupCommand(
             name="events",
-            help="Look at the waits for events and at what starts runs, end waits, forget what they recorded",
+            help="List and manage waits for events, and DAGs that events start",
             subcommands=(
                 ActionCommand(
                     name="list",
@@ -122,7 +122,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
                             help="Part of the id of dag, run or task, or of the listener's name",
                         ),
                         _ORDER,
-                        Arg(("--descending",), action="store_true", default=None, help="Sort the other way round"),
+                        Arg(("--descending",), action="store_true", default=None, help="Sort in descending order"),
                         _MOST,
                         _LEFT_OUT,
                         ARG_OUTPUT,
@@ -131,7 +131,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
                 ),
                 ActionCommand(
                     name="starts",
-                    help="List what starts runs: which events, whether there is room for more, which came last",
+                    help="List DAGs that events start: by which, whether there is room for a run, the last event",
                     func=lazy_load_command(f"{_COMMANDS}.list_starts"),
                     args=(Arg(("--dag-id",), help="Only runs of this dag"), ARG_OUTPUT, ARG_VERBOSE),
                 ),
@@ -149,7 +149,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
                 ),
                 ActionCommand(
                     name="kept",
-                    help="List the events that are kept for a key until waits begin that have it",
+                    help="List events that are kept for a key until a wait for that key begins",
                     func=lazy_load_command(f"{_COMMANDS}.list_kept"),
                     args=(
                         Arg(("--key",), type=_Text(256), help="Only events of this key"),
@@ -183,7 +183,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
                         Arg(
                             ("--idempotency-key",),
                             type=_Text(200),
-                            help="Of two events with the same key the wait takes the first",
+                            help="Requests with the same idempotency key count once",
                         ),
                         ARG_VERBOSE,
                     ),
@@ -194,13 +194,18 @@ def get_events_cli_commands() -> list[GroupCommand]:
                     func=lazy_load_command(f"{_COMMANDS}.reject_wait"),
                     args=(
                         *_WAIT,
-                        Arg(("--reason",), type=_Text(2000), required=True, help="Why; the task's log has it"),
+                        Arg(
+                            ("--reason",),
+                            type=_Text(2000),
+                            required=True,
+                            help="The reason, which is written to the task's log",
+                        ),
                         ARG_VERBOSE,
                     ),
                 ),
                 ActionCommand(
                     name="rotate-fernet-key",
-                    help="Encrypt what waits without a trigger keep with the first of the Fernet keys",
+                    help="Encrypt again what parked and hosted waits keep, with the first of the Fernet keys",
                     description="To be run after `airflow rotate-fernet-key`, and before the old key is dropped. "
                     "Exits with 1 if a wait cannot be read with any of the keys.",
                     func=lazy_load_command(f"{_COMMANDS}.rotate_fernet_key"),
@@ -208,7 +213,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
                 ),
                 ActionCommand(
                     name="doctor",
-                    help="Say whether triggerers get to the inbox in the API server, and if not what to do",
+                    help="Check that triggerers can reach the inbox in the API server; say what to do if not",
                     description=(
                         "Looks for the tables, the key, the address, and what answers there. Run it where a "
                         "triggerer runs. Exits with 1 if something is wrong."

@@ -66,7 +66,7 @@ def key() -> Finding:
     try:
         count = len(inbox_token.keys())
     except InboxKeyMissing as missing:
-        return Finding("key", str(missing), "set it to the same for API servers, triggerers and schedulers")
+        return Finding("key", str(missing), "use the same on API servers, triggerers and workers that send events")
     if settings.inbox_secret():
         return Finding("key", "derived from [events] inbox_secret")
     others = f", and {count - 1} more accepted" if count > 1 else ""
@@ -83,18 +83,18 @@ def tables() -> Finding:
             found = manager.get_current_revision()
             script = manager.get_script_object()
     except SQLAlchemyError as error:
-        return Finding("tables", f"the database cannot be asked: {error}", "see `airflow db check`")
+        return Finding("tables", f"the database cannot be reached: {error}", "see `airflow db check`")
     [wanted] = script.get_heads()
     known = {revision.revision for revision in script.walk_revisions()}
     if found == wanted:
-        return Finding("tables", f"of version {found}")
+        return Finding("tables", f"at revision {found}")
     if found is None:
-        return Finding("tables", f"not there; wanted is version {wanted}", "run `airflow db migrate`")
+        return Finding("tables", f"missing; revision {wanted} is required", "run `airflow db migrate`")
     if found in known:
-        return Finding("tables", f"of version {found}; wanted is {wanted}", "run `airflow db migrate`")
+        return Finding("tables", f"at revision {found}; revision {wanted} is required", "run `airflow db migrate`")
     return Finding(
         "tables",
-        f"of version {found}, which this package does not know; it has {wanted}",
+        f"at revision {found}, which this package does not know; its own is {wanted}",
         f"install the airflow-provider-events that made them; here is {VERSION}",
     )
 
@@ -108,7 +108,7 @@ def server() -> Iterator[Finding]:
             raise httpx.InvalidURL("there is no host in it")
         socket.getaddrinfo(where.host, where.port or where.scheme)
     except (httpx.InvalidURL, OSError) as error:
-        yield Finding("address", f"{url} leads nowhere: {error}", _WHERE)
+        yield Finding("address", f"the host of {url} cannot be resolved: {error}", _WHERE)
         return
     try:
         headers = {"Authorization": f"Bearer {inbox_token.sign()}"}
@@ -124,9 +124,7 @@ def server() -> Iterator[Finding]:
     except httpx.HTTPError as error:
         said = f"{url} does not answer: {type(error).__name__}: {error}"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            advice = (
-                "set [events] inbox_ca to a file with the certificate of the authority that the server's is of"
-            )
+            advice = "set [events] inbox_ca to a file with the certificate of the CA that signed the server's"
         else:
             advice = f"is the API server up, and may this machine connect to it? If it is elsewhere, {_WHERE}"
         yield Finding("address", said, advice)
@@ -141,7 +139,7 @@ def _of(url: str, response: httpx.Response) -> Iterator[Finding]:
         yield Finding(
             "token",
             f"refused: {detail(response)}",
-            "let [core] fernet_key (or [events] inbox_secret) and the clock be the same here as there",
+            "use the same [core] fernet_key (or [events] inbox_secret) here as there, and synchronize the clocks",
         )
         return
     if response.status_code == 503:
@@ -160,7 +158,7 @@ def _of(url: str, response: httpx.Response) -> Iterator[Finding]:
         return
     yield Finding("address", f"{url} answers")
     yield Finding("token", "accepted")
-    same = "" if version == VERSION else "install the same version for API servers, triggerers and schedulers"
+    same = "" if version == VERSION else "install the same version on all components"
     yield Finding("versions", f"{VERSION} here, {version} in the API server", same)
     if not of_tables:
         yield Finding("its tables", "the API server finds none", "is its database the one that was migrated?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import datetime, timezone
 
 
@@ -34,15 +35,15 @@ class Alarm:
     def wait(self, longest: float) -> bool:
         """Wait until it rings, for ``longest`` seconds at most, and forget when; return False after `end`."""
         with self._changed:
-            until = datetime.now(timezone.utc).timestamp() + longest
+            until = time.monotonic() + longest
             while not self._over and (left := self._left(until)) > 0:
                 self._changed.wait(left)
             self._at = None
             return not self._over
 
     def _left(self, until: float) -> float:
-        at = until if self._at is None else min(until, self._at.timestamp())
-        return at - datetime.now(timezone.utc).timestamp()
+        left = until - time.monotonic()  # a clock that is set back makes nobody wait for longer
+        return left if self._at is None else min(left, (self._at - datetime.now(timezone.utc)).total_seconds())
 
 
 alarm = Alarm()

@@ -414,6 +414,7 @@ class Answer:
     :param deadline: ISO 8601 in UTC; None for no end.
     :param left: seconds until then, by the clock of the API server; of a wait that has begun.
     :param run_start: when the run started as the wait first began, ISO 8601 in UTC; None if nobody knows.
+    :param run_created: when the run was created, likewise.
     :param lost: the id of the recording that the wait has lost last; empty if none.
     :param stored: the event that it has, or None.
     :param superseded: an event that it had before a clear, was not to be replayed, and was not committed: to be
@@ -426,7 +427,7 @@ class Answer:
     :param room: how many more runs events may start now.
     :param dags: the ids of the DAGs whose runs they are.
     :param hosted: of a host: its waits, each with the UUID of its try, `Park.kwargs`, and its generation.
-    :param after: of a host: what to ask for the next page with; empty if there is none.
+    :param after: of a host: what to ask for the next page with, or, after the last, for what joins from now on.
     """
 
     status: str
@@ -435,6 +436,7 @@ class Answer:
     deadline: str | None = None
     left: float | None = None
     run_start: str | None = None
+    run_created: str | None = None
     lost: str = ""
     stored: Stored | None = None
     superseded: Stored | None = None

@@ -28,8 +28,9 @@ from sqlalchemy.sql import ColumnElement
 TRIGGER = "airflow_events.triggers.host.HostTrigger"
 """Class path of the hosts' trigger; it is frozen."""
 
-# `airflow db clean` deletes triggers by their age, and the task instance that has one with it.
-_RENEW_AFTER = timedelta(hours=6)
+# `airflow db clean` deletes triggers by their age, and the task instance that has one with it. They do not become
+# new, since triggerers take on the oldest first.
+_RENEW_AFTER, _RENEWED = timedelta(hours=12), timedelta(hours=6)
 
 
 def take_in(session: Session, joining: Mapping[bytes, Sequence[uuid.UUID]]) -> None:
@@ -88,7 +89,7 @@ def _without(session: Session) -> list[bytes]:
     alive = [row.trigger_id for row in rows if row.host in anchored]
     old = and_(Trigger.id.in_(alive), Trigger.created_date < now - _RENEW_AFTER)
     if alive:
-        _execute(session, update(Trigger).where(old).values(created_date=now))
+        _execute(session, update(Trigger).where(old).values(created_date=now - _RENEWED))
     _take_from_those_that_do_not_wait(session, [row.trigger_id for row in rows if row.host not in anchored])
     return [row.host for row in rows if row.host not in anchored]
 

@@ -186,7 +186,7 @@ class EventKept(Base):
     event_id: Mapped[str] = mapped_column(String(40))
     to: Mapped[str] = mapped_column(String(10))
     """``one`` or ``all``."""
-    sent_by: Mapped[str] = mapped_column(String(250))
+    sent_by: Mapped[str] = mapped_column(String(250), index=True)
     dags: Mapped[str | None] = mapped_column(_long_text)
     """To which DAGs' waits it may go, a JSON list; NULL for all."""
     reached: Mapped[str] = mapped_column(_long_text)

@@ -13,12 +13,12 @@ _EARLIEST = datetime(1970, 1, 2, tzinfo=timezone.utc)  # that all of Airflow's d
 _NOTHING: Mapping[str, Any] = {"sought": None, "sought_kind": None, "sought_since": None}
 
 
-def columns_of(sought: Mapping[str, Any] | None, start: datetime) -> Mapping[str, Any]:
+def columns_of(sought: Mapping[str, Any] | None, created: datetime) -> Mapping[str, Any]:
     """
     Return what the row of a wait says of it.
 
     :param sought: `airflow_events.listeners.base.EventListener.sought`.
-    :param start: of the run, as the wait first began; or when that was.
+    :param created: when the run was; or when the wait first began, where nobody knows.
     """
     if sought is None:
         return _NOTHING
@@ -26,7 +26,7 @@ def columns_of(sought: Mapping[str, Any] | None, start: datetime) -> Mapping[str
     if sought["since"] is not None:
         since = datetime.fromisoformat(sought["since"])
     elif sought["after"] is not None:
-        since = start + timedelta(seconds=sought["after"])
+        since = created + timedelta(seconds=sought["after"])
     return {
         "sought": json.dumps(sought["of"], sort_keys=True),
         "sought_kind": str(sought["kind"])[:20],

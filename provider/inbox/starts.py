@@ -35,6 +35,7 @@ from airflow.utils.state import DagRunState
 from airflow.utils.types import DagRunTriggeredByType, DagRunType
 from airflow_events.inbox.database import begin_writing, once_committed
 from airflow_events.inbox.entries import RUN_ID_PREFIX, Answer, StartRoom, StartRun, Status, Told
+from airflow_events.inbox.models import EventSent
 from airflow_events.inbox.taken import Taken, taken_of, write_taken
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 
 # For how many asset events there is always room.
 _MOST_ASSET_EVENTS = 64
+
+# For how long a request may be repeated whose answer was lost.
+_ASKED_AGAIN = timedelta(days=1)
 
 _NOBODYS = Answer(Status.OUTLIVED, "the trigger's assets start no DAG any more")
 
@@ -211,6 +215,11 @@ def _make_asset_events(batch: _Batch, entry: StartRun, new: list[Told], dags: li
         return Answer(Status.FULL)
     watched = select(AssetModel).join(AssetWatcherModel, AssetWatcherModel.asset_id == AssetModel.id)
     watched = watched.where(AssetWatcherModel.trigger_id == entry.trigger).order_by(AssetModel.id)
+    # Of an event without an id nothing else tells that it is asked again, as its answer was lost.
+    of_it = json.dumps(["asset_event", entry.record_id]).encode()
+    asked = None if new[0].identity else hashlib.sha256(of_it).digest()
+    if asked is not None and batch.session.get(EventSent, asked) is not None:
+        return Answer(Status.DONE)
     # As Airflow has them of what a trigger yields.
     extra = {"from_trigger": True, "payload": json.loads(new[0].event)}
     names: list[str] = []
@@ -222,6 +231,9 @@ def _make_asset_events(batch: _Batch, entry: StartRun, new: list[Told], dags: li
                 asset=asset.to_serialized(), extra=extra, session=batch.session, callback_sink=callbacks
             )
             names.append(f"asset {asset.name}")
+        if asked is not None:
+            expires = batch.now + _ASKED_AGAIN
+            batch.session.add(EventSent(identity=asked, content=asked, receipt="null", expires=expires))
         batch.session.flush()
 
     if refused := _carefully(batch.session, make):

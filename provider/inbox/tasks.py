@@ -40,7 +40,8 @@ class Task:
     A task instance as it was when this transaction locked it.
 
     :param clears: its ``max_tries``, which grows with each clear and by nothing else.
-    :param run_start: when its run started; if it was cleared, when it was made.
+    :param run_start: when its run started; if it was cleared, when it was created.
+    :param run_created: when its run was created, which no clear changes.
     """
 
     id: uuid.UUID
@@ -57,6 +58,7 @@ class Task:
     dag_run_id: int
     logical_date: datetime | None
     run_start: datetime | None
+    run_created: datetime | None
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -74,11 +76,10 @@ class Task:
         return self.state == TaskInstanceState.DEFERRED
 
 
-# A clear makes the run start again, so that Airflow does not know any more when it first did; the run was made not
-# long before. Airflow earlier than 3.2 did not note that either.
-_RUN_START = case(
-    (DagRun.clear_number > 0, func.coalesce(DagRun.created_at, DagRun.run_after)), else_=DagRun.start_date
-)
+# Airflow earlier than 3.2 did not note it.
+_RUN_CREATED = func.coalesce(DagRun.created_at, DagRun.run_after)
+# A clear makes the run start again, so that Airflow does not know any more when it first did.
+_RUN_START = case((DagRun.clear_number > 0, _RUN_CREATED), else_=DagRun.start_date)
 
 _COLUMNS = (
     TaskInstance.id,
@@ -95,6 +96,7 @@ _COLUMNS = (
     DagRun.id.label("dag_run_id"),
     DagRun.logical_date,
     _RUN_START.label("run_start"),
+    _RUN_CREATED.label("run_created"),
 )
 
 

@@ -335,13 +335,15 @@ def _begin_one(batch: _Batch, entry: Begin, task: Task, timeouts: list[tuple[Tas
         "clears": task.clears,
         **({} if entry.hosted else NOT_PARKED),
     }
-    values.update(sought.columns_of(entry.sought, values["run_start"] or values["since"]))
+    created = task.run_created or values["run_start"]
+    values.update(sought.columns_of(entry.sought, created or values["since"]))
     answer = Answer(
         Status.DONE,
         generation=values["generation"],
         deadline=_iso(deadline),
         left=None if deadline is None else (deadline - batch.now).total_seconds(),
         run_start=_iso(values["run_start"]),
+        run_created=_iso(created),
     )
     if has_event(wait, task.clears, batch.now, replay=entry.replay):
         values["expires"] = None  # it is taken now, and does not expire any more
@@ -498,6 +500,8 @@ def join(session: Session, entries: Sequence[Join]) -> list[Answer]:
 
 
 _MOST_HOSTED, _MOST_BRIEF = 300, 5000  # waits on a page
+# For how long a transaction may go on after the moment that it notes as that of a wait's joining.
+_OVERLAP = timedelta(seconds=5)
 
 
 def hosted(session: Session, entries: Sequence[Hosted]) -> list[Answer]:
@@ -514,13 +518,12 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
     if entry.after:
         moment, _, last = entry.after.partition(" ")
         at = datetime.fromisoformat(moment)
-        later = EventWait.hosted_at > at
+        of_it.append(EventWait.hosted_at >= at)  # by itself, since an index serves it so
         if (id := _uuid(last)) is not None:
-            later = or_(later, and_(EventWait.hosted_at == at, TaskInstance.id > id))
-        of_it.append(later)
-    kwargs = [] if entry.brief else [EventWait.parked, EventWait.generation]
+            of_it.append(or_(EventWait.hosted_at > at, TaskInstance.id > id))
+    kwargs = [] if entry.brief else [EventWait.parked]
     found = session.execute(
-        select(TaskInstance.id, EventWait.hosted_at, EventWait.parked_try, *kwargs)
+        select(TaskInstance.id, EventWait.hosted_at, EventWait.parked_try, EventWait.generation, *kwargs)
         .join(EventWait, hosts.of_task())
         .where(*of_it)
         .order_by(EventWait.hosted_at, TaskInstance.id)
@@ -528,20 +531,19 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
     ).all()
     # The others were cleared since, and have a trigger again, with the arguments of now.
     joined = (row for row in found if row.parked_try == str(row.id))
-    told = tuple(one for row in joined if (one := _told_of(row, brief=entry.brief)) is not None)
-    after = f"{found[-1].hosted_at.isoformat()} {found[-1].id}" if found else entry.after
-    return Answer(Status.DONE, hosted=told, after=after, next=None if len(found) < most else 0)
+    told = tuple((str(row.id), "" if entry.brief else _kwargs(row), row.generation) for row in joined)
+    if len(found) < most:  # what has joined may become visible later than what has joined after it
+        return Answer(Status.DONE, hosted=told, after=(_now() - _OVERLAP).isoformat())
+    return Answer(Status.DONE, hosted=told, after=f"{found[-1].hosted_at.isoformat()} {found[-1].id}", next=0)
 
 
-def _told_of(row: Any, *, brief: bool) -> tuple[str, str, int] | None:
-    """Return what a host is told of a wait; None if its arguments cannot be read, and the others can."""
-    if brief:
-        return str(row.id), "", 0
+def _kwargs(row: Any) -> str:
+    """Return the arguments of a wait's trigger; empty if they cannot be read, as those of the others can."""
     try:
-        return str(row.id), serde.encode(Trigger._decrypt_kwargs(row.parked)), row.generation
+        return serde.encode(Trigger._decrypt_kwargs(row.parked))
     except Exception:
-        log.exception("What the hosted wait %s keeps cannot be read: clear its task", row.id)
-        return None
+        log.exception("What the hosted wait %s keeps cannot be read", row.id)
+        return ""
 
 
 def record(session: Session, entries: Sequence[Record]) -> list[Answer]:

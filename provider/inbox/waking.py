@@ -16,10 +16,11 @@ from typing import Any
 
 from airflow.utils.sqlalchemy import with_row_locks
 from airflow_events import metrics
+from airflow_events.inbox.carrying_out import carry_out_each
 from airflow_events.inbox.database import begin_writing, in_transaction
-from airflow_events.inbox.entries import Record, Status, entry_of
+from airflow_events.inbox.entries import Entry, Record, Status, entry_of
 from airflow_events.inbox.models import EventWait
-from airflow_events.inbox.transactions import LARGEST_BATCH, NOT_PARKED, carry_out
+from airflow_events.inbox.transactions import LARGEST_BATCH, NOT_PARKED
 from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.orm import Session
 
@@ -35,10 +36,11 @@ def wake_due() -> int:
 
     :raises sqlalchemy.exc.DBAPIError: the database is unreachable; it can be done again.
     """
-    due = in_transaction(_take)
-    entries = [entry_of(json.loads(row.wake)) for row in due]
+    taken = in_transaction(_take)
+    due = [(row, entry) for row in taken if (entry := _entry(row)) is not None]
     over = []
-    for row, entry, answer in zip(due, entries, carry_out(entries), strict=True):
+    answers = carry_out_each([entry for _, entry in due])
+    for (row, entry), answer in zip(due, answers, strict=True):
         if answer.status == Status.INVALID:  # Airflow ends the wait, some while after its deadline
             log.error("The parked wait %s could not be ended: %s", "/".join(map(str, row[:4])), answer.message)
         if answer.status != Status.DONE:
@@ -47,7 +49,16 @@ def wake_due() -> int:
             _tell(row)
     if over:
         in_transaction(lambda session: _forget(session, over))
-    return len(due)
+    return len(taken)
+
+
+def _entry(row: Any) -> Entry | None:
+    """Return what is to happen; None if this version cannot read it, and another one may."""
+    try:
+        return entry_of(json.loads(row.wake))
+    except Exception:
+        log.exception("What is to happen to the parked wait %s cannot be read", "/".join(map(str, row[:4])))
+        return None
 
 
 def seconds_to_next(longest: float) -> float:

@@ -210,5 +210,5 @@ def _file(name: str, media_type: str) -> Response:
 def _no_wait(dag_id: str, run_id: str, task_id: str, map_index: int) -> HTTPException:
     return HTTPException(
         status.HTTP_404_NOT_FOUND,
-        f"{dag_id}/{run_id}/{task_id}/{map_index} is no task instance that waits for an event",
+        f"{dag_id}/{run_id}/{task_id}/{map_index} is not found, or does not wait for an event",
     )

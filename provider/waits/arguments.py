@@ -14,6 +14,7 @@ from airflow.serialization.serialized_objects import BaseSerialization
 from airflow_events.listeners.base import describe
 from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.triggers.calls import Calls
+from airflow_events.triggers.outcome import why_on_worker
 from airflow_events.triggers.reference import display_name
 
 # Of thousands of arguments.
@@ -27,6 +28,7 @@ class Arguments:
 
     :param call: listener and arguments as the call that they are; templates stand there as they were written,
         and once the wait has begun, its row has them rendered.
+    :param on_worker_because: why a worker ends the task, None if none does.
     :param wanted: how many events it waits for, if it is one that waits for many.
     :param deadline: None if there is none, or if it counts from the wait's beginning, which its row has.
     """
@@ -37,7 +39,7 @@ class Arguments:
     kwargs: Any
     deadline: datetime | None
     timeout: float | None
-    finish_on_worker: bool
+    on_worker_because: str | None
     wanted: int | None = None
 
 
@@ -63,7 +65,7 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
         kwargs=jsonable(kwargs),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
-        finish_on_worker=bool(told.get("finish_on_worker")),
+        on_worker_because=why_on_worker(told.get("finish_on_worker") or False),
     )
 
 
@@ -82,7 +84,7 @@ def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
         kwargs=jsonable(common),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
-        finish_on_worker=bool(told.get("finish_on_worker")),
+        on_worker_because=why_on_worker(told.get("finish_on_worker") or False),
         wanted=told.get("first") or told["count"],
     )
 

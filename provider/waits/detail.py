@@ -252,13 +252,13 @@ def _where(summary: Summary) -> str:
     if summary.parked:
         return "parked: it needs no triggerer, and the API server ends it"
     if summary.triggerer is None and summary.hosted:
-        return "no triggerer has taken on the trigger that it shares with others"
+        return "no triggerer has picked up the trigger that it shares with others"
     if summary.triggerer is None:
-        return "no triggerer has taken it on"
+        return "no triggerer has picked it up"
     where = f"in the triggerer on {summary.triggerer.hostname}"
     if summary.hosted:
         where = f"{where}, by a trigger that it shares with others"
-    return where if summary.triggerer.alive else f"{where}, which gives no sign of life"
+    return where if summary.triggerer.alive else f"{where}, which has no heartbeat"
 
 
 def _tries(session: Session, ti: TaskInstance, key: Key) -> list[Try]:

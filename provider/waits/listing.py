@@ -56,7 +56,7 @@ class Triggerer:
     """
     Who has the trigger.
 
-    :param heartbeat: its last sign of life.
+    :param heartbeat: its last one.
     :param alive: whether that is recent, by ``[triggerer] triggerer_health_check_threshold``.
     """
 

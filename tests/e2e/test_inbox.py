@@ -69,7 +69,7 @@ def test_a_wait_begins_and_gets_its_event_while_the_api_server_is_away(airflow, 
 
     until(lambda: state() == "deferred", "the wait is started")
     base.drop("a")
-    until(lambda: "cannot be asked" in run.logs("wait"), "its log says so")
+    until(lambda: "cannot be reached" in run.logs("wait"), "its log says so")
     time.sleep(5)
     assert base.calls == []  # it has not begun, so it has not polled
     assert inbox(run) is None
@@ -79,7 +79,7 @@ def test_a_wait_begins_and_gets_its_event_while_the_api_server_is_away(airflow, 
     assert base.archived == ["a"]
     assert run.worker_starts("wait") == 0
     log = run.logs("wait")
-    assert log.count("cannot be asked") == 1  # one line, not one for each attempt
+    assert log.count("cannot be reached") == 1  # one line, not one for each attempt
     assert airflow.url in log
     engine.dispose()
 
@@ -89,7 +89,7 @@ def test_an_event_that_comes_while_the_api_server_is_away_stays_at_its_source(ai
     until(lambda: [call for call in base.calls if call.startswith("poll")], "it polls")
     airflow.components["api-server"].kill()
     base.drop("a")
-    until(lambda: "cannot be asked" in run.logs("wait"), "it has the event, and cannot record it")
+    until(lambda: "cannot be reached" in run.logs("wait"), "it has the event, and cannot record it")
     assert (base.waiting, base.archived) == (["a"], [])
     assert inbox(run).phase is None
     airflow.restart("api-server")

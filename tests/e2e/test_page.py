@@ -157,7 +157,7 @@ def test_the_terminal_sends_and_rejects(airflow, terminal):
             "events", "send", "http", run.run_id, *task.split(), "--payload", payload, *options, typed=typed
         )
 
-    with pytest.raises(RuntimeError, match="The payload is no JSON"):
+    with pytest.raises(RuntimeError, match="The payload is not valid JSON"):
         send("plain", "{")
     with pytest.raises(RuntimeError, match='is not of type "integer"'):
         send("later", '{"order": "x"}')
@@ -233,7 +233,7 @@ def test_in_the_browser_a_wait_is_found_opened_sent_an_event_and_forgotten(airfl
         inside.locator("#send").click()
         inside.locator("#payload").fill('{"order": ')
         inside.locator("#send-yes").click()
-        inside.get_by_text("This is no JSON").wait_for()
+        inside.get_by_text("This is not valid JSON").wait_for()
         inside.locator("#payload").fill('{"order": 42}')
         inside.locator("#send-yes").click()
         inside.locator("#event").wait_for()

@@ -58,7 +58,7 @@ def test_without_a_trigger_they_get_their_events_and_keep_their_deadlines(airflo
     airflow.restart("triggerer")
     until(lambda: inbox(run, "event").parked and inbox(run, "event").generation == 2, "the cleared wait is parked")
     airflow.components["triggerer"].kill()
-    sent = airflow._request("POST", f"{airflow.url}/events/keys/parked", {"n": 1})
+    sent = airflow.request("POST", f"{airflow.url}/events/keys/parked", {"n": 1})
     assert sent["status"] == "delivered"
     run.until_task("event", "success")
     assert run.xcom("event") == {"n": 1}

@@ -154,7 +154,7 @@ def _earlier(cells: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Not run again",
         "",
-        "These sources were run in the gaps of the first edition, in which the source alone decided whose an "
+        "These sources were run in the gaps of 0.1, in which the source alone decided whose an "
         "event is, and workers recorded, too. They say nothing of the tables above. Since then they are tested by "
         "the suite of all sources and by [chaos](what-a-crash-leaves.md), and not by this matrix.",
         "",

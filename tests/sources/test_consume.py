@@ -34,6 +34,16 @@ async def test_what_came_before_the_wait_is_found(broker, waits):
     assert (await soon(waits.poll(1)))["value"] == 1
 
 
+async def test_an_event_is_the_same_by_whatever_format_it_is_read(broker, waits):
+    listener, found = broker.listener(), []
+    broker.send(1)
+    for number, values in enumerate(("json", "text", "bytes")):
+        event = await soon(waits.poll(number, values=values), 30)
+        found.append((listener.event_id(event), listener.event_content(event)))
+        await waits.release(event, number)
+    assert found[1:] == found[:1] * 2
+
+
 async def test_waits_at_once_get_an_event_each_and_commit_in_any_order(broker, waits):
     tasks = [waits.poll(number) for number in range(30)]
     await asyncio.sleep(0.5)

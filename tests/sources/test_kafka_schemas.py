@@ -124,7 +124,7 @@ async def test_json_schema(broker, waits, client):
         await nothing(last)
         if broker.unacknowledged() == 0:
             return
-    raise AssertionError("what is undecodable was not passed over")
+    raise AssertionError("what is undecodable was not skipped")
 
 
 async def test_a_schema_that_the_registry_does_not_know(broker, waits, client):

@@ -675,7 +675,9 @@ async def test_a_password(started, monkeypatch, kind):
     make_stream(server, user="me", password="secret-word")
     assert (await elsewhere())["value"] == 1
     monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**login, "port": server.port, "password": "other-word"}))
-    with pytest.raises(SourceMisconfigured, match=r"'own' is not let in: .*Authorization") as refused:
+    with pytest.raises(
+        SourceMisconfigured, match=r"'own' is refused: authentication failed: .*Authorization"
+    ) as refused:
         await soon(asyncio.create_task(own()))
     assert "word" not in str(refused.value)
 
@@ -828,7 +830,7 @@ async def test_a_password_alone_is_a_token_also_by_tls(started, monkeypatch, tmp
         watching = own(listener=NatsWatchListener, since=ago(minutes=1))
         assert (await soon(asyncio.create_task(watching)))["value"] == 1
     monkeypatch.setenv("AIRFLOW_CONN_OWN", json.dumps({**there, "conn_type": "tls", "password": "wrong-word"}))
-    with pytest.raises(SourceMisconfigured, match="'own' is not let in") as refused:
+    with pytest.raises(SourceMisconfigured, match="'own' is refused: authentication failed") as refused:
         await soon(asyncio.create_task(own()))
     assert "wrong-word" not in str(refused.value)
 

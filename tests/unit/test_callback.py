@@ -1,4 +1,4 @@
-"""The signed addresses."""
+"""The signed URLs."""
 
 from __future__ import annotations
 

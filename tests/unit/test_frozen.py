@@ -132,8 +132,8 @@ def test_what_is_asked_of_the_inbox_and_answered():
         "state", "xcoms", "dag_result", "mapped_length", "outlets", "payload"
     ]  # fmt: skip
     assert [one.name for one in fields(Answer)] == [
-        "status", "message", "generation", "deadline", "left", "run_start", "lost", "stored", "superseded", "by",
-        "places", "next", "settled", "owner", "room", "dags", "hosted", "after",
+        "status", "message", "generation", "deadline", "left", "run_start", "run_created", "lost", "stored",
+        "superseded", "by", "places", "next", "settled", "owner", "room", "dags", "hosted", "after",
     ]  # fmt: skip
     assert [one.name for one in fields(entries.Told)] == ["event", "identity", "content"]
     assert [one.name for one in fields(Stored)] == ["record_id", "phase", "event", "after"]

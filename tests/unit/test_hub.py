@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections import Counter
 
 import pytest
 from airflow_events.errors import SourceUnreachable
-from airflow_events.listeners.support.hub import Hub, Seeker
+from airflow_events.listeners.base import Wait, working_for
+from airflow_events.listeners.support.hub import Hub, Seeker, shared_log
 
 
 class Source:
@@ -98,7 +100,7 @@ async def test_a_source_that_is_away_for_too_long(hub, monkeypatch, caplog):
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "20")
     hub.source.there = False
     task = take(hub)
-    while "the source cannot be reached, which is tried again for up to 20 s: away" not in caplog.text:
+    while "the source cannot be reached; trying again for up to 20 s: away" not in caplog.text:
         await asyncio.sleep(0.02)
     monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
     with pytest.raises(SourceUnreachable, match="the source could not be reached"):
@@ -118,7 +120,7 @@ async def test_a_source_that_lets_us_connect_and_does_nothing_more_is_away(hub, 
     with pytest.raises(SourceUnreachable, match=r"the source could not be reached for .* it does not serve"):
         await soon(task)
     assert caplog.text.count("the source cannot be reached") == 2  # in both logs
-    assert "there again" not in caplog.text
+    assert "reachable again" not in caplog.text
     hub.source.serves = True
     hub.source.events.append("a")
     assert await soon(take(hub)) == "a"
@@ -131,11 +133,11 @@ async def test_it_is_told_when_a_source_is_there_again(hub, caplog):
     while "cannot be reached" not in caplog.text:
         await asyncio.sleep(0.02)
     hub.source.serves = True
-    while "the source is there again" not in caplog.text:
+    while "the source is reachable again" not in caplog.text:
         await asyncio.sleep(0.02)
     hub.source.events.append("a")
     assert await soon(task) == "a"
-    assert caplog.text.count("there again") == 2
+    assert caplog.text.count("reachable again") == 2
 
 
 async def test_what_does_not_go_away_fails_the_waits_at_once_and_later_ones_try_anew(hub):
@@ -157,15 +159,37 @@ async def test_who_joins_while_it_is_away_is_told_too_and_each_once(hub, caplog)
     assert caplog.text.count("cannot be reached") == 3
     caplog.set_level(logging.INFO)
     hub.source.there = True
-    while "there again" not in caplog.text:
+    while "reachable again" not in caplog.text:
         await asyncio.sleep(0.02)
     assert caplog.text.count("cannot be reached") == 3
-    assert caplog.text.count("there again") == 3
+    assert caplog.text.count("reachable again") == 3
     third = take(hub)
     await asyncio.sleep(0)
     assert caplog.text.count("cannot be reached") == 3
     hub.source.events += ["a", "b", "c"]
     assert [await soon(task) for task in (first, second, third)] == ["a", "b", "c"]
+
+
+async def test_waits_that_share_a_log_are_told_in_one_line(hub, caplog):
+    """As those of a host, of which there may be thousands; a line about one of them has its name."""
+
+    def hosted():
+        shared_log.set("a host")
+        with working_for(Wait("dag", "run", "task")):
+            return take(hub)
+
+    hub.source.there = False
+    tasks = [contextvars.copy_context().run(hosted) for _ in range(5)]
+    while caplog.text.count("cannot be reached") < 2:  # in the log of the triggerer and of the host
+        await asyncio.sleep(0.02)
+    tasks.append(contextvars.copy_context().run(hosted))
+    await asyncio.sleep(0.1)
+    assert caplog.text.count("cannot be reached") == 2
+    next(iter(hub.seekers)).tell(logging.WARNING, "its event may be gone")
+    assert "dag/run/task/-1: its event may be gone" in caplog.text
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Proxy:
@@ -235,12 +259,12 @@ async def test_a_server_that_takes_the_connection_and_says_nothing_is_away(kind,
         hub = kind(proxy.port)
         try:
             task = take(hub)
-            while caplog.text.count("the proxy cannot be reached, which is tried again") < 2:
+            while caplog.text.count("the proxy cannot be reached; trying again") < 2:
                 await asyncio.sleep(0.02)
             monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "1")
             with pytest.raises(SourceUnreachable, match=r"the proxy could not be reached for .* not answered"):
                 await soon(task)
-            assert caplog.text.count("the proxy cannot be reached, which is tried again") == 2
+            assert caplog.text.count("the proxy cannot be reached; trying again") == 2
             assert proxy.connections > 1
         finally:
             await soon(asyncio.create_task(hub.close()))

@@ -285,6 +285,17 @@ def test_no_more_are_kept_for_a_key_than_allowed(http, monkeypatch):
         assert kept(session) == 3
 
 
+def test_no_more_of_a_sender_are_kept_than_allowed(session, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__HTTP_MOST_KEPT_FOR_SENDER", "2")
+    for number in range(2):
+        send(session, f"key{number}", 1, ttl=HOUR)
+    with pytest.raises(TooMany, match="2 events are kept for this sender"), session.begin_nested():
+        send(session, "key", 1)
+    assert send(session, "key", 1, by="another").status == "kept"
+    with later(hours=2):
+        assert send(session, "key", 1).status == "kept"
+
+
 def test_no_more_are_kept_in_all_than_allowed(session, monkeypatch):
     monkeypatch.setenv("AIRFLOW__EVENTS__HTTP_MOST_KEPT", "3")
     for number in range(3):

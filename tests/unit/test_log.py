@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections import Counter
 from datetime import datetime, timedelta, timezone
@@ -266,7 +267,7 @@ async def test_one_message_fails_nobody_but_those_that_want_it_to(hub, bad, capl
     with pytest.raises(EventUndecodable, match="the message 0 is not"):
         await soon(strict)
     assert (await soon(patient))["number"] == 1
-    assert "passed over: the message 0" in caplog.text
+    assert "skipped: the message 0" in caplog.text
 
 
 async def test_a_message_that_cannot_be_stored_is_of_no_concern_to_those_that_do_not_want_it(hub):
@@ -287,6 +288,9 @@ def test_since_when_a_watch_looks():
     wait = Wait("dag", "run", "task", run_start=start, timezone="Europe/Berlin")
     assert since_of(None, wait) == start
     assert since_of(timedelta(hours=-1), wait) == start - timedelta(hours=1)
+    queued = dataclasses.replace(wait, run_created=start - timedelta(hours=2))
+    assert since_of(None, queued) == start - timedelta(hours=2)
+    assert since_of(timedelta(hours=-1), queued) == start - timedelta(hours=3)
     # As {{ data_interval_start }} is rendered for a backfill, as text and as it is.
     interval = pendulum.datetime(2026, 1, 1, tz="Europe/Berlin")
     for since in (str(interval), interval, interval.isoformat()):

@@ -362,7 +362,7 @@ def test_where_a_wait_starts_and_finishes(dag, way):
     assert tuple(why is None for why in reasons) == (starts_in_triggerer, finishes_in_triggerer), reasons
     assert wait.start_from_trigger is starts_in_triggerer
     if starts_in_triggerer:
-        assert wait.start_trigger_args.trigger_kwargs["finish_on_worker"] is not finishes_in_triggerer
+        assert bool(wait.start_trigger_args.trigger_kwargs["finish_on_worker"]) is not finishes_in_triggerer
     else:
         assert wait.start_trigger_args is None
 

@@ -474,7 +474,7 @@ async def test_a_param_without_a_value_would_end_the_triggerer(monkeypatch):
     with DAG("d", schedule=None, params={"given": 1, "order": Param(type="string")}) as dag:
         wait = operator(0)
     assert placement(wait).starts_on_worker_because == (
-        "its param order has no default, and Airflow's triggerer stops at such a one"
+        "its param order has no default, and Airflow's triggerer crashes on it"
     )
     assert wait.start_from_trigger is False
     # Were it not so: an error that the runner does not expect, and does not survive.
@@ -532,11 +532,11 @@ STARTS = {
     ),
     "max_active_tis_per_dag": (
         lambda: operator(0, of_task={"max_active_tis_per_dag": 1}),
-        "it has a max_active_tis_per_dag or max_active_tis_per_dagrun, which hold back workers alone",
+        "it has a max_active_tis_per_dag or max_active_tis_per_dagrun, which are enforced only for workers",
     ),
     "max_active_tis_per_dagrun": (
         lambda: operator(0, of_task={"max_active_tis_per_dagrun": 1}),
-        "which hold back workers alone",
+        "which are enforced only for workers",
     ),
     "execution_timeout": (lambda: operator(0, of_task={"execution_timeout": timedelta(hours=1)}), None),
     "replay=False": (lambda: operator(0, of_task={"replay": False}), None),

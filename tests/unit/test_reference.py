@@ -97,9 +97,24 @@ def test_a_listener_by_value_says_where_in_its_bundle_it_is_defined(tmp_path, mo
     spec.loader.exec_module(module)
     sent = reference.refer(module.Jobs)
     assert sent["of"] == place
-    assert reference.scope(sent) == f"{place}:Jobs"
+    assert reference.identify(sent) == f"{place}:Jobs"
     del sent["of"]  # as an earlier version wrote it
-    assert reference.scope(sent) == "Jobs"
+    assert reference.identify(sent) == "Jobs"
+
+
+def test_who_does_not_say_what_tells_its_events_apart_shares_them_with_the_class_that_does(monkeypatch):
+    class Named(DirectoryListener):
+        pass
+
+    class Apart(DirectoryListener):
+        def event_id(self, event):
+            return event["name"]
+
+    of_directory = reference.scope(reference.name(DirectoryListener), DirectoryListener)
+    assert of_directory == "airflow_events.listeners.directory:DirectoryListener"
+    for listener, expected in ((Named, of_directory), (Apart, "dags/it.py:Apart")):
+        sent = {"name": listener.__name__, "of": "dags/it.py", "python": "3", "pickle": ""}
+        assert reference.scope(sent, listener) == expected
 
 
 def test_another_minor_version_of_python_is_named(dag_file):

@@ -103,7 +103,7 @@ NOT_TAKEN = [
 
 @pytest.mark.parametrize(("schema", "why"), NOT_TAKEN, ids=repr)
 def test_what_cannot_be_judged_is_refused_as_the_dag_is_parsed(schema, why):
-    with pytest.raises(ValueError, match=rf"^approval: schema: it is no JSON Schema that events .*: .*{why}"):
+    with pytest.raises(ValueError, match=rf"^approval: schema: it is not a valid JSON Schema .*: .*{why}"):
         wait_for_event.override(task_id="approval")(HttpListener, key="{{ params.order }}", schema=schema)
 
 
@@ -112,7 +112,7 @@ def test_what_is_known_at_run_time_alone_is_refused_then():
         order = wait_for_event.override(task_id="order")(HttpListener)
         task = wait_for_event.override(task_id="wait")(HttpListener, key=order, schema={"type": "order"}).operator
     task.listener_kwargs["key"] = "order-1"
-    with pytest.raises(ValueError, match="wait: schema: it is no JSON Schema"):
+    with pytest.raises(ValueError, match="wait: schema: it is not a valid JSON Schema"):
         task._check_arguments()
 
 

@@ -38,7 +38,7 @@ class Deployment:
         """A wait that has begun, of a run that started then."""
         name = f"{listener.__module__}:{listener.__qualname__}"
         wait = self.http.add(begun=False, listener=name, dag_id="waits", **(trigger or {}))
-        self.set_run(wait, start_date=start)
+        self.set_run(wait, start_date=start, created_at=start)
         self.begin(wait, listener, *args, zone=zone, **kwargs)
         return wait
 

@@ -13,6 +13,7 @@ import pytest
 from airflow.sdk import DAG, Asset, task
 from airflow_events import EventListener, start_on
 from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status
+from airflow_events.listeners.base import current_wait
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.timer import TimerListener
@@ -62,6 +63,12 @@ def upstream(): ...
 def test_what_cannot_be_is_refused_when_the_dag_is_parsed(listener, arguments, of_asset, error, message):
     with pytest.raises(error, match=message):
         start_on.override(**of_asset)(listener, *arguments)
+
+
+@pytest.mark.parametrize("option", ["up_to", "batch", "key", "match", "name"])
+def test_an_argument_of_its_own_is_pointed_to_where_it_goes(option):
+    with pytest.raises(TypeError, match=rf"start_on\.override\({option}=\.\.\.\)\(DirectoryListener"):
+        start_on(DirectoryListener, "drops", **{option: 5})
 
 
 def test_a_path_and_a_member_of_an_enum_stand_for_what_they_say():
@@ -475,6 +482,27 @@ async def test_what_is_gathered_is_given_back_when_there_is_no_room_any_more(inb
     inbox.room = 1
     await until(lambda: archived(drops) == ["a", "b", "c"])
     assert len(inbox.asked) == 1 and inbox.room == 0
+
+
+async def test_a_poll_that_fails_ends_no_batch(inbox, drops, running, monkeypatch):
+    inbox.room = 1
+    (drops / "a").touch()
+    poll = DirectoryListener.poll_for_event
+
+    async def fail(self, *args, **kwargs):
+        if current_wait().index == 2:
+            raise OSError("no such source")
+        return await poll(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryListener, "poll_for_event", fail)
+        batches(running, within=2.0)
+        await asyncio.sleep(1)
+        assert not inbox.asked
+    (drops / "b").touch()
+    (drops / "c").touch()
+    await until(lambda: inbox.asked)
+    assert inbox.asked == [["a", "b", "c"]]
 
 
 async def test_a_batch_is_no_larger_than_an_api_server_takes(inbox, drops, running, monkeypatch):

@@ -7,6 +7,7 @@ import pendulum
 import pytest
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.support import clock as clocks
+from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.clock import Clock
 from airflow_events.listeners.timer import TimerListener, when
 
@@ -53,6 +54,20 @@ def test_what_a_moment_means(moment, expected):
 def test_what_is_no_moment_is_named(moment, error, message):
     with pytest.raises(error, match=message):
         when(moment, WAIT)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ((2026, 10, 25, 2, 30), datetime(2026, 10, 25, 1, 30, tzinfo=timezone.utc)),  # the clock shows it twice
+        ((2026, 3, 29, 2, 30), datetime(2026, 3, 29, 1, 30, tzinfo=timezone.utc)),  # and this never
+    ],
+)
+def test_a_change_of_the_clock_has_one_rule(written, expected):
+    moments = [datetime(*written), datetime(*written, fold=1), pendulum.naive(*written)]
+    texts = [datetime(*written).isoformat()]
+    localized = [serde.localized(moment, WAIT.tz) for moment in moments]
+    assert {when(moment, WAIT) for moment in (*moments, *texts, *localized)} == {expected}
 
 
 def test_a_dag_may_be_in_a_zone_without_a_name():

@@ -382,8 +382,8 @@ def test_it_says_whether_a_living_triggerer_has_the_wait(airflow):
     on_box = "in the triggerer on box"
     assert notes == [
         [on_box],
-        [f"{on_box}, which gives no sign of life"],
-        ["no triggerer has taken it on"],
+        [f"{on_box}, which has no heartbeat"],
+        ["no triggerer has picked it up"],
         [""],
     ]
 
@@ -541,7 +541,7 @@ def test_a_task_that_waits_for_many_has_a_place_for_each_event(airflow):
     assert (summary.arrived, summary.phase, summary.call) == (1, "committed", "D, 3 times")
     assert detail.record.event == {"2": {"order": 42, "at": NOW.isoformat()}}
     [note] = [step.note for step in detail.steps if step.name == "Waiting"]
-    assert note == "1 of 3 arrived; no triggerer has taken it on"
+    assert note == "1 of 3 arrived; no triggerer has picked it up"
     assert not steps["Recorded"]
 
     airflow.record(key, place=0, record_id="b", recorded_at=NOW + SECOND)

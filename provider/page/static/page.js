@@ -132,7 +132,7 @@ const WORDS = { up_for_retry: "up for retry", up_for_reschedule: "up for resched
 function badge(wait) {
   const stuck = wait.stage === "recorded";
   const state = wait.state ?? "no state";
-  const title = stuck ? "The event is recorded, and its source has not been told to forget it" : null;
+  const title = stuck ? "The event is recorded, and not acknowledged at its source" : null;
   return h("span", { class: `badge is-${stuck ? "recorded" : state}`, title }, stuck ? `recorded · ${WORDS[state] ?? state}` : WORDS[state] ?? state);
 }
 
@@ -201,19 +201,19 @@ const LONG_WITHOUT = 60_000; // milliseconds that a wait may be without a trigge
 function triggerer(wait) {
   if (wait.triggerer) {
     return h("span", { class: wait.triggerer.alive ? null : "late", title: `job ${wait.triggerer.id}` }, wait.triggerer.hostname,
-      wait.triggerer.alive ? null : h("small", {}, "no sign of life"),
+      wait.triggerer.alive ? null : h("small", {}, "no heartbeat"),
       wait.hosted ? h("small", { title: "It shares the trigger that polls for it with other waits of its kind" }, "hosted") : null);
   }
   if (wait.parked) {
-    return h("span", { class: "quiet", title: "Nobody has to poll for its event: it waits in Airflow's database, and the API server ends it" }, "parked");
+    return h("span", { class: "quiet", title: "No polling needed: the API server ends this wait" }, "parked");
   }
   if (wait.state !== "deferred") return null;
-  return h("span", { class: Date.now() - new Date(wait.since) > LONG_WITHOUT ? "late" : "quiet" }, "none has it");
+  return h("span", { class: Date.now() - new Date(wait.since) > LONG_WITHOUT ? "late" : "quiet" }, "not assigned");
 }
 
 const DAG_STATES = {
-  paused: ["The DAG is paused", "The DAG is paused: the wait takes its event, but until it is unpaused no worker starts, and nothing that comes after the wait."],
-  gone: ["The DAG is gone", "The DAG is gone from its file, or the file is: the wait takes its event, but until it is back nothing that comes after the wait starts, and a worker does not find it."],
+  paused: ["The DAG is paused", "The wait still receives its event, but workers and downstream tasks do not start until the DAG is unpaused."],
+  gone: ["DAG missing", "The DAG is not in its file any more, or the file is missing: the wait still receives its event, but workers and downstream tasks cannot start until the DAG is back."],
 };
 
 // ---- the list
@@ -229,7 +229,7 @@ const COLUMNS = {
   since: { title: "Since", order: "since", cell: (wait) => h("td", { class: "time" }, relative(wait.since)) },
   deadline: { title: "Deadline", order: "deadline", cell: (wait) => h("td", { class: "time" }, relative(wait.deadline, "none")) },
   where: { title: "Triggerer", order: "triggerer", cell: (wait) => h("td", {}, triggerer(wait) ?? h("span", { class: "quiet" }, "–")) },
-  life: { title: "Sign of life", order: "sign_of_life", cell: (wait) => h("td", { class: `time ${wait.triggerer && !wait.triggerer.alive ? "late" : ""}` }, relative(wait.sign_of_life)) },
+  life: { title: "Last heartbeat", order: "sign_of_life", cell: (wait) => h("td", { class: `time ${wait.triggerer && !wait.triggerer.alive ? "late" : ""}` }, relative(wait.sign_of_life)) },
   recorded: { title: "Recorded", cell: (wait) => h("td", { class: "time" }, relative(wait.recorded)) },
   ended: { title: "Ended", order: "ended", cell: (wait) => h("td", { class: "time" }, relative(wait.ended)) },
   delivery: { title: "Record to delivery", cell: (wait) => h("td", { class: "time" },
@@ -262,11 +262,11 @@ function grid(head, body) {
 
 const START_STATES = {
   open: ["success", "The next event starts a run"],
-  full: ["deferred", "There are as many runs as may be: events wait at their source"],
+  full: ["deferred", "Limit of active runs reached: events wait at their source"],
   paused: ["none", "The DAG is paused: events wait at their source"],
   broken: ["failed", "The DAG's file has import errors: events wait at their source"],
-  "no trigger": ["up_for_retry", "Airflow has made no trigger yet: it does when it reads the DAG's file the next time"],
-  "no triggerer": ["failed", "No triggerer that lives has the trigger"],
+  "no trigger": ["up_for_retry", "No trigger yet: Airflow creates it when it parses the DAG's file the next time"],
+  "no triggerer": ["failed", "No running triggerer has this trigger"],
 };
 const START_COLUMNS = ["DAG", "Starts on", "State", "Active runs", "Last event", "Triggerer"];
 
@@ -338,13 +338,13 @@ function list(query) {
     }, title, count === null ? null : h("span", { class: "count" }, count.toLocaleString("en")));
     const starts = wanted.stage === "starts" ? page.filter(({ dag_id, asset }) => `${dag_id} ${asset}`.toLowerCase().includes(wanted.text.toLowerCase())) : [];
     const some = starts.length > 0 || page.waits?.length > 0;
-    const stages = { open: ["Nothing waits", "No task of a DAG that you may see waits for an event."], ended: ["Nothing has ended yet", "Waits that succeeded, failed or were skipped appear here."], starts: ["No event starts runs", "No DAG that you may see has a schedule of start_on."] };
+    const stages = { open: ["No open waits", "No task of a DAG that you may see waits for an event."], ended: ["Nothing has ended yet", "Waits that succeeded, failed or were skipped appear here."], starts: ["No DAG is started by events", "No DAG that you may see has a schedule of start_on."] };
     const none = wanted.text && wanted.stage === "starts" ? ["Nothing matches", `No DAG and no listener that starts runs has “${wanted.text}” in its name.`]
       : wanted.text ? ["Nothing matches", `No ${wanted.stage} wait has “${wanted.text}” in its DAG, run, task or listener.`] : stages[wanted.stage];
     return [
       stuck.waits.length > 0 && h("section", { class: "stuck", "aria-label": "Recorded, not committed" },
         h("header", {}, h("h2", {}, "Recorded, not committed", h("span", { class: "count" }, stuck.total.toLocaleString("en"))),
-          h("p", { class: "quiet" }, "The event is safe in Airflow's database; its source has not been told to forget it yet. If one stays here, its log says why.")),
+          h("p", { class: "quiet" }, "The event is safe in Airflow's database; it is not acknowledged at its source yet. If one stays here, its log says why.")),
         table("recorded", stuck.waits, wanted),
         stuck.more && h("p", { class: "quiet body" }, "These are the first 20; search to see others.")),
       h("div", { class: "tabs", role: "tablist" }, tab("open", "Open", wanted.stage === "open" ? page.total : null), tab("ended", "Ended", null), tab("starts", "Starts runs", null)),
@@ -446,9 +446,9 @@ function detail(query) {
       ["Since", summary.since && [moment(summary.since), " · ", relative(summary.since)]],
       ["Deadline", summary.deadline ? [moment(summary.deadline), " · ", relative(summary.deadline)] : "none"],
       ["Triggerer", triggerer(summary)],
-      ["Sign of life", summary.sign_of_life && relative(summary.sign_of_life)],
+      ["Last heartbeat", summary.sign_of_life && relative(summary.sign_of_life)],
       ["Process", summary.holder && h("code", {}, summary.holder)],
-      ["Ends", told && (told.finish_on_worker ? "on a worker" : `${summary.listener === "HttpListener" ? "with the request" : summary.parked ? "in the API server" : "in the triggerer"}, without a worker`)],
+      ["Ends where", told && (told.on_worker_because ? `on a worker, because ${told.on_worker_because}` : `${summary.listener === "HttpListener" ? "with the request" : summary.parked ? "in the API server" : "in the triggerer"}, without a worker`)],
       ["Ended", summary.ended && [moment(summary.ended), " · ", relative(summary.ended)]],
     ].filter(([, value]) => value);
     return h("section", { class: "card" }, h("header", {}, h("h2", {}, "The wait")),
@@ -459,7 +459,7 @@ function detail(query) {
     let content;
     if (!record) content = h("div", { class: "body quiet" }, "No event has been recorded.");
     else if (record.phase === "rejected") content = h("div", { class: "body" }, `${record.sent_by} has rejected the wait${record.reason === null ? "." : `: ${record.reason}`}`);
-    else if (!may_see_event) content = h("div", { class: "body quiet" }, "You may not read this DAG's XComs.");
+    else if (!may_see_event) content = h("div", { class: "body quiet" }, "You need permission to read this DAG's XComs.");
     else content = h("pre", { id: "event" }, record.preview === null ? JSON.stringify(record.event, null, 2) : `${record.preview}…`);
     const cut = record?.preview && h("span", { class: "quiet" },
       `the first ${record.preview.length.toLocaleString("en")} of ${record.length.toLocaleString("en")} characters`);
@@ -473,7 +473,7 @@ function detail(query) {
       h("td", { class: "time" }, moment(one.start)), h("td", { class: "time" }, moment(one.end))));
     const head = h("tr", {}, ["Try", "State", "From", "Until"].map((title) => h("th", { scope: "col" }, title)));
     return h("section", { class: "card" }, h("header", {}, h("h2", {}, "Tries")),
-      rows.length ? h("table", {}, h("thead", {}, head), h("tbody", {}, rows)) : h("div", { class: "body quiet" }, "It has not begun."));
+      rows.length ? h("table", {}, h("thead", {}, head), h("tbody", {}, rows)) : h("div", { class: "body quiet" }, "Not started yet."));
   }
 
   function logCard() {
@@ -528,8 +528,8 @@ function detail(query) {
   function forget(summary) {
     ask("forget", "Forget this event?", [
       h("p", {}, "The record and the task's return value are deleted. When the task is cleared, it waits for another event and does not get this one again."),
-      ...(summary.stage === "recorded" ? [h("p", { class: "late" }, "This event is not committed: its source will give it out again, to this wait or to another.")] : []),
-      ...(summary.phase === "committed" ? [h("p", { class: "quiet" }, "The event itself is done: sent again with the same event id, it goes to no wait. If it is to go to one, send it with another id.")] : []),
+      ...(summary.stage === "recorded" ? [h("p", { class: "late" }, "This event is not committed: its source will deliver it again, to this wait or to another.")] : []),
+      ...(summary.phase === "committed" ? [h("p", { class: "quiet" }, "It is acknowledged already: an event with the same id will not be delivered again. Send it with a new id.")] : []),
     ], { text: "Forget it", properties: { class: "danger" } }, () => post(new URL(`waits/${path(wait, "forget")}`, API), {}));
   }
 
@@ -551,7 +551,7 @@ function detail(query) {
       try {
         event = JSON.parse(payload.value);
       } catch (error) {
-        throw new Error(`This is no JSON: ${error.message}`);
+        throw new Error(`This is not valid JSON: ${error.message}`);
       }
       return post(httpAddress(), event, { "Idempotency-Key": keyOf(payload.value) });
     });

@@ -55,7 +55,7 @@ def test_one_of_a_run_that_was_deleted_and_made_again_under_its_id(server, wait)
     again = server.waits.add()
     server.session.commit()
     assert again == wait
-    assert ask(server, before) == (410, "the run that the address was made in is gone")
+    assert ask(server, before) == (410, "the run that the URL was made in is gone")
     assert server.waits.state(again).state == "deferred"
     assert ask(server, address(server, again))[0] == 200
 
@@ -70,7 +70,7 @@ def test_one_that_was_made_before_a_clear(server, wait):
     before = address(server, wait)
     another_try(server, wait, cleared=True)
     status, why = ask(server, before)
-    assert status == 410 and "was cleared since the address was made" in why
+    assert status == 410 and "was cleared after the URL was made" in why
     assert server.waits.state(wait).state == "deferred"
     assert ask(server, address(server, wait))[0] == 200
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import uuid
 
 import pytest
 from airflow_events import doors
@@ -62,6 +63,15 @@ async def test_sixty_viewers_at_once_leave_connections_to_airflow(server, out):
     assert {answer.status_code for answer in answers} == {200}
     # Some more for who is logged in, and in which team: each in a moment of its own.
     assert out[0] <= doors._AT_ONCE + 4
+
+
+async def test_two_hundred_tasks_that_send_at_once_leave_connections_to_airflow(server, out):
+    async with server.many("the proof of no task") as client:
+        address = f"/events/tasks/{uuid.uuid4()}/events"
+        body = {"key": "key", "event": 1, "to": "all", "ttl": None, "name": "n"}
+        answers = await asyncio.gather(*(client.post(address, json=body) for _ in range(200)))
+    assert {answer.status_code for answer in answers} == {401}
+    assert out[0] <= doors._AT_ONCE
 
 
 @pytest.mark.parametrize("same", ["wait", "key", "nothing"])

@@ -47,7 +47,9 @@ class Waits:
         self.runs += 1
         run_id, ti = f"run_{self.runs}", uuid6.uuid7()
         run = {"dag_id": dag_id, "run_id": run_id, "run_type": "manual", "run_after": NOW, "state": "running"}
-        self.session.execute(insert(DagRun.__table__).values(id=self.runs, start_date=run_start, **run))
+        self.session.execute(
+            insert(DagRun.__table__).values(id=self.runs, start_date=run_start, created_at=run_start, **run)
+        )
         self.session.execute(
             insert(TaskInstance.__table__).values(
                 id=ti,

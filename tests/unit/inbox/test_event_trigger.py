@@ -8,6 +8,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from airflow.models.trigger import Trigger
 from airflow_events.errors import AtRedelivery
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.base import EventListener, current_wait
@@ -97,6 +98,21 @@ async def test_what_a_listener_raises_is_told_as_a_text_that_can_be_stored(waits
     said = "".join(traceback.format_exception(raised.value))
     assert "ValueError: unknown record: \\x00 \\ud83d" in said
     assert "\0" not in said and said.encode()
+
+
+async def test_a_parked_wait_ends_by_the_clock_of_who_ends_it(waits, run, monkeypatch):
+    monkeypatch.setattr(Queue, "recorded_from_outside", True)
+    monkeypatch.setattr(event_trigger, "commits", lambda _: False)
+    now = event_trigger._now
+    monkeypatch.setattr(event_trigger, "_now", lambda: now() + timedelta(minutes=-10))
+    row = Trigger(classpath="airflow_events.triggers.event.EventTrigger", kwargs={})
+    waits.session.add(row)
+    waits.session.flush()
+    ti = waits.deferred(next_method="execute_complete", trigger_id=row.id)
+    trigger = waits.trigger(ti, listener="m:Queue")
+    trigger.timeout, trigger.default = 3600.0, ["late"]
+    await asyncio.wait_for(trigger.until_ended(), 20)
+    assert waits.row(ti).wake_at == waits.row(ti).deadline
 
 
 @pytest.mark.parametrize("ahead", [timedelta(minutes=-5), timedelta(0), timedelta(minutes=5)])

@@ -7,11 +7,12 @@ import contextlib
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
+import greenback
 import pytest
 from airflow.models.trigger import Trigger
 from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox import transactions
-from airflow_events.inbox.models import EventHost
+from airflow_events.inbox.models import EventHost, EventWait
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
@@ -23,9 +24,11 @@ from sqlalchemy import select
 class Watch(EventListener):
     hosted = True
     polled: list[tuple[str, str]] = []  # noqa: RUF012
+    portals: list[bool] = []  # noqa: RUF012
 
     async def poll_for_event(self, path):
         self.polled.append((current_wait().run_id, path))
+        self.portals.append(greenback.has_portal())
         if path.startswith("raise "):
             raise ValueError(path)
         await asyncio.Event().wait()
@@ -56,12 +59,14 @@ class World:
         await self.waits.trigger(ti, listener="m:Watch", listener_args=[path]).until_ended()
 
     @contextlib.asynccontextmanager
-    async def running(self):
+    async def running(self, *, portal=False):
         row = self.waits.session.execute(select(EventHost.host, EventHost.trigger_id)).one()
         host = HostTrigger(host=row.host.hex())
         host.trigger_id = row.trigger_id
 
         async def run():
+            if portal:  # as Airflow's runner
+                await greenback.ensure_portal()
             async for _ in host.run():
                 raise AssertionError("it does not yield")
 
@@ -83,7 +88,16 @@ def world(waits, monkeypatch):
     for name, seconds in (("_LOOK_EVERY", 0.02), ("_LOOK_FOR_ALL_EVERY", 0.1), ("_PATIENCE", 0.2)):
         monkeypatch.setattr(host_trigger, name, seconds)
     Watch.polled.clear()
+    Watch.portals.clear()
     return world
+
+
+@pytest.mark.parametrize("portal", [True, False])
+async def test_a_listener_may_call_airflow_as_in_a_trigger_of_its_own(world, portal):
+    await world.wait("a")
+    async with world.running(portal=portal):
+        await until(lambda: Watch.polled)
+    assert Watch.portals == [portal]
 
 
 async def test_a_cleared_wait_polls_with_the_arguments_of_now(world):
@@ -127,7 +141,7 @@ async def test_a_hosted_wait_that_fails_fails_its_try(world, monkeypatch, when):
     assert ("cannot be imported" if when == "before it begins" else "\\\\x00 \\\\ud83d") in said
 
 
-async def test_one_that_cannot_be_read_leaves_the_others_their_host(world, monkeypatch, caplog):
+async def test_one_that_cannot_be_read_fails_its_try_and_leaves_the_others_their_host(world, monkeypatch, caplog):
     unreadable, other = await world.wait("a"), await world.wait("b")
     decrypt = Trigger._decrypt_kwargs
     kept = world.waits.row(unreadable).parked
@@ -139,7 +153,30 @@ async def test_one_that_cannot_be_read_leaves_the_others_their_host(world, monke
 
     monkeypatch.setattr(Trigger, "_decrypt_kwargs", staticmethod(with_another_key))
     async with world.running():
-        await until(lambda: Watch.polled)
-        await asyncio.sleep(0.2)
+        await until(lambda: Watch.polled and world.waits.state(unreadable).next_method == "__fail__")
     assert Watch.polled == [(world.waits._keys[other][2], "b")]
-    assert f"What the hosted wait {unreadable} keeps cannot be read: clear its task" in caplog.text
+    assert f"What the hosted wait {unreadable} keeps cannot be read" in caplog.text
+    assert "cannot be read: is [core] fernet_key another one?" in str(world.waits.state(unreadable).next_kwargs)
+
+
+async def test_one_that_another_version_has_begun_fails_its_try_and_leaves_the_others_their_host(world):
+    later, other = await world.wait("a"), await world.wait("b")
+    kwargs = Trigger._decrypt_kwargs(world.waits.row(later).parked)
+    changed = EventWait.__table__.update().where(EventWait.run_id == world.waits._keys[later][2])
+    world.waits.session.execute(changed.values(parked=Trigger.encrypt_kwargs({**kwargs, "of_later": 1})))
+    async with world.running():
+        await until(lambda: Watch.polled and world.waits.state(later).next_method == "__fail__")
+    assert Watch.polled == [(world.waits._keys[other][2], "b")]
+    assert "unexpected keyword argument 'of_later'" in str(world.waits.state(later).next_kwargs)
+
+
+async def test_waits_are_read_once_and_not_at_each_look(world, monkeypatch):
+    monkeypatch.setattr(transactions, "_OVERLAP", timedelta(seconds=0.1))
+    read, kwargs = [], transactions._kwargs
+    monkeypatch.setattr(transactions, "_kwargs", lambda row: (read.append(row.id), kwargs(row))[1])
+    await world.wait("a")
+    await asyncio.sleep(0.2)
+    async with world.running():
+        await until(lambda: Watch.polled)
+        await asyncio.sleep(0.5)
+    assert len(read) == 1

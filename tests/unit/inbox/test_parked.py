@@ -72,6 +72,18 @@ def test_a_parked_wait_has_no_trigger_and_its_row_has_what_that_had(waits):
     assert park(waits, ti) == DONE  # its answer was lost
 
 
+def test_one_that_this_version_cannot_read_keeps_no_other_from_its_moment(waits, caplog):
+    later, other = deferred(waits), deferred(waits)
+    for ti in (later, other):
+        waits.begin(ti)
+        park(waits, ti, at=now(), then=a_success(ti))
+    changed = update(EventWait).where(EventWait.run_id == waits._keys[later][2])
+    waits.session.execute(changed.values(wake=json.dumps({"operation": "of_later"})))
+    assert waking.wake_due() == 2
+    assert (waits.state(later).state, waits.state(other).state) == ("deferred", "success")
+    assert "What is to happen to the parked wait" in caplog.text
+
+
 def test_an_event_ends_a_parked_wait(waits):
     ti = deferred(waits)
     waits.begin(ti)

@@ -437,6 +437,15 @@ def test_an_event_becomes_one_asset_event(airflow):
     assert len(asset_events(airflow)) == 2
 
 
+def test_an_event_without_an_id_becomes_one_asset_event_though_its_answer_is_lost(airflow):
+    airflow.parse("order", schedule=watched())
+    for _ in range(2):
+        assert airflow.start(1, makes="asset_event", has_id=False).status == Status.DONE
+    assert len(asset_events(airflow)) == 1
+    airflow.start(1, makes="asset_event", has_id=False, record_id="another")
+    assert len(asset_events(airflow)) == 2
+
+
 def test_no_asset_event_is_made_for_a_paused_dag(airflow):
     airflow.parse("order", schedule=watched())
     airflow.set_paused("order", paused=True)

@@ -187,6 +187,16 @@ def test_the_start_of_the_run_stays_what_it_was_when_the_wait_first_began(waits)
     assert waits.begin(waits.again(ti, cleared=True)).run_start == first
 
 
+def test_a_watch_looks_from_when_the_run_was_created_however_long_it_was_queued(waits):
+    now, hours = datetime.now(timezone.utc), timedelta(hours=2)
+    ti = waits.deferred(run_start=now)
+    waits.session.execute(DagRun.__table__.update().values(created_at=now - hours))
+    begun = waits.begin(ti, sought={"kind": "run", "of": {"dag_id": "d"}, "since": None, "after": 0.0})
+    assert datetime.fromisoformat(begun.run_created) == now - hours
+    assert datetime.fromisoformat(begun.run_start) == now
+    assert waits.row(ti).sought_since.replace(tzinfo=timezone.utc) == now - hours
+
+
 @pytest.mark.parametrize("made", [True, False])
 def test_the_start_of_a_run_that_was_cleared_before_the_wait_first_began_is_when_it_was_made(waits, made):
     now, hour = datetime.now(timezone.utc), timedelta(hours=1)

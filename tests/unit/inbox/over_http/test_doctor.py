@@ -29,7 +29,7 @@ def test_all_is_well(api, database):
     url = f"{api().url}/events/inbox"
     assert found(examine()) == {
         "key": "derived from [events] inbox_secret",
-        "tables": f"of version {head}",
+        "tables": f"at revision {head}",
         "address": f"{url} answers",
         "token": "accepted",
         "versions": f"{VERSION} here, {VERSION} in the API server",
@@ -70,19 +70,19 @@ def test_the_tables(database, monkeypatch):
     from airflow import settings
     from alembic.script import ScriptDirectory
 
-    assert found([tables()])["tables"].startswith("WRONG not there; wanted is version")
+    assert found([tables()])["tables"].startswith("WRONG missing; revision")
     assert tables().advice == "run `airflow db migrate`"
     head = database()
-    assert tables() == Finding("tables", f"of version {head}")
+    assert tables() == Finding("tables", f"at revision {head}")
     with settings.NonScopedSession() as session:
         version_of(session, "fff000fff000")
-    assert "of version fff000fff000, which this package does not know" in tables().said
+    assert "at revision fff000fff000, which this package does not know" in tables().said
     assert "install" in tables().advice
     with monkeypatch.context() as later, settings.NonScopedSession() as session:
         version_of(session, head)
         later.setattr(ScriptDirectory, "get_heads", lambda self: ["a later one"])
         assert tables() == Finding(
-            "tables", f"of version {head}; wanted is a later one", "run `airflow db migrate`"
+            "tables", f"at revision {head}; revision a later one is required", "run `airflow db migrate`"
         )
 
 
@@ -93,7 +93,7 @@ def test_the_database_is_away(monkeypatch):
 
     engine = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/none")
     monkeypatch.setattr(settings, "NonScopedSession", sessionmaker(engine))
-    assert "the database cannot be asked" in tables().said
+    assert "the database cannot be reached" in tables().said
     assert "airflow db check" in tables().advice
 
 
@@ -104,7 +104,7 @@ def test_an_address_that_leads_nowhere(secret, monkeypatch, url):
     monkeypatch.setenv("AIRFLOW__EVENTS__INBOX_URL", url)
     [finding] = server()
     assert finding.what == "address"
-    assert "leads nowhere" in finding.said
+    assert "cannot be resolved" in finding.said
     assert "[events] inbox_url" in finding.advice
 
 

@@ -208,7 +208,7 @@ def test_what_is_refused_says_why(waits, running, server):
     with pytest.raises(EventNotSent, match="NUL"):
         EventHook().send("nobody", "\0")
     for wrong in (float("nan"), object(), {1, 2}):
-        with pytest.raises(ValueError, match="no JSON"):
+        with pytest.raises(ValueError, match="not valid JSON"):
             EventHook().send("key", wrong)
     with pytest.raises(ValueError, match="a key is"):
         EventHook().send("", 1)

@@ -109,9 +109,9 @@ def test_an_api_server_without_a_key_says_what_to_set(client, monkeypatch):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("{", "the body is no JSON"),
-        ("[" * 100_000, "the body is no JSON"),
-        ('{"entries": [NaN]}', "the body is no JSON"),
+        ("{", "the body is not valid JSON"),
+        ("[" * 100_000, "the body is not valid JSON"),
+        ('{"entries": [NaN]}', "the body is not valid JSON"),
         ("[]", "the body is not"),
         ("{}", "the body is not"),
         ('{"entries": {}}', "the body is not"),

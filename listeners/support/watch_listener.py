@@ -1,0 +1,23 @@
+"""What listeners have in common that watch a log for a message."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from airflow_events.listeners.base import EventListener, is_template
+from airflow_events.listeners.support.timestamps import parsed
+from airflow_events.listeners.support.values import Match
+
+
+class LogWatchListener(EventListener):
+    """A listener that waits for the first message of a log that matches, and takes nothing away."""
+
+    hosted: ClassVar[bool] = True
+
+    @classmethod
+    def check_arguments(cls, *args: Any, match: Any = None, since: Any = None, **others: Any) -> None:
+        """Refuse a ``match`` that is none, and a ``since`` that is no moment; templates are not known yet."""
+        if not is_template(match):
+            Match(match)
+        if isinstance(since, str) and not is_template(since):
+            parsed(since)
