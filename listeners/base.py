@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -329,12 +331,15 @@ def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: 
 
 @functools.lru_cache(maxsize=256)
 def _choices(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """Return the values that parameters of a `Literal` type may have; none of them if a type is not known here."""
-    try:
-        hints = typing.get_type_hints(function)
-    except Exception:
-        return {}
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    """Return the values that parameters of a `Literal` type may have, as far as their types are known here."""
+    found = {}
+    for name, hint in function.__annotations__.items():
+        alone = types.SimpleNamespace(__annotations__={name: hint})
+        with contextlib.suppress(Exception):  # what its module imports for type checkers alone
+            told = typing.get_type_hints(alone, globalns=function.__globals__)[name]
+            if typing.get_origin(told) is Literal:
+                found[name] = typing.get_args(told)
+    return found
 
 
 def is_template(value: Any) -> bool:

@@ -45,8 +45,8 @@ def mixed(stage: Stage) -> Rows:
     empty = _cores(triggerer, look)
     memory, files, sockets_before = collected(airflow, triggerer), open_files(triggerer[0]), _connections(broker)
 
-    runs_wanted = max(max(stage.options.waits) // IN_RUN, 1)
-    count = runs_wanted * IN_RUN
+    # What is sent to some alone is for a run each.
+    count = max(max(stage.options.waits) // IN_RUN, 8 * ALONE) * IN_RUN
     began = time.monotonic()
     runs = open_waits(airflow, f"mixed_{IN_RUN}", IN_RUN, count, queue=broker.queue)
     until(lambda: _without_trigger(stage, count), f"{count} wait", timeout=60 + count, pause=1)

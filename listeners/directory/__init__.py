@@ -51,7 +51,7 @@ class DirectoryListener(FinalIdListener):
         directory: str,
         pattern: str = "*",
         *,
-        settle: float | timedelta = 1.0,
+        settle: float | timedelta = 5.0,
         done_marker: str | None = None,
         on_commit: Literal["archive", "delete"] = "archive",
         archive: str | None = None,
@@ -123,7 +123,7 @@ class DirectoryWatchListener(EventListener):
         directory: str,
         pattern: str = "*",
         *,
-        settle: float | timedelta = 1.0,
+        settle: float | timedelta = 5.0,
         done_marker: str | None = None,
     ) -> dict[str, Any]:
         """Return when a file is there; parameters and errors as of `DirectoryListener.poll_for_event`."""

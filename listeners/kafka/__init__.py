@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
@@ -18,13 +18,11 @@ from airflow_events.listeners.support.values import OnUndecodable, check_choices
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
-if TYPE_CHECKING:
-    from airflow_events.listeners.kafka.consume import Start
-    from airflow_events.listeners.kafka.schemas import KafkaFormat
-
 needs("a Kafka listener", "kafka", "confluent_kafka")
 
 DEFAULT = "kafka_default"
+KafkaFormat = Literal["json", "text", "bytes", "avro", "json_schema"]
+Start = Literal["earliest", "latest"]
 
 
 class KafkaListener(FinalIdListener):

@@ -15,9 +15,10 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
+from airflow_events.listeners.kafka import Start
 from airflow_events.listeners.kafka.client import (
     PATIENCE,
     BrokerUnavailable,
@@ -55,8 +56,6 @@ _FAR = 1000
 _LONGEST_REASON = 1000
 # With it begins the metadata of the offsets that we commit.
 _MARK = "airflow-events"
-
-Start = Literal["earliest", "latest"]
 
 
 class Record(NamedTuple):

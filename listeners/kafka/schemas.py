@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from datetime import time as time_of_day
 from decimal import Decimal
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from airflow_events import settings
 from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
+from airflow_events.listeners.kafka import KafkaFormat
 from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Worker
 from airflow_events.listeners.support.connections import connection, known_extras
 from airflow_events.listeners.support.values import FORMATS, check_choices, decode, json_of, text_of
@@ -28,7 +29,6 @@ from tenacity.wait import wait_exponential, wait_random
 
 log = logging.getLogger(__name__)
 
-KafkaFormat = Literal["json", "text", "bytes", "avro", "json_schema"]
 _BY_REGISTRY = ("avro", "json_schema")
 
 # What of the client's settings is ours unless the connection says otherwise. It would wait for ever.

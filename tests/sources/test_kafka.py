@@ -239,11 +239,16 @@ async def test_a_group_that_begins_at_the_end(broker, waits):
     assert (await soon(task))["value"] == "new"
 
 
-def set_offset(broker, offset, metadata=None):
+def set_offset(broker, offset):
     admin = AdminClient(broker.bootstrap)
-    places = [TopicPartition(broker.queue, 0, offset, metadata=metadata)]
-    [asked] = admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions("airflow", places)]).values()
-    asked.result(30)
+    places = [TopicPartition(broker.queue, 0, offset)]
+
+    def is_set():
+        [asked] = admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions("airflow", places)]).values()
+        # Of a broker that was just started: its coordinator may still be loading.
+        return asked.result(30).topic_partitions[0].error is None
+
+    until(is_set, "the offset is set", 30, 0.2)
 
 
 async def test_where_a_group_begins_is_decided_once(broker, waits, inbox):
@@ -526,24 +531,28 @@ async def test_a_topic_that_was_recreated_is_read_from_its_beginning(broker, wai
     await until_offset(broker, 1)
 
 
-@pytest.mark.parametrize("late", [False, True])
-async def test_an_acknowledgement_of_a_topic_that_is_gone_moves_nothing_in_the_new_one(broker, waits, inbox, late):
+@pytest.mark.parametrize("has_it", [False, True])
+async def test_an_acknowledgement_of_a_topic_that_is_gone_moves_nothing_in_the_new_one(
+    broker, waits, inbox, has_it
+):
     """Nobody has read the new one yet, whose messages are numbered from the beginning again."""
     Positions.of_loop().inbox = inbox.exchange
     broker.send(*range(3))
     assert await taken(waits, 2) == [0, 1]
     held = await soon(waits.poll(2))
     await until_offset(broker, 2)
-    _, mark = broker.committed()[0]
+    if not has_it:
+        await waits.release(held, 2)
     await gone(waits)
     admin = AdminClient(broker.bootstrap)
     admin.delete_topics([broker.queue])[broker.queue].result(30)
     broker.make_topic()
     broker.send("new", "newer")
     await waits.commit(held, 2)
-    assert offset_of(broker) < 0
-    if late:  # it saw the old one, and comes only now
-        set_offset(broker, 3, mark)
+    if has_it:  # a hub that has not looked since commits what it knows
+        await gone(waits)
+    else:
+        assert offset_of(broker) != 3
     assert await taken(waits, 2, 3) == ["new", "newer"]
     await until_offset(broker, 2)
 

@@ -867,7 +867,7 @@ async def test_a_user_with_what_it_takes_to_delete_and_to_add_dead_letters(broke
     broker.run(f"INSERT INTO {broker.queue} (value) VALUES ('{{no json'), ('1')")
     by_choice = {"on_commit": "delete", "on_undecodable": "dead_letter", "dead_letter": broker.dead_letter}
     taker("SELECT (id, value, created_at)", broker.queue)
-    with pytest.raises(SourceMisconfigured, match="the right to DELETE, for on_commit='delete'"):
+    with pytest.raises(SourceMisconfigured, match="the privilege DELETE, for on_commit='delete'"):
         await soon(waits.poll(**by_choice))
     taker("DELETE", broker.queue)
     with pytest.raises(

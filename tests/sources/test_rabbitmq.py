@@ -17,9 +17,10 @@ import servers
 from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners import rabbitmq
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.rabbitmq import frames, messages
+from airflow_events.listeners.rabbitmq import client, frames, messages
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.queue import InHand
+from airflow_events.listeners.support.values import digest_of
 from broker import nothing, soon, until_told
 from of_rabbitmq import Quorum, RabbitMQ
 from pamqp.commands import Basic
@@ -67,6 +68,7 @@ async def test_an_event_says_what_the_message_says(broker, waits):
         "queue": broker.queue,
         "message_id": "m",
         "timestamp": MOMENT,
+        "digest": digest_of(b"1"),
         "value": 1,
         "exchange": "",
         "routing_key": broker.queue,
@@ -734,3 +736,17 @@ async def test_tls_with_a_certificate_of_the_client(tmp_path, monkeypatch):
             assert event["value"] == 2
     finally:
         broker.stop()
+
+
+async def test_a_host_that_says_nothing_keeps_none_from_the_next(broker, waits, monkeypatch):
+    """As one that is switched off: its packets are dropped, and nothing refuses."""
+    monkeypatch.setattr(client, "STEP", 6.0)
+    silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    two = {**broker.connection(), "host": f"127.0.0.1:{port},127.0.0.1:{broker.server.port}"}
+    monkeypatch.setenv("AIRFLOW_CONN_TWO", json.dumps(two))
+    broker.send(1)
+    event = await soon(waits.poll(rabbitmq_conn_id="two"), 30)
+    assert event["value"] == 1
+    await waits.commit(event)
+    silent.close()

@@ -11,6 +11,7 @@ import pytest
 import servers
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.redis import watch
+from airflow_events.listeners.support.values import digest_of
 from broker import nothing, soon
 from of_redis import Redis6, Valkey
 
@@ -41,6 +42,7 @@ async def test_an_entry_of_several_fields_is_a_dict_of_texts(broker, waits):
         "id": "1700000000000-0",
         "timestamp": datetime(2023, 11, 14, 22, 13, 20, tzinfo=timezone.utc),
         "value": {"order_id": "42", "text": "ä"},
+        "digest": digest_of(b"order_id", b"42", b"text", "ä".encode()),
         "server": f"127.0.0.1:{broker.server.port}/0",
         "redis_conn_id": "source",
     }

@@ -19,7 +19,7 @@ from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.kafka import KafkaListener
 from airflow_events.listeners.nats import NatsListener
 from airflow_events.listeners.rabbitmq import RabbitMQListener
-from airflow_events.listeners.redis import RedisListener
+from airflow_events.listeners.redis import RedisListener, RedisWatchListener
 from airflow_events.listeners.sqs import SqsListener
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.timer import TimerListener
@@ -210,7 +210,7 @@ def test_mapping_it_says_how_it_is_done(dag, how, call, operator):
 
 
 def test_an_argument_of_the_task_among_those_of_an_event_is_shown_its_place(dag):
-    with pytest.raises(TypeError, match=r"of the task it is one there: send_event\.override\(retries=...\)"):
+    with pytest.raises(TypeError, match=r"of the task: send_event\.override\(retries=...\)"):
         send_event("key", 1, retries=2)
 
 
@@ -434,3 +434,27 @@ def test_the_tasks_own_execution_timeout_is_another_error(dag):
     wait = operator(timeout=100, execution_timeout=timedelta(seconds=10))
     with pytest.raises(TaskDeferralTimeout):
         wait.resume_execution(TRIGGER_FAIL_REPR, {"error": TriggerFailureReason.TRIGGER_TIMEOUT}, {})
+
+
+@pytest.mark.parametrize(
+    ("listener", "arguments", "message"),
+    [
+        (DirectoryListener, {"pattern": "**/*.csv"}, "pattern is for names in the directory itself"),
+        (DirectoryWatchListener, {"pattern": "**/*.csv"}, "pattern is for names in the directory itself"),
+        (DirectoryListener, {"done_marker": "done"}, "done_marker is a file name with {name} in it"),
+        (DirectoryListener, {"settle": -1}, "settle is a number of seconds of at least 0"),
+        (DirectoryListener, {"on_commit": "move"}, "on_commit is one of 'archive', 'delete', not 'move'"),
+        (KafkaListener, {"on_undecodable": "drop"}, "on_undecodable is one of .*, not 'drop'"),
+        (KafkaListener, {"values": "xml"}, "values is one of .*, not 'xml'"),
+        (RedisListener, {"values": "xml"}, "values is one of 'json', 'text', 'bytes', not 'xml'"),
+        (RedisListener, {"on_undecodable": "drop"}, "on_undecodable is one of .*, not 'drop'"),
+        (RedisWatchListener, {"match": "a b"}, "match is no JMESPath expression"),
+        (RedisWatchListener, {"since": "tomorrow"}, "'tomorrow' is neither ISO 8601"),
+    ],
+)
+def test_what_no_wait_could_wait_with_is_refused_as_the_dag_is_parsed(dag, listener, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wait_for_event.override(task_id="wait")(listener, "where", **arguments)
+    # What a template says is not known yet.
+    templates = dict.fromkeys(arguments, "{{ params.p }}")
+    wait_for_event.override(task_id="wait")(listener, "where", **templates)
