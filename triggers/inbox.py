@@ -13,6 +13,7 @@ from typing import TypeAlias
 from airflow_events.errors import InboxRefused
 from airflow_events.inbox import entries
 from airflow_events.inbox.entries import Answer, Entry, as_json
+from airflow_events.listeners.support.hub import shared_log
 from airflow_events.listeners.support.positions import Known, Positions, Ranges, union
 from airflow_events.listeners.support.shared import OnePerLoop, background, woken
 from airflow_events.triggers.inbox_http import Failed, Post, Unfit
@@ -71,6 +72,7 @@ class Inbox(OnePerLoop):
         self._is_collecting = False
         self._failing_since: float | None = None
         self._trouble = ""  # of the inbox as a whole, and of now
+        self._logs_told: set[str] = set()  # those that many waits share, and that have it
         self._got_through = asyncio.Event()
         Positions.of_loop().inbox = self._exchange
 
@@ -88,21 +90,34 @@ class Inbox(OnePerLoop):
             raise InboxRefused(entry.operation, f"it cannot be written as JSON: {error}") from error
         if self._trouble:
             asked.is_told = True
-            log.warning("%s", self._trouble)
+            self._warn(self._trouble)
         self._open[asked] = None
         self._queue.append(asked)
         self._work_if_need_be()
         try:
             while isinstance(said := await asked.said, str):
-                log.warning("%s", said)
+                self._warn(said)
         finally:
             asked.said.cancel()
             del self._open[asked]
         if asked.is_told:
-            log.info("The inbox has answered")
+            self._reassure()
         if isinstance(said, InboxRefused):
             raise said
         return said
+
+    def _warn(self, trouble: str) -> None:
+        """Write it into the log of the wait that asks; into one that it shares with others, once."""
+        shared = shared_log.get("")
+        if not shared or shared not in self._logs_told:
+            self._logs_told.add(shared)
+            log.warning("%s", trouble)
+
+    def _reassure(self) -> None:
+        shared = shared_log.get("")
+        if not shared or shared in self._logs_told:
+            self._logs_told.discard(shared)
+            log.info("The inbox has answered")
 
     async def _exchange(self, source: str, settled: Mapping[str, Ranges], begins: Mapping[str, int]) -> Known:
         answer = await self.ask(entries.Positions(source=source, settled=settled, begins=begins))

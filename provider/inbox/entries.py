@@ -68,7 +68,6 @@ class Begin(Entry):
     :param holder: who asks, for the page.
     :param wanted: of a task that waits for many: how many events it wants, for the page.
     :param hosted: whether a host asks, for a wait that has joined it.
-    :param hosted: whether a host asks, for a wait that has joined it.
     :param sought: what the API server is to look for: `airflow_events.listeners.base.EventListener.sought`.
     """
 

@@ -113,7 +113,7 @@ def _repair(session: Session, host: bytes) -> bool:
     heir = _heir(session, host, ())
     if heir is None:
         return False
-    row = _lock(session, [host], make=True)[host]
+    row = _lock(session, [host])[host]
     if _anchored(session, [host]):
         return False
     _anchor(session, row, heir)
@@ -133,9 +133,9 @@ def _lock(session: Session, hosts: Iterable[bytes], *, make: bool = False) -> di
     return rows
 
 
-def is_anchored(session: Session, host: bytes, trigger: int | None) -> bool:
+def is_anchored(session: Session, host: bytes, trigger: int) -> bool:
     """Whether the trigger is the host's, and will be run: a wait of the host has it."""
-    return trigger is not None and _anchored(session, [host]).get(host) == trigger
+    return _anchored(session, [host]).get(host) == trigger
 
 
 def _anchored(session: Session, hosts: Collection[bytes]) -> dict[bytes, int]:

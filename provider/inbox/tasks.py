@@ -122,14 +122,6 @@ def lock_one(
     return next(iter(_lock(session, *is_it, skip_locked=skip_locked)), None)
 
 
-def lock_by_key(
-    session: Session, keys: Collection[tuple[str, str, str, int]]
-) -> dict[tuple[str, str, str, int], Task]:
-    """Lock task instances as `lock` does, whatever their try is; return those that are there, by `Task.key`."""
-    columns = (TaskInstance.dag_id, TaskInstance.task_id, TaskInstance.run_id, TaskInstance.map_index)
-    return {task.key: task for task in _lock(session, tuple_(*columns).in_(sorted(keys)))}
-
-
 def _lock(session: Session, *which: ColumnElement[bool], skip_locked: bool = False) -> list[Task]:
     begin_writing(session)
     query = (

@@ -41,7 +41,7 @@ def forget(session: Session, key: Key, *, by: str) -> Forgotten | None:
     The caller commits; a crash before that leaves all as it was.
     """
     dag_id, run_id, task_id, map_index = key
-    task = next(iter(tasks.lock_by_key(session, [(dag_id, task_id, run_id, map_index)]).values()), None)
+    task = tasks.lock_one(session, dag_id, task_id, run_id, map_index)
     if task is None:
         return None
     rows = session.execute(

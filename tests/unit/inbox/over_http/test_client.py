@@ -16,6 +16,7 @@ import trustme
 from airflow_events import inbox_token, settings
 from airflow_events.errors import InboxRefused
 from airflow_events.inbox.entries import Answer, Begin, Finish, Record, Status
+from airflow_events.listeners.support.hub import shared_log
 from airflow_events.listeners.support.positions import Known, Positions
 from airflow_events.triggers import inbox as module
 from airflow_events.triggers import inbox_http
@@ -165,6 +166,24 @@ async def test_while_the_server_is_away_all_is_kept_and_each_wait_says_so_once_i
     del said[:]
     await ask_as(inbox, "afterwards")
     assert said == []
+
+
+async def test_waits_that_share_a_log_say_so_in_one_line(api, inbox, said):
+    async def ask_as_hosted(number):
+        shared_log.set("a host")
+        return await ask_as(inbox, f"hosted {number}")
+
+    server = api()
+    await inbox.ask(Begin("connected"))
+    server.stop()
+    asked = [asyncio.create_task(ask_as_hosted(number)) for number in range(5)]
+    await until(lambda: inbox._trouble)
+    asked += [asyncio.create_task(ask_as_hosted(number)) for number in range(5, 8)]
+    await asyncio.sleep(0.5)
+    assert [level for _, level, _ in said] == ["WARNING"]
+    server.start()
+    await asyncio.wait_for(asyncio.gather(*asked), 5)
+    assert [level for _, level, _ in said] == ["WARNING", "INFO"]
 
 
 async def test_a_server_that_was_away_for_a_moment_is_not_worth_a_word(api, inbox, said, monkeypatch):
