@@ -154,7 +154,6 @@ class EventTrigger(BaseTrigger):
         self.wait = wait
         self.mapped_over = mapped_over
         self.deadline: datetime | None = None  # by the clock of this machine
-        self._until: datetime | None = None  # the same by the inbox's
         self._started_here = False
         self._dag_result = False
         self._generation = 0
@@ -272,9 +271,10 @@ class EventTrigger(BaseTrigger):
             )
             wait = dataclasses.replace(wait, after=stored.after)
         else:
+            until = None if begun.deadline is None else datetime.fromisoformat(begun.deadline)
             del begun  # of all that is held while a wait is open there is one for each
             self._announce(wait)
-            if (left := await self._leave(listener, wait)) is not None:
+            if (left := await self._leave(listener, wait, until)) is not None:
                 return left == Status.DONE
             # With nothing to commit, whoever records an event ends the task with it.
             look = self._look if commits(listener) else None
@@ -324,7 +324,6 @@ class EventTrigger(BaseTrigger):
             begun = await self._ask(self._beginning(listener, wait))
         self._generation, self._after = begun.generation, begun.lost
         self.deadline = _by_this_clock(begun)
-        self._until = None if begun.deadline is None else datetime.fromisoformat(begun.deadline)
         times = {"run_start": begun.run_start, "run_created": begun.run_created}
         known: dict[str, Any] = {name: datetime.fromisoformat(said) for name, said in times.items() if said}
         return begun, dataclasses.replace(wait, after=begun.lost, **known)
@@ -354,13 +353,14 @@ class EventTrigger(BaseTrigger):
             return None
         return {name: masked(_shown(value), redact, name) for name, value in fields.items()}
 
-    async def _leave(self, listener: type[EventListener], wait: Wait) -> str | None:
+    async def _leave(self, listener: type[EventListener], wait: Wait, until: datetime | None) -> str | None:
         """
         Let the wait go on without this trigger: parked, if nobody has to poll for its event, or with a host.
 
+        :param until: the wait's deadline by the clock of the inbox.
         :return: `Status.DONE` or, if it has an event by now and is to begin again, `Status.HAS`; None if it stays.
         """
-        if (said := await self._park(listener, wait)) is not None:
+        if (said := await self._park(listener, wait, until)) is not None:
             return said
         if not self._may_be_hosted(listener):
             return None
@@ -379,13 +379,13 @@ class EventTrigger(BaseTrigger):
             for option in (("core", "multi_team"), ("triggerer", "queues_enabled"))
         )
 
-    async def _park(self, listener: type[EventListener], wait: Wait) -> str | None:
+    async def _park(self, listener: type[EventListener], wait: Wait, until: datetime | None) -> str | None:
         """Do what `_leave` does for waits that nobody polls for."""
         # What an XCom backend stores, it stores when the event is there, and in a triggerer.
         if commits(listener) or XCom is not BaseXCom:
             return None
         end: Entry | None = None
-        at = self._until
+        at = until
         foreseen = foreseen_by(listener, wait, self.listener_args, self.listener_kwargs)
         if foreseen is not None and (at is None or foreseen[1] <= at):
             event, at = serde.check(foreseen[0]), foreseen[1]

@@ -15,6 +15,7 @@ import functools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,7 +184,7 @@ class _HostedWait(EventTrigger):
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         return dataclasses.replace(super()._beginning(listener, wait), hosted=True)
 
-    async def _leave(self, listener: type[EventListener], wait: Wait) -> Status | None:
+    async def _leave(self, listener: type[EventListener], wait: Wait, until: datetime | None) -> str | None:
         return None
 
     def _announce(self, wait: Wait) -> None:

@@ -43,7 +43,7 @@ class DirectoryListener(FinalIdListener):
     not_taken: ClassVar[Mapping[str, str]] = {"match": "a file is chosen by its name, with pattern"}
 
     @classmethod
-    def check_arguments(cls, directory: Any, pattern: Any = "*", **more: Any) -> None:
+    def check_arguments(cls, directory: Any = None, pattern: Any = "*", **more: Any) -> None:
         _check(pattern, **more)
 
     async def poll_for_event(
@@ -115,7 +115,7 @@ class DirectoryWatchListener(EventListener):
     hosted: ClassVar[bool] = True
 
     @classmethod
-    def check_arguments(cls, directory: Any, pattern: Any = "*", **more: Any) -> None:
+    def check_arguments(cls, directory: Any = None, pattern: Any = "*", **more: Any) -> None:
         _check(pattern, **more)
 
     async def poll_for_event(

@@ -93,7 +93,7 @@ async def test_a_misspelt_extra_is_refused_by_its_name(connect, kind):
 @pytest.mark.parametrize("extra", ["{'db': 3}", "[1]", '"text"'])
 async def test_extras_that_cannot_be_read_are_not_taken_as_none(connect, kind, extra):
     connect(conn_type=kind, host="127.0.0.1", port=1, extra=extra)
-    with pytest.raises(SourceMisconfigured, match="'own' has extras that are not valid JSON"):
+    with pytest.raises(SourceMisconfigured, match=r"'own' has extras that are not (valid JSON|a JSON object)"):
         await READERS[kind][0]()
 
 
