@@ -132,7 +132,7 @@ def test_the_terminal_does_what_the_page_does(airflow, terminal, base):
     assert json.loads(in_terminal(terminal, run)["event"])["message"] == "a"
     assert "Forgotten" in terminal("events", "forget", "--yes", "leased", run.run_id, "wait")
     assert in_terminal(terminal, run)["event"] is None
-    with pytest.raises(RuntimeError, match="no task instance that waits"):
+    with pytest.raises(RuntimeError, match="is not found, or does not wait"):
         terminal("events", "show", "leased", "nobody", "wait")
 
 
