@@ -67,13 +67,10 @@ CONTENDERS = {
 
 DAGS = dags(CONTENDERS, {"queue": "none", "number": "0"}, 1, 10)
 
-with DAG("mixed_30", schedule=None, params={"queue": "none"}, max_active_runs=10_000, max_active_tasks=100_000):
-    for number in range(10):
-        wait_for_event.override(task_id=f"timer{number}")(TimerListener, "2100-01-01T00:00:00Z")
-        key = f"{{{{ run_id }}}}-http{number}"
-        sent = wait_for_event.override(task_id=f"http{number}")(HttpListener, key=key)
-        match = {"order": f"{{{{ run_id }}}} watch{number}"}
-        watched = wait_for_event.override(task_id=f"watch{number}")(KafkaWatchListener, QUEUE, match=match)
-        if number == 0:
-            sent.operator >> downstream.override(task_id="after_http")()
-            watched.operator >> downstream.override(task_id="after_watch")()
+with DAG("mixed_3", schedule=None, params={"queue": "none"}, max_active_runs=100_000, max_active_tasks=100_000):
+    wait_for_event.override(task_id="timer")(TimerListener, "2100-01-01T00:00:00Z")
+    sent = wait_for_event.override(task_id="http")(HttpListener, key="{{ run_id }}-http")
+    match = {"order": "{{ run_id }} watch"}
+    watched = wait_for_event.override(task_id="watch")(KafkaWatchListener, QUEUE, match=match)
+    sent.operator >> downstream.override(task_id="after_http")()
+    watched.operator >> downstream.override(task_id="after_watch")()
