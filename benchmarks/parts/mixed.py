@@ -175,8 +175,8 @@ def table(rows: Rows) -> str:
         f"| a message to one of the watches: to success; to the next task queued | {_spread(to_success)}; "
         f"{_spread(to_queued)} |",
         f"| an event over HTTP to one of the keys, likewise | {_spread(http_success)}; {_spread(http_queued)} |",
-        "| the triggerer is killed, and one started; Airflow gives it the triggers of the dead one after 30 s: the "
-        f"last of {len(row['after_kill'])} messages that were sent meanwhile has ended its wait, from the kill | "
+        "| the triggerer is killed, and one started, to which Airflow gives the dead one's triggers after 30 s: "
+        f"the last of {len(row['after_kill'])} messages sent meanwhile has ended its wait, from the kill | "
         f"{row['after_kill'][-1]:.1f} s |",
         f"| {len(at_once):,} messages at once, for a wait each: first, median, last success | {at_once[0]:.1f} s, "
         f"{statistics.median(at_once):.1f} s, {at_once[-1]:.1f} s: {len(at_once) / at_once[-1]:.0f} a second |",
