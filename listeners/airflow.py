@@ -91,7 +91,7 @@ class DagRunListener(_FoundByTheApiServer):
         :param run_id: only this one.
         :param logical_date: only the one of this date; forms as of ``since``.
         :param since: not one that ended before: a datetime, ISO 8601, seconds since the epoch, or a timedelta from
-            the start of the wait's own run. None is that start, and whenever it ended if ``run_id`` or
+            the creation of the wait's own run. None is that creation, and whenever it ended if ``run_id`` or
             ``logical_date`` says which.
         :raises ValueError: an argument is invalid.
         """

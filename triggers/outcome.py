@@ -49,7 +49,7 @@ class Rejected:
 Outcome = Arrived | TimedOut | Rejected
 
 
-def why_on_worker(finish_on_worker: bool | str) -> str | None:
+def why_on_worker(finish_on_worker: bool | str | None) -> str | None:
     """Return why a worker ends the task, as a trigger was told; None if none does."""
     if not finish_on_worker:
         return None

@@ -49,7 +49,8 @@ class Rules:
         return None if found is None else _moment(found).isoformat()
 
 
-# What all of Airflow's databases can hold, as logical dates of a second that is full are moved on.
+# Within what Airflow's databases hold (MySQL's end in 2038), and not at its end: of a second that is full, logical
+# dates are moved on.
 _EARLIEST, _LATEST = datetime(1970, 1, 2, tzinfo=timezone.utc), datetime(9999, 12, 30, tzinfo=timezone.utc)
 
 

@@ -53,6 +53,11 @@ def _count(name: str, broker: Any) -> int:
     if name.startswith("redis"):
         with broker.client as client:
             return len(client.client_list()) - 1
+    return sockets_of(broker)
+
+
+def sockets_of(broker: Any) -> int:
+    """Count the connections that other processes have to a broker."""
     return sockets(broker.server.process.pid, broker.server.port)
 
 

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.connections import sockets
+from parts.connections import sockets_of
 from parts.processes import opened, settle
 from parts.queues import KAFKA, order_of
 from parts.timers import NAMES, since
@@ -42,7 +42,7 @@ def _have(stage: Stage, name: str, count: int) -> dict[str, Any]:
 
     def before() -> None:
         nonlocal connected, clock
-        connected, clock = _connections(broker), time.time()
+        connected, clock = sockets_of(broker), time.time()
 
     with opened(airflow, f"{name}_10", 10, count, beside="probe", before=before, queue=broker.queue) as those:
         settle()
@@ -54,7 +54,7 @@ def _have(stage: Stage, name: str, count: int) -> dict[str, Any]:
             "seconds": those.seconds,
             **those.memory(),
             "files": those.files,
-            "connections": _connections(broker) - connected,
+            "connections": sockets_of(broker) - connected,
             **cores,
             "stood_still_beginning": round(begun, 3),
             "stood_still": round(rest, 3),
@@ -72,10 +72,6 @@ def _until_told(broker: Any, run: Any) -> float:
     broker.send({"order": order_of(run, "wait0")})
     until(lambda: run.task_state("wait0") == "success", f"wait0 of {run} has its message", LOOKED_FOR, 0.2)
     return since(sent, run.tasks()["wait0"]["end_date"])
-
-
-def _connections(broker: Any) -> int:
-    return sockets(broker.server.process.pid, broker.server.port)
 
 
 def _stood_still(airflow: Any, begin: float, end: float) -> float:

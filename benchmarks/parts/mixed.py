@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.connections import sockets
+from parts.connections import sockets_of
 from parts.processes import (
     busy,
     collected,
@@ -21,6 +21,7 @@ from parts.processes import (
     settle,
 )
 from parts.queues import KAFKA, send_at_once
+from parts.timers import spread
 
 # Waits in a run of the DAG, one of each kind. While they begin, Airflow sends the whole DAG for each.
 IN_RUN = 3
@@ -43,7 +44,7 @@ def mixed(stage: Stage) -> Rows:
     triggerer = fresh_triggerer(airflow)
     settle()
     empty = _cores(triggerer, look)
-    memory, files, sockets_before = collected(airflow, triggerer), open_files(triggerer[0]), _connections(broker)
+    memory, files, sockets_before = collected(airflow, triggerer), open_files(triggerer[0]), sockets_of(broker)
 
     # What is sent to some alone is for a run each.
     count = max(max(stage.options.waits) // IN_RUN, 8 * ALONE) * IN_RUN
@@ -62,7 +63,7 @@ def mixed(stage: Stage) -> Rows:
         "supervisor": now[0] - memory[0],
         "runner": now[1] - memory[1],
         "files": open_files(triggerer[0]) - files,
-        "connections": _connections(broker) - sockets_before,
+        "connections": sockets_of(broker) - sockets_before,
         "triggers": _count(stage, "SELECT count(*) FROM trigger"),
         "empty_cores": empty,
         "cores": _cores(triggerer, look),
@@ -152,10 +153,6 @@ def _count(stage: Stage, query: str) -> int:
     return int(count)
 
 
-def _connections(broker: Any) -> int:
-    return sockets(broker.server.process.pid, broker.server.port)
-
-
 def table(rows: Rows) -> str:
     [row] = rows
     count, at_once = row["waits"], row["at_once"]
@@ -172,9 +169,9 @@ def table(rows: Rows) -> str:
         f"{row['triggers']}; {row['connections']} |",
         f"| cores at rest, supervisor and runner; without a wait | {_two(row['cores'])}; "
         f"{_two(row['empty_cores'])} |",
-        f"| a message to one of the watches: to success; to the next task queued | {_spread(to_success)}; "
-        f"{_spread(to_queued)} |",
-        f"| an event over HTTP to one of the keys, likewise | {_spread(http_success)}; {_spread(http_queued)} |",
+        f"| a message to one of the watches: to success; to the next task queued | {spread(to_success)}; "
+        f"{spread(to_queued)} |",
+        f"| an event over HTTP to one of the keys, likewise | {spread(http_success)}; {spread(http_queued)} |",
         "| the triggerer is killed, and one started, to which Airflow gives the dead one's triggers after 30 s: "
         f"the last of {len(row['after_kill'])} messages sent meanwhile has ended its wait, from the kill | "
         f"{row['after_kill'][-1]:.1f} s |",
@@ -193,10 +190,6 @@ def table(rows: Rows) -> str:
 
 def _two(cores: Sequence[float]) -> str:
     return ", ".join(f"{each:.3f}" for each in cores)
-
-
-def _spread(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 PARTS = {"mixed": Part(mixed, table, (f"mixed_{IN_RUN}",), (KAFKA,))}

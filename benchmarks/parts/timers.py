@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -175,7 +176,7 @@ def ends_of(row: dict[str, Any]) -> str:
     return f"{first:.1f} s | {median:.1f} s | {last:.1f} s | {row['waits'] / last:.1f}"
 
 
-def spread(seconds: list[float]) -> str:
+def spread(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 

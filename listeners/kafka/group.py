@@ -94,11 +94,7 @@ class Group:
         :raises BrokerUnavailable: no broker answers, or no topic is there.
         :raises SourceMisconfigured: the user may not use them, or the group has members.
         """
-        try:
-            topics = described(self._clients, self._asks())
-        except BrokerUnavailable:
-            self.close()
-            raise
+        topics = self._described()
         partitions = [(name, one) for name, topic in topics.items() for one in topic.partitions]
         places = [(name, one.id) for name, one in partitions]
         leaderless = {(name, one.id) for name, one in partitions if one.leader is None}
@@ -124,8 +120,11 @@ class Group:
 
         :raises BrokerUnavailable: no broker answers, or it is not there.
         """
+        return str(self._described()[self._source.topic].topic_id)
+
+    def _described(self) -> dict[str, Any]:
         try:
-            return str(described(self._clients, self._asks())[self._source.topic].topic_id)
+            return described(self._clients, self._asks())
         except BrokerUnavailable:
             self.close()
             raise

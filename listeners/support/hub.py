@@ -247,6 +247,7 @@ class Hub(abc.ABC, Generic[_S]):
                     # Only now: what lets us connect and does nothing more is unreachable, too.
                     if self._trouble is not None:
                         self._trouble = None
+                        self._logs_told.clear()  # or they would keep waits that have ended
                         self._tell_all(logging.INFO, "%s is reachable again", self.name)
                     away_since, attempts, self._was_there = 0.0, 0, True
             except Exception as error:
@@ -263,6 +264,7 @@ class Hub(abc.ABC, Generic[_S]):
                 if self._trouble is None and (attempts > 1 or isinstance(error, NoAnswer)):
                     message = "%s cannot be reached; trying again for up to %.0f s: %s"
                     self._trouble = (message, self.name, settings.unreachable_timeout(), _text_of(error))
+                    self._logs_told = {seeker.log for seeker in self.seekers}
                     self._tell_all(logging.WARNING, *self._trouble)
                 await asyncio.sleep(_pause(attempts))
 
@@ -289,9 +291,7 @@ class Hub(abc.ABC, Generic[_S]):
 
     def _tell_all(self, level: int, message: str, *arguments: Any) -> None:
         log.log(level, message, *arguments)
-        seekers = {seeker.log: seeker for seeker in self.seekers}
-        self._logs_told = set(seekers)
-        for seeker in seekers.values():
+        for seeker in {seeker.log: seeker for seeker in self.seekers}.values():
             seeker.write(level, message, *arguments)
 
     async def _idle(self) -> None:

@@ -16,7 +16,7 @@ class LogWatchListener(EventListener):
 
     @classmethod
     def check_arguments(cls, *args: Any, match: Any = None, since: Any = None, **others: Any) -> None:
-        """Refuse a ``match`` that is none, and a ``since`` that is no moment; templates are not known yet."""
+        """Refuse an invalid ``match`` or ``since``; what templates say is not known yet."""
         if not is_template(match):
             Match(match)
         if isinstance(since, str) and not is_template(since):

@@ -65,7 +65,7 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
         kwargs=jsonable(kwargs),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
-        on_worker_because=why_on_worker(told.get("finish_on_worker") or False),
+        on_worker_because=why_on_worker(told.get("finish_on_worker")),
     )
 
 
@@ -84,7 +84,7 @@ def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
         kwargs=jsonable(common),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
-        on_worker_because=why_on_worker(told.get("finish_on_worker") or False),
+        on_worker_because=why_on_worker(told.get("finish_on_worker")),
         wanted=told.get("first") or told["count"],
     )
 
