@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=2, help="mean seconds between two kills (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="replays the same kills (default: 1)")
     parser.add_argument("--triggerers", type=int, default=1, help="how many triggerers (default: 1)")
-    parser.add_argument("--database", choices=("sqlite", "postgres"), default="sqlite")
+    parser.add_argument("--database", choices=("sqlite", "postgres", "mysql"), default="sqlite")
     parser.add_argument("--under-way", type=int, default=60, help="how many runs at a time (default: 60)")
     parser.add_argument("--brokers", type=int, help="of the source, to be killed too (default: one, which is not)")
     parser.add_argument("--partitions", type=int, help="of the queue (default: as the source has it)")
@@ -168,8 +168,8 @@ def main() -> int:
     sys.path[:0] = [str(tests / folder) for folder in ("plugins", "matrix", "sources")]
     from proof import SETTINGS, furnish, served
 
+    from databases import missing, serve
     from deployment import Deployment
-    from postgres import Postgres
     from sources import SOURCES
 
     known = {source.name: source for source in SOURCES if source.commits}
@@ -183,7 +183,10 @@ def main() -> int:
     home = Path(tempfile.mkdtemp(prefix="airflow-events-chaos-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
-        database = stack.enter_context(Postgres()).url if options.database == "postgres" else None
+        if problem := missing(options.database):
+            bootstrap.fail(problem)
+        server = stack.enter_context(serve(options.database))
+        database = server.url if server else None
         settings = {**SETTINGS, "core.parallelism": "8"}
         variables = {**stack.enter_context(served(source.name)), **ENDURING}
         airflow = stack.enter_context(Deployment(home, database=database, settings=settings, variables=variables))

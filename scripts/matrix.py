@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
         "--faults", nargs="+", metavar="FAULT", help="only these; the page keeps what it says of the others"
     )
     parser.add_argument("--sources", nargs="+", metavar="SOURCE", default=[], help="only these; likewise")
+    parser.add_argument("--database", choices=("postgres", "mysql"), default="postgres")
     parser.add_argument("--keep", action="store_true", help="keep the folder of its Airflow")
     return parser.parse_args()
 
@@ -47,9 +48,11 @@ def main() -> int:
     from faults import FAULTS
     from proof import SETTINGS, endure, furnish, served
 
+    from databases import missing, serve
     from deployment import Deployment
-    from postgres import Postgres
 
+    if problem := missing(options.database):
+        bootstrap.fail(problem)
     known = {fault.name: fault for fault in FAULTS}
     if unknown := set(options.faults or ()) - known.keys():
         bootstrap.fail(f"there is no fault {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
@@ -60,16 +63,17 @@ def main() -> int:
             print(f"kept: {home}")
         else:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
-        postgres = stack.enter_context(Postgres())
+        database = stack.enter_context(serve(options.database))
+        assert database is not None
         variables = stack.enter_context(served(*options.sources))
         airflow = stack.enter_context(
-            Deployment(home, database=postgres.url, settings=SETTINGS, variables=variables)
+            Deployment(home, database=database.url, settings=SETTINGS, variables=variables)
         )
         airflow.prepare()
         furnish(airflow)
         airflow.start()
         airflow.wait_for_dags("directory_no_worker")
-        stage = Stage(airflow, postgres, home / "cells")
+        stage = Stage(airflow, database, home / "cells")
         for fault in [known[name] for name in options.faults or known]:
             struck = time.time()
             cells = []

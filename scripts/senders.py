@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--senders", type=int, default=50, help="how many send at a time (default: 50)")
     parser.add_argument("--pace", type=float, default=3, help="mean seconds between two events of a sender")
     parser.add_argument("--processes", type=int, default=4, help="of each API server (default: 4)")
+    parser.add_argument("--database", choices=("postgres", "mysql"), default="postgres")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -43,15 +44,17 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     bootstrap.run_inside("[test]")
+    from databases import missing, serve
     from deployment import Deployment, free_port
-    from postgres import Postgres
 
+    if problem := missing(options.database):
+        bootstrap.fail(problem)
     random.seed(options.seed)
     ports = [free_port(), free_port()]
     with (
         tempfile.TemporaryDirectory(prefix="airflow-events-senders-") as home,
-        Postgres() as database,
-        Deployment(Path(home), database=database.url) as airflow,
+        serve(options.database) as database,
+        Deployment(Path(home), database=database and database.url) as airflow,
     ):
         airflow.prepare()
         airflow.add_dags(STAGE / "orders.py")

@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 def pytest_addoption(parser):
     parser.addoption(
         "--database",
-        choices=("sqlite", "postgres"),
+        choices=("sqlite", "postgres", "mysql"),
         default="postgres",
         help="Airflow's metadata database in the end-to-end tests",
     )

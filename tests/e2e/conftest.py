@@ -20,8 +20,8 @@ from proof import SETTINGS, furnish, served
 from sqlalchemy import create_engine, select
 from statsd_receiver import Receiver
 
+from databases import missing, serve
 from deployment import Deployment, free_port, until
-from postgres import Postgres
 
 TESTS = Path(__file__).parents[1]
 # What only makes the tests wait.
@@ -40,12 +40,12 @@ def runs_the_matrix(session):
 
 
 @pytest.fixture(scope="session")
-def postgres(request):
-    """Airflow's database, or None if that is SQLite."""
-    if request.config.getoption("--database") == "sqlite":
-        yield None
-        return
-    with Postgres() as server:
+def database(request):
+    """The server of Airflow's database, or None if that is SQLite."""
+    name = request.config.getoption("--database")
+    if problem := missing(name):
+        pytest.exit(problem, returncode=2)
+    with serve(name) as server:
         yield server
 
 
@@ -57,17 +57,16 @@ def receiver():
 
 
 @pytest.fixture(scope="session")
-def airflow(request, postgres, receiver):
+def airflow(request, database, receiver):
     home = Path(tempfile.mkdtemp(prefix="airflow-events-"))
     keep = request.config.getoption("--keep")
     with contextlib.ExitStack() as stack:
         if not keep:
             stack.callback(shutil.rmtree, home, ignore_errors=True)
-        database = postgres.url if postgres else None
         settings = {**SETTINGS, **SOONER, **receiver.settings}
         variables = stack.enter_context(served()) if runs_the_matrix(request.session) else {}
         deployment = stack.enter_context(
-            Deployment(home, database=database, settings=settings, variables=variables)
+            Deployment(home, database=database and database.url, settings=settings, variables=variables)
         )
         deployment.prepare()
         deployment.add_dags(
@@ -241,8 +240,8 @@ def base(tmp_path):
 
 
 @pytest.fixture
-def stage(airflow, postgres, tmp_path):
+def stage(airflow, database, tmp_path):
     """What the matrix is run on."""
-    if postgres is None:
-        pytest.skip("the matrix needs --database postgres: with SQLite, the API server stands still under it")
-    return Stage(airflow, postgres, tmp_path)
+    if database is None:
+        pytest.skip("the matrix needs a database server: with SQLite, the API server stands still under it")
+    return Stage(airflow, database, tmp_path)

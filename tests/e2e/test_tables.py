@@ -9,26 +9,22 @@ import pytest
 from airflow_events.inbox.models import Base, EventSent
 from sqlalchemy import create_engine, func, insert, inspect, select
 
+from databases import NAMES, missing, serve
 from deployment import Deployment, until
-from mysql import Mysql, missing
-from postgres import Postgres
 
 MANAGER = "airflow_events.inbox.manager.InboxDBManager"
 NOW = datetime.now(timezone.utc)
 OURS = {*Base.metadata.tables, "alembic_version_events"}
 
 
-@pytest.fixture(params=["sqlite", "postgres", "mysql"])
+@pytest.fixture(params=NAMES)
 def deployment(request, tmp_path):
     """An Airflow whose database is empty."""
     with contextlib.ExitStack() as stack:
-        url = None
-        if request.param == "postgres":
-            url = stack.enter_context(Postgres()).url
-        elif request.param == "mysql":
-            if problem := missing():
-                pytest.skip(problem)
-            url = stack.enter_context(Mysql()).url
+        if problem := missing(request.param):
+            pytest.skip(problem)
+        server = stack.enter_context(serve(request.param))
+        url = server.url if server else None
         # Nobody has to list the manager; the command that is for one manager wants it.
         settings = {"database.external_db_managers": MANAGER}
         yield stack.enter_context(Deployment(tmp_path / "airflow", database=url, settings=settings))

@@ -20,6 +20,7 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.pool import NullPool
 
 from deployment import FINISHED, Deployment, Run, until
+from mysql import Mysql
 from postgres import Postgres
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Stage:
     """The Airflow that the matrix is run on."""
 
     airflow: Deployment
-    postgres: Postgres
+    database: Postgres | Mysql
     folder: Folder
 
     def finish(self, cells: list[Cell], timeout: float = 300) -> None:
@@ -77,7 +78,7 @@ class Stage:
 
     @property
     def _database(self) -> Any:
-        return create_engine(self.postgres.url, poolclass=NullPool)
+        return create_engine(self.database.url, poolclass=NullPool)
 
 
 @dataclass

@@ -197,10 +197,10 @@ def asked_again(stage: Stage, cells: list[Cell]) -> Course:
 
 
 def without_database(stage: Stage, cells: list[Cell]) -> Course:
-    stage.postgres.crash()
+    stage.database.crash()
     yield
     time.sleep(5)
-    stage.postgres.start()
+    stage.database.start()
     for _ in range(40):  # some components end only when they miss it
         time.sleep(1)
         for name, component in list(stage.airflow.components.items()):

@@ -24,8 +24,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from mysql import Mysql, missing
-from postgres import Postgres
+from databases import NAMES, missing, serve
 
 _TABLES = """
 from airflow import models, settings
@@ -35,17 +34,13 @@ Base.metadata.create_all(settings.engine)
 """
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgres", "mysql"])
+@pytest.fixture(scope="session", params=NAMES)
 def engine(request, tmp_path_factory):
     with contextlib.ExitStack() as stack:
-        if request.param == "sqlite":
-            url = f"sqlite:///{tmp_path_factory.mktemp('database')}/airflow.db"
-        elif request.param == "postgres":
-            url = stack.enter_context(Postgres()).url
-        elif problem := missing():
+        if problem := missing(request.param):
             pytest.skip(problem)
-        else:
-            url = stack.enter_context(Mysql()).url
+        server = stack.enter_context(serve(request.param))
+        url = server.url if server else f"sqlite:///{tmp_path_factory.mktemp('database')}/airflow.db"
         if request.param == "mysql":
             # How long its keys may be hangs on a collation that Airflow chooses as it is imported.
             environment = {**os.environ, "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": url}
