@@ -35,6 +35,10 @@ _AFTER = ("execute_complete", "resume_execution")
 # Values that Airflow gives back in a class of its own, equal, and that read the same.
 _MOMENTS = (date, time, timedelta, tzinfo)
 
+# Characters of a trigger's arguments, which take a third more encrypted (`Trigger.encrypted_kwargs`). MySQL has 64
+# KB for them, and a scheduler that made a longer row would end, as would each after it.
+_LONGEST = 44_000
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -92,6 +96,10 @@ def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
         return "it has a max_active_tis_per_dag or max_active_tis_per_dagrun, which are enforced only for workers"
     if task.pool != DEFAULT_POOL_NAME:
         return "it has a pool, whose slots are enforced only for workers"
+    if (length := task.trigger_length) > _LONGEST:
+        return (
+            f"its arguments are too long for a trigger in MySQL: {length:,} characters, and at most {_LONGEST:,}"
+        )
     if conf.getboolean("triggerer", "queues_enabled", fallback=False):
         return "[triggerer] queues_enabled needs a queue, which the scheduler does not give to triggers"
     return None

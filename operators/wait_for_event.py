@@ -258,6 +258,17 @@ class WaitForEventOperator(BaseOperator):
         """After what time Airflow ends a deferral; the inbox makes it the wait's deadline and a grace."""
         return None if self.timeout is None else self.timeout + timedelta(seconds=GRACE)
 
+    @property
+    def trigger_length(self) -> int:
+        """How long what the trigger is made of is as text, but for a few hundred characters."""
+        default = self.default if self.has_default else None
+        told = [self.listener_args, self.listener_kwargs, default]
+        return self._length(told)
+
+    def _length(self, told: Any, *more: str) -> int:
+        text = serde.encode(serde.localized(serde.simple(told), timezone.utc))
+        return sum(map(len, [text, str(reference.refer(self.listener)), *more]))
+
     def _trigger_arguments(self) -> dict[str, Any]:
         zone = Wait("", "", "", timezone=timezone_name(self)).tz
         return {

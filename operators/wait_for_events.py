@@ -20,7 +20,7 @@ from airflow_events.operators.wait_for_event import (
     timezone_name,
 )
 from airflow_events.triggers import outcome
-from airflow_events.triggers.calls import Calls
+from airflow_events.triggers.calls import Calls, packed
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.events import EventsTrigger
 
@@ -143,14 +143,23 @@ class WaitForEventsOperator(WaitForEventOperator):
     def _wanted(self) -> int:
         return len(self._calls) if self.first is None else self.first
 
-    def _trigger_arguments(self) -> dict[str, Any]:
+    @property
+    def _text(self) -> str:
+        """`_calls`, as the trigger has them."""
         calls = self._calls
         assert self._made is not None
         if not self._made[2]:
-            self._made = (self._made[0], calls, calls.encode())
+            self._made = (self._made[0], calls, packed(calls.encode()))
+        return self._made[2]
+
+    @property
+    def trigger_length(self) -> int:
+        return self._length(self.default if self.has_default else None, self._text)
+
+    def _trigger_arguments(self) -> dict[str, Any]:
         told = super()._trigger_arguments()
         del told["listener_args"], told["listener_kwargs"]
-        return {**told, "calls": self._made[2], "count": len(calls), "first": self.first}
+        return {**told, "calls": self._text, "count": len(self._calls), "first": self.first}
 
     def _starts_in_triggerer(self) -> bool:
         return "first" in vars(self) and super()._starts_in_triggerer()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import bz2
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,10 @@ from typing import Any
 
 from airflow_events.listeners.base import describe
 from airflow_events.listeners.support import serde
+
+# Of texts with more characters than this, trigger rows have the compressed form, since one is 64 KB in MySQL.
+_LONG = 10_000
+_PACKED = "bz2:"
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class Calls:
 
     @classmethod
     def decode(cls, text: str) -> Calls:
-        """Read what `encode` wrote."""
-        return cls(**serde.decode(text))
+        """Read what `encode` wrote, packed or not."""
+        return cls(**serde.decode(unpacked(text)))
 
     @classmethod
     def prepared(cls, text: str) -> Calls:
@@ -75,6 +81,20 @@ class Calls:
     def _digests(self) -> list[str]:
         common = _digest(dict(self.common), "")
         return [_digest(argument, common).ljust(64, "0") for argument in self.arguments]
+
+
+def packed(text: str) -> str:
+    """Return what `Calls.encode` wrote as it stands in trigger rows: the same text always makes the same."""
+    if len(text) < _LONG:
+        return text
+    return _PACKED + base64.b64encode(bz2.compress(text.encode())).decode()
+
+
+def unpacked(text: str) -> str:
+    """Return what was given to `packed`; a text that was not packed stays as it is."""
+    if not text.startswith(_PACKED):
+        return text
+    return bz2.decompress(base64.b64decode(text.removeprefix(_PACKED))).decode()
 
 
 def _digest(value: Any, more: str) -> str:

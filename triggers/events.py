@@ -13,7 +13,7 @@ from airflow.triggers.base import TriggerEvent
 from airflow_events.inbox.entries import Answer, Begin, End, Entry, Status
 from airflow_events.listeners.base import EventListener, Wait, describe
 from airflow_events.triggers import outcome, reference
-from airflow_events.triggers.calls import Calls, result
+from airflow_events.triggers.calls import Calls, packed, result, unpacked
 from airflow_events.triggers.event import _ENDED, _HOLDER, GRACE, EventTrigger, _by_a_worker, _now
 from airflow_events.triggers.gathering import Gathering, Held
 from airflow_events.triggers.inbox import Inbox
@@ -40,7 +40,8 @@ class EventsTrigger(EventTrigger):
     What it shares with `EventTrigger` is described there: who starts it, its deadline, and how it ends the task.
     The wait that begins and ends is that of the task; the events are those of its places.
 
-    :param calls: `Calls` as text; templates in it are rendered here if the trigger starts here.
+    :param calls: `Calls` as text, which may be `packed`; templates in it are rendered here if the trigger starts
+        here.
     :param count: how many there are, for those who only want to show it.
     :param first: as of ``WaitForEventsOperator``.
     :param hand_over: of triggers of the first edition, and of no meaning any more; ``have`` likewise.
@@ -57,7 +58,7 @@ class EventsTrigger(EventTrigger):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.calls = calls
+        self.calls = unpacked(calls)
         self.count = count
         self.first = first
         self._calls = Calls([], {})  # of `calls`, as soon as it runs
@@ -68,7 +69,7 @@ class EventsTrigger(EventTrigger):
     def serialize(self) -> tuple[str, dict[str, Any]]:
         _, arguments = super().serialize()
         del arguments["listener_args"], arguments["listener_kwargs"]
-        many = {"calls": self.calls, "count": self.count, "first": self.first}
+        many = {"calls": packed(self.calls), "count": self.count, "first": self.first}
         return f"{__name__}.{type(self).__name__}", {**arguments, **many}
 
     def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:

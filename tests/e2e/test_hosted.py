@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import create_engine, text
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.trigger import Trigger
+from sqlalchemy import create_engine, select
 
 from deployment import until
 
@@ -17,12 +19,13 @@ def triggers(airflow):
     engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
 
     def read(run):
-        query = text(
-            "SELECT ti.task_id, t.classpath FROM task_instance ti JOIN trigger t ON t.id = ti.trigger_id "
-            "WHERE ti.run_id = :run AND ti.state = 'deferred'"
+        query = (
+            select(TaskInstance.task_id, Trigger.classpath)
+            .join(Trigger, Trigger.id == TaskInstance.trigger_id)
+            .where(TaskInstance.run_id == run.run_id, TaskInstance.state == "deferred")
         )
         with engine.connect() as connection:
-            return {row.task_id: row.classpath for row in connection.execute(query, {"run": run.run_id})}
+            return {row.task_id: row.classpath for row in connection.execute(query)}
 
     yield read
     engine.dispose()

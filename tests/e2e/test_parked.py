@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from sqlalchemy import create_engine, text
+from airflow.models.taskinstance import TaskInstance
+from airflow.models.trigger import Trigger
+from sqlalchemy import create_engine, func, select
 
 from deployment import until
 
@@ -18,10 +20,12 @@ def triggers(airflow):
     engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
 
     def count(run=None):
-        of_run = "WHERE id IN (SELECT trigger_id FROM task_instance WHERE run_id = :run)"
+        query = select(func.count()).select_from(Trigger)
+        if run:
+            query = query.join(TaskInstance, TaskInstance.trigger_id == Trigger.id)
+            query = query.where(TaskInstance.run_id == run.run_id)
         with engine.connect() as connection:
-            query = text(f"SELECT count(*) FROM trigger {of_run if run else ''}")
-            return connection.execute(query, {"run": run.run_id} if run else {}).scalar()
+            return connection.scalar(query)
 
     yield count
     engine.dispose()

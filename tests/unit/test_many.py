@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import uuid
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import pytest
+from airflow.models.trigger import Trigger
 from airflow.sdk import DAG, Asset, task
 from airflow.sdk.bases.operator import TRIGGER_FAIL_REPR, TriggerFailureReason
 from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException, TaskDeferred
@@ -14,6 +17,7 @@ from airflow_events.errors import UnknownOutcome
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.timer import TimerListener
+from airflow_events.operators.placement import placement
 from airflow_events.operators.wait_for_events import WaitForEventsOperator
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls, result
@@ -82,6 +86,36 @@ def test_where_it_starts_and_ends(dag, way):
         told = operator._trigger_arguments()
     assert bool(told["finish_on_worker"]) is not ends
     assert not told.keys() & {"listener_args", "listener_kwargs", "hand_over", "have"}
+
+
+# MySQL's TEXT, which Airflow has for the arguments of triggers.
+IN_MYSQL = 65_535
+
+
+def test_a_trigger_row_of_thousands_fits_in_mysql(dag):
+    """A scheduler whose database refuses the row that it makes would end, and so would each after it."""
+    paths = [f"/data/orders/{number:05}/order-{uuid.UUID(int=number * 2**70)}.json" for number in range(1000)]
+    for operator in (
+        wait_for_events(TimerListener, [timedelta(seconds=number) for number in range(3000)]).operator,
+        wait_for_events(DirectoryListener, paths).operator,
+    ):
+        told = operator.start_trigger_args.trigger_kwargs
+        assert len(Trigger.encrypt_kwargs(told)) < IN_MYSQL < len(operator._calls.encode())
+        assert told["calls"] == operator.start_trigger_args.trigger_kwargs["calls"]
+        trigger = EventsTrigger(**told)
+        assert trigger.calls == operator._calls.encode()
+        assert trigger.serialize()[1]["calls"] == told["calls"]
+
+
+def test_what_does_not_fit_in_mysql_begins_on_a_worker(dag):
+    """Where the API server refuses it, and only its own task fails."""
+    drawn = random.Random(1)
+    long = ["".join(drawn.choices("0123456789abcdef", k=40)) for _ in range(2500)]
+    refused = wait_for_events(DirectoryListener, long).operator
+    assert "too long for a trigger in MySQL" in placement(refused).starts_on_worker_because
+    assert refused.start_trigger_args is None
+    fits = wait_for_events(DirectoryListener, long[:1500]).operator
+    assert len(Trigger.encrypt_kwargs(fits.start_trigger_args.trigger_kwargs)) < IN_MYSQL
 
 
 def test_it_is_a_task_with_upstream_and_can_be_mapped(dag):

@@ -342,6 +342,8 @@ ROUTES = {
     "upstream output, watch": (lambda: operator(DirectoryWatchListener, upstream()), False, True),
     "not kept by the serialized DAG": (lambda: operator(Anything, uuid.UUID(int=1)), False, True),
     "replay=False": (lambda: operator(DirectoryListener, "d", replay=False), True, True),
+    "too long for MySQL": (lambda: operator(DirectoryListener, "d", "x" * 45_000), False, True),
+    "long": (lambda: operator(DirectoryListener, "d", "x" * 43_000), True, True),
     "from the DAG file": (lambda: operator(Local, "d"), True, True),
 }
 
