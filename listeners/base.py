@@ -128,8 +128,8 @@ class EventListener(abc.ABC):
 
     hosted: ClassVar[bool] = False
     """
-    True says that one trigger may poll for many waits at once, each with an instance of its own: the waits of a
-    listener that has nothing to commit share a trigger then. What their polls log is in the log of one of them.
+    True says that one trigger may poll for many waits at once, each with an instance of its own: the waits of the
+    listener share a trigger then. What their polls log is in the log of one of them.
     """
 
     not_taken: ClassVar[Mapping[str, str]] = {}

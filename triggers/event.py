@@ -56,6 +56,7 @@ from airflow_events.listeners.support.commit import acknowledge, delivered, reco
 from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.joining import Joined
 from airflow_events.triggers.polling import BeginAgain, Poll, TimeIsUp, foreseen_by
 from airflow_events.triggers.rendering import render
 
@@ -364,14 +365,17 @@ class EventTrigger(BaseTrigger):
             return said
         if not self._may_be_hosted(listener):
             return None
-        host = _digest([_HOST, reference.identify(self.listener), zlib.crc32(wait.id.encode()) % settings.hosts()])
+        # The waits on one queue are one host's, so that a single triggerer asks for its messages.
+        of = serde.arguments_digest(self.listener_args, self.listener_kwargs) if commits(listener) else wait.id
+        host = _digest([_HOST, reference.identify(self.listener), zlib.crc32(of.encode()) % settings.hosts()])
         answer = await self._ask(self._entry(Join, kwargs=serde.encode(self.serialize()[1]), host=host))
         if answer.status == Status.DONE:
+            Joined.of_loop().tell(host)
             self.log.info("The wait continues in a trigger that it shares with others, and this one ends")
         return answer.status
 
     def _may_be_hosted(self, listener: type[EventListener]) -> bool:
-        if not listener.hosted or commits(listener) or not isinstance(self.listener, str) or self._dag_result:
+        if not listener.hosted or not isinstance(self.listener, str) or self._dag_result:
             return False
         # A host's trigger is of no team and of no queue.
         return not any(

@@ -23,17 +23,23 @@ import greenback
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox.entries import Answer, Begin, Finish, Hosted, Status
-from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.base import EventListener, Wait, commits, releases
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.commit import inherit_portal
-from airflow_events.listeners.support.hub import shared_log
+from airflow_events.listeners.support.hub import Troubles, shared_log
+from airflow_events.triggers import reference
 from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave, storable
 from airflow_events.triggers.inbox import Inbox
+from airflow_events.triggers.joining import Joined
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks for waits that have joined, and between two for those that have left.
-_LOOK_EVERY = 0.5
+# Seconds between two looks for waits that have joined by way of another triggerer. All hosts of a triggerer look
+# in the same moment, by one request; what joins here is told to the host at once, and so often at most.
+_LOOK_EVERY = 1.0
+_AT_MOST_EVERY = 0.1
+# Seconds between two looks for those that have left: one for so many waits, and at most so many.
+_WAITS_A_SECOND = 100.0
 _LOOK_FOR_ALL_EVERY = 60.0
 # Seconds after which a wait that another process has begun is begun again.
 _PATIENCE = 30.0
@@ -50,6 +56,7 @@ class HostTrigger(BaseTrigger):
         super().__init__()  # type: ignore[no-untyped-call]
         self.host = host
         self._waits: dict[str, asyncio.Task[Any]] = {}
+        self._holding: dict[str, _HostedWait] = {}  # those that may hold something at their source
         self._after = ""
         self._is_over = False
         self._portal = False  # whether Airflow's runner lets synchronous code of its triggers call Airflow
@@ -58,24 +65,48 @@ class HostTrigger(BaseTrigger):
         return f"{__name__}.{type(self).__name__}", {"host": self.host}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        loop, looked = asyncio.get_running_loop(), float("-inf")
+        loop, looked, joined = asyncio.get_running_loop(), float("-inf"), Joined.of_loop()
         self._portal = greenback.has_portal()
         shared_log.set(self.host)
         try:
             while not self._is_over:
                 try:
-                    if loop.time() - looked > _LOOK_FOR_ALL_EVERY:
+                    if loop.time() - looked > self._look_for_all_every:
                         await self._let_go_of_those_that_left()
                         looked = loop.time()
                     await self._take_in()
                 except Exception:
                     log.exception("A host could not ask for its waits; this is tried again")
-                await asyncio.sleep(_LOOK_EVERY)
+                await asyncio.sleep(_AT_MOST_EVERY)
+                await joined.told(self.host, (-loop.time()) % _LOOK_EVERY)
         finally:
+            joined.forget(self.host)
             for wait in self._waits.values():
                 wait.cancel()
+        await self.on_kill()
         leave()
         yield TriggerEvent({})  # never: it makes this a generator
+
+    async def on_kill(self) -> None:
+        """
+        Give back what its waits hold at their source: they go on with another trigger of the host.
+
+        Airflow calls this when the trigger is deleted, as its anchor was cleared.
+        """
+        await asyncio.gather(*(self._give_back(wait) for wait in self._holding.values()))
+
+    @property
+    def _log_of(self) -> str:
+        """Whose log this one's lines are in: that of the anchor which it was started for, and may have lost."""
+        ti = self.task_instance
+        if ti is None:
+            return ""
+        index = -1 if ti.map_index is None else ti.map_index
+        return f"{Wait(ti.dag_id, ti.run_id, ti.task_id, index).id}, try {ti.try_number}"
+
+    @property
+    def _look_for_all_every(self) -> float:
+        return min(1.0 + len(self._waits) / _WAITS_A_SECOND, _LOOK_FOR_ALL_EVERY)
 
     async def _take_in(self) -> None:
         """Begin with the waits that have joined since."""
@@ -104,14 +135,24 @@ class HostTrigger(BaseTrigger):
                 break
         if there - self._waits.keys():  # joined by a clock that is behind, or long before it could be seen
             self._after = ""
-        for ti in known - there:
-            if (wait := self._waits.get(ti)) is not None:
-                wait.cancel()
+        gone = known & self._waits.keys() - there
+        for ti in gone:
+            self._waits[ti].cancel()
+        held = [self._holding.pop(ti) for ti in gone & self._holding.keys()]
+        await asyncio.gather(*(self._give_back(wait) for wait in held))
 
     async def _page(self, after: str, *, brief: bool = False) -> Answer:
         """Return a page of the waits, empty if the host has another trigger or none."""
         assert self.trigger_id is not None, "a trigger is started by a triggerer"
-        asked = Hosted(host=self.host, trigger=self.trigger_id, after=after, brief=brief)
+        trouble = Troubles.of_loop().of(self.host)
+        asked = Hosted(
+            host=self.host,
+            trigger=self.trigger_id,
+            after=after,
+            brief=brief,
+            log_of=self._log_of,
+            trouble=storable(trouble),
+        )
         answer = await Inbox.of_loop().ask(asked)
         self._is_over = answer.status == Status.OUTLIVED
         return answer
@@ -127,15 +168,25 @@ class HostTrigger(BaseTrigger):
         await inherit_portal(self._portal)
         while True:
             try:
+                if wait.holds:
+                    self._holding[ti] = wait
                 await wait.until_ended()
                 return
             except Outlived as outlived:
                 # It may be another process's, that had the host before, and dies: so this one begins again.
                 log.info("The hosted wait %s is not this process's any more: %s", wait.name, outlived)
+                if ti in self._holding:
+                    await self._give_back(wait)
             except Exception as error:
                 if await self._fail(ti, wait.name, wait.generation, error):
                     return
             await asyncio.sleep(_PATIENCE)
+
+    async def _give_back(self, wait: _HostedWait) -> None:
+        try:
+            await wait.on_kill()
+        except Exception:
+            log.warning("What this process held for %s could not be given back", wait.name, exc_info=True)
 
     async def _fail(self, ti: str, name: str, generation: int, error: Exception) -> bool:
         log.warning("The try of the hosted wait %s fails: %s", name, storable(str(error)))
@@ -146,6 +197,8 @@ class HostTrigger(BaseTrigger):
 
     def _forget(self, ti: str, wait: asyncio.Task[Any]) -> None:
         self._waits.pop(ti, None)
+        if not wait.cancelled():  # what it held is given back by whoever cancelled it
+            self._holding.pop(ti, None)
         with contextlib.suppress(asyncio.CancelledError):
             if (error := wait.exception()) is not None:
                 log.error("A hosted wait could not be served", exc_info=error)
@@ -175,6 +228,12 @@ class _HostedWait(EventTrigger):
         """As `airflow_events.listeners.base.Wait.id`."""
         assert self.wait is not None
         return Wait(**self.wait).id
+
+    @property
+    def holds(self) -> bool:
+        """Whether its polls may hold something at their source."""
+        listener = reference.load(self.listener)
+        return commits(listener) or releases(listener)
 
     @property
     def generation(self) -> int:

@@ -21,7 +21,7 @@ from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events import settings
 from airflow_events.errors import SourceMissing, SourceUnreachable
 from airflow_events.listeners.base import current_wait
-from airflow_events.listeners.support.shared import background, woken
+from airflow_events.listeners.support.shared import OnePerLoop, background, woken
 from airflow_events.listeners.support.turns import Turns
 from tenacity import RetryCallState
 from tenacity.wait import wait_exponential, wait_random
@@ -44,6 +44,27 @@ class NoAnswer(ConnectionError):
 
 shared_log: contextvars.ContextVar[str] = contextvars.ContextVar("airflow_events.shared_log")
 """Of waits that share a log: whose it is."""
+
+
+class Troubles(OnePerLoop):
+    """What is wrong with the sources of waits that share a log, by whose it is and by the source's name."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, str]] = {}
+
+    def of(self, log: str) -> str:
+        """Return it as a text, empty if nothing is wrong."""
+        return "; ".join(self._of.get(log, {}).values())
+
+    def note(self, log: object, source: str, trouble: str) -> None:
+        """Note it, unless the log is one wait's alone."""
+        if isinstance(log, str):
+            self._of.setdefault(log, {})[source] = trouble
+
+    def forget(self, source: str) -> None:
+        """Note that nothing is wrong with the source any more."""
+        for troubles in self._of.values():
+            troubles.pop(source, None)
 
 
 class Seeker:
@@ -145,8 +166,7 @@ class Hub(abc.ABC, Generic[_S]):
         self._changed.set()
         self.joined(seeker)
         if self._trouble is not None and seeker.log not in self._logs_told:
-            self._logs_told.add(seeker.log)
-            seeker.write(logging.WARNING, *self._trouble)
+            self._tell_trouble(seeker)
         try:
             event = await seeker.found
             await self._turns.take()
@@ -159,6 +179,7 @@ class Hub(abc.ABC, Generic[_S]):
         self.seekers.pop(seeker, None)
 
     async def close(self) -> None:
+        self._no_trouble()
         while not self._work.done():
             self._work.cancel()
             # A hub may have something to put back first; or its client has swallowed the cancellation.
@@ -220,7 +241,7 @@ class Hub(abc.ABC, Generic[_S]):
                     await self._connected()
                 except Exception as error:
                     # These cannot be served. Those who come later are tried again: it may have been mended.
-                    self._trouble = None
+                    self._no_trouble()
                     for seeker in list(self.seekers):
                         seeker.fail(error)
                     await self._disconnect()
@@ -240,13 +261,13 @@ class Hub(abc.ABC, Generic[_S]):
                 while True:
                     if all(seeker.done for seeker in self.seekers):
                         away_since, attempts = 0.0, 0  # it counts from when somebody waits
-                        self._trouble = None
+                        self._no_trouble()
                     await self._idle()
                     self.heard()
                     await self._bounded(self.serve(), self.serve_within, "serve")
                     # Only now: what lets us connect and does nothing more is unreachable, too.
                     if self._trouble is not None:
-                        self._trouble = None
+                        self._no_trouble()
                         self._logs_told.clear()  # or they would keep waits that have ended
                         self._tell_all(logging.INFO, "%s is reachable again", self.name)
                     away_since, attempts, self._was_there = 0.0, 0, True
@@ -264,8 +285,11 @@ class Hub(abc.ABC, Generic[_S]):
                 if self._trouble is None and (attempts > 1 or isinstance(error, NoAnswer)):
                     message = "%s cannot be reached; trying again for up to %.0f s: %s"
                     self._trouble = (message, self.name, settings.unreachable_timeout(), _text_of(error))
-                    self._logs_told = {seeker.log for seeker in self.seekers}
-                    self._tell_all(logging.WARNING, *self._trouble)
+                    log.log(logging.WARNING, *self._trouble)
+                    self._logs_told.clear()
+                    for seeker in list(self.seekers):
+                        if seeker.log not in self._logs_told:
+                            self._tell_trouble(seeker)
                 await asyncio.sleep(_pause(attempts))
 
     async def _bounded(self, work: Coroutine[Any, Any, None], seconds: float | None, what: str) -> None:
@@ -288,6 +312,17 @@ class Hub(abc.ABC, Generic[_S]):
         if task.cancelled():
             raise NoAnswer(f"its client has given up ({what})")
         task.result()
+
+    def _no_trouble(self) -> None:
+        self._trouble = None
+        Troubles.of_loop().forget(self.name)
+
+    def _tell_trouble(self, seeker: _S) -> None:
+        assert self._trouble is not None
+        message, *arguments = self._trouble
+        self._logs_told.add(seeker.log)
+        seeker.write(logging.WARNING, message, *arguments)
+        Troubles.of_loop().note(seeker.log, self.name, message % tuple(arguments))
 
     def _tell_all(self, level: int, message: str, *arguments: Any) -> None:
         log.log(level, message, *arguments)

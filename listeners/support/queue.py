@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
@@ -344,6 +344,8 @@ class QueueListener(EventListener):
 
     A source where a message can be acknowledged by its coordinates, over any connection, defines `acknowledge`.
     """
+
+    hosted: ClassVar[bool] = True
 
     @abc.abstractmethod
     def event_id(self, event: Any) -> str:

@@ -240,6 +240,7 @@ def _row(wait: Summary) -> dict[str, Any]:
         "triggerer_alive": _has_triggerer(wait),
         "parked": wait.parked,
         "hosted": wait.hosted,
+        "trouble": wait.trouble,
         "sign_of_life": _moment(wait.sign_of_life),
         "ended": _moment(wait.ended),
         "dag": wait.dag_state and wait.dag_state.value,

@@ -201,6 +201,8 @@ class Hosted(Entry):
     :param trigger: the id of the trigger that asks.
     :param after: what the last page said; empty for the first page.
     :param brief: leaves out what their triggers were made of.
+    :param log_of: in whose log the host logs, for whoever looks: a `Wait.id`, and its try.
+    :param trouble: what is wrong with its sources now, likewise; empty if nothing is.
     """
 
     operation: ClassVar[str] = "hosted"
@@ -209,6 +211,8 @@ class Hosted(Entry):
     trigger: int = 0
     after: str = ""
     brief: bool = False
+    log_of: str = ""
+    trouble: str = ""
 
 
 @dataclass(frozen=True)

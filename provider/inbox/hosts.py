@@ -28,6 +28,7 @@ from sqlalchemy.sql import ColumnElement
 TRIGGER = "airflow_events.triggers.host.HostTrigger"
 """Class path of the hosts' trigger; it is frozen."""
 
+_LONGEST = 2000  # characters of what a host tells
 # `airflow db clean` deletes triggers by their age, and the task instance that has one with it. They do not become
 # new, since triggerers take on the oldest first.
 _RENEW_AFTER, _RENEWED = timedelta(hours=12), timedelta(hours=6)
@@ -138,6 +139,14 @@ def is_anchored(session: Session, host: bytes, trigger: int) -> bool:
     return _anchored(session, [host]).get(host) == trigger
 
 
+def note(session: Session, host: bytes, **told: str) -> None:
+    """Keep what a host tells of itself, for whoever looks, if it is not what it told before."""
+    values = {name: said[:_LONGEST] or None for name, said in told.items()}
+    known = session.execute(select(*(getattr(EventHost, name) for name in values)).where(EventHost.host == host))
+    if [dict(row._mapping) for row in known] != [values]:
+        _execute(session, update(EventHost).where(EventHost.host == host).values(**values))
+
+
 def _anchored(session: Session, hosts: Collection[bytes]) -> dict[bytes, int]:
     """
     Return the triggers of those of the hosts whose trigger one of their waits has.
@@ -189,11 +198,10 @@ def of_task() -> ColumnElement[bool]:
 
 
 def waits_of(host: bytes) -> list[Any]:
-    """Whether a wait with its task instance is open, and a host's."""
+    """Whether a wait with its task instance is open, and a host's; it may have its event, to be committed yet."""
     return [
         EventWait.host == host,
         EventWait.place == SINGLE,
-        EventWait.phase.is_(None),
         TaskInstance.state == TaskInstanceState.DEFERRED,
     ]
 

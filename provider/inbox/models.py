@@ -218,6 +218,10 @@ class EventHost(Base):
     host: Mapped[bytes] = mapped_column(_digest, primary_key=True)
     trigger_id: Mapped[int | None] = mapped_column(Integer)
     """The row in Airflow's table, which Airflow deletes when no wait has it any more."""
+    log_of: Mapped[str | None] = mapped_column(Text)
+    """In whose log what it logs is found: the `Wait.id` of the anchor that it was started for, and its try."""
+    trouble: Mapped[str | None] = mapped_column(Text)
+    """What is wrong with the sources of its waits, as it said last; NULL if nothing is."""
 
 
 class EventPosition(Base):

@@ -505,7 +505,11 @@ _OVERLAP = timedelta(seconds=5)
 
 
 def hosted(session: Session, entries: Sequence[Hosted]) -> list[Answer]:
-    """Answer which waits hosts have; nothing is locked, since what they ask then is held against the fence."""
+    """
+    Answer which waits hosts have, and note what they tell.
+
+    No wait is locked, since what they ask then is held against the fence.
+    """
     return [_hosted(session, entry) for entry in entries]
 
 
@@ -514,6 +518,7 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
     host = bytes.fromhex(entry.host)
     if not hosts.is_anchored(session, host, entry.trigger):
         return Answer(Status.OUTLIVED, "the host has another trigger, or no waits any more")
+    hosts.note(session, host, log_of=entry.log_of, trouble=entry.trouble)
     of_it = hosts.waits_of(host)
     if entry.after:
         moment, _, last = entry.after.partition(" ")
@@ -648,7 +653,7 @@ def _finish_one(batch: _Batch, entry: Finish, committed: list[str]) -> Answer:
         if wait is not None and phase == Phase.REJECTED:
             if entry.end is None or entry.end.state != "worker":
                 return Answer(Status.REJECTED, wait.reason or "", by=wait.sent_by or "")
-        elif phase is not None:
+        elif phase is not None and (entry.end is None or entry.end.state != "failed"):
             return Answer(Status.HAS)
     elif wait is None or wait.record_id != entry.record_id:
         return _outlived(task)  # forgotten, or lost, meanwhile

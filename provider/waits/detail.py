@@ -258,7 +258,11 @@ def _where(summary: Summary) -> str:
     where = f"in the triggerer on {summary.triggerer.hostname}"
     if summary.hosted:
         where = f"{where}, by a trigger that it shares with others"
-    return where if summary.triggerer.alive else f"{where}, which has no heartbeat"
+    if not summary.triggerer.alive:
+        where = f"{where}, which has no heartbeat"
+    if summary.log_of:
+        where = f"{where}; what it does is in the log of {summary.log_of}"
+    return f"{where}; {summary.trouble}" if summary.trouble else where
 
 
 def _tries(session: Session, ti: TaskInstance, key: Key) -> list[Try]:

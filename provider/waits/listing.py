@@ -16,7 +16,7 @@ from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
 from airflow.utils.state import TaskInstanceState
 from airflow_events.inbox.entries import Phase
-from airflow_events.inbox.models import SINGLE, EventWait
+from airflow_events.inbox.models import SINGLE, EventHost, EventWait
 from airflow_events.inbox.transactions import has_event
 from airflow_events.waits import arguments, tables
 from airflow_events.waits.tables import Key
@@ -96,6 +96,8 @@ class Summary:
     :param wanted: how many it waits for; likewise, and None where nobody tells any more.
     :param dag_state: None if its DAG is as it should be.
     :param hosted: whether it shares the trigger that polls for it with others.
+    :param log_of: of one that is hosted: in whose log what its poll logs is found.
+    :param trouble: likewise: what is wrong with the sources of its host; None if nothing is.
     :param parked: whether it waits without a trigger, since nobody has to poll for its event.
     """
 
@@ -122,6 +124,8 @@ class Summary:
     dag_state: DagState | None = None
     parked: bool = False
     hosted: bool = False
+    log_of: str | None = None
+    trouble: str | None = None
 
     @property
     def key(self) -> Key:
@@ -257,6 +261,8 @@ _WANTED = (
     and_(TaskInstance.trigger_id.is_(None), EventWait.parked.is_not(None), EventWait.host.is_(None)).label(
         "is_parked"
     ),
+    EventHost.log_of,
+    EventHost.trouble,
     Job.id.label("job_id"),
     Job.hostname.label("job_hostname"),
     Job.state.label("job_state"),
@@ -383,6 +389,7 @@ def _summary(stage: Stage, row: Any, places: _Places | None, dag_state: DagState
     seconds = None
     if row.state == "success" and recorded is not None and (delivered := row.delivered_at or ended) is not None:
         seconds = max((delivered - recorded).total_seconds(), 0.0)
+    hosted = row.state == TaskInstanceState.DEFERRED and bool(row.is_hosted)
     return Summary(
         dag_id=row.dag_id,
         run_id=row.run_id,
@@ -406,7 +413,9 @@ def _summary(stage: Stage, row: Any, places: _Places | None, dag_state: DagState
         wanted=wanted,
         dag_state=dag_state,
         parked=row.state == TaskInstanceState.DEFERRED and bool(row.is_parked),
-        hosted=row.state == TaskInstanceState.DEFERRED and bool(row.is_hosted),
+        hosted=hosted,
+        log_of=row.log_of if hosted else None,
+        trouble=row.trouble if hosted else None,
     )
 
 

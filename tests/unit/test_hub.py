@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from airflow_events.errors import SourceUnreachable
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.support.hub import Hub, Seeker, shared_log
+from airflow_events.listeners.support.hub import Hub, Seeker, Troubles, shared_log
 
 
 class Source:
@@ -187,6 +187,11 @@ async def test_waits_that_share_a_log_are_told_in_one_line(hub, caplog):
     assert caplog.text.count("cannot be reached") == 2
     next(iter(hub.seekers)).tell(logging.WARNING, "its event may be gone")
     assert "dag/run/task/-1: its event may be gone" in caplog.text
+    assert "the source cannot be reached" in Troubles.of_loop().of("a host")
+    assert not Troubles.of_loop().of("another host")
+    hub.source.there = True
+    while Troubles.of_loop().of("a host"):
+        await asyncio.sleep(0.02)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

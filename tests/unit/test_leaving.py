@@ -66,7 +66,7 @@ async def test_a_host_that_has_another_trigger_leaves(monkeypatch):
 
     asked = []
     monkeypatch.setattr(Inbox, "ask", ask)
-    monkeypatch.setattr(host, "_LOOK_EVERY", 0)
+    monkeypatch.setattr(host, "_LOOK_EVERY", 0.01)
     trigger = HostTrigger(host="ab")
     trigger.trigger_id = 7
     assert await ended(trigger) == ([7], [])

@@ -202,7 +202,8 @@ function triggerer(wait) {
   if (wait.triggerer) {
     return h("span", { class: wait.triggerer.alive ? null : "late", title: `job ${wait.triggerer.id}` }, wait.triggerer.hostname,
       wait.triggerer.alive ? null : h("small", {}, "no heartbeat"),
-      wait.hosted ? h("small", { title: "It shares the trigger that polls for it with other waits of its kind" }, "hosted") : null);
+      wait.hosted ? h("small", { title: "It shares the trigger that polls for it with other waits of its kind" }, "hosted") : null,
+      wait.trouble ? h("small", { class: "late", title: wait.trouble }, "source unreachable") : null);
   }
   if (wait.parked) {
     return h("span", { class: "quiet", title: "No polling needed: the API server ends this wait" }, "parked");

@@ -12,6 +12,7 @@ import pytest
 from airflow.models.trigger import Trigger
 from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox import transactions
+from airflow_events.inbox.entries import Record
 from airflow_events.inbox.models import EventHost, EventWait
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.triggers import event as event_trigger
@@ -72,7 +73,7 @@ class World:
 
         task = asyncio.create_task(run())
         try:
-            yield
+            yield host
         finally:
             task.cancel()
             await asyncio.wait({task})
@@ -180,3 +181,98 @@ async def test_waits_are_read_once_and_not_at_each_look(world, monkeypatch):
         await until(lambda: Watch.polled)
         await asyncio.sleep(0.5)
     assert len(read) == 1
+
+
+class Queue(EventListener):
+    """One whose events are taken away by the commit."""
+
+    hosted = True
+    committed: list[str] = []  # noqa: RUF012
+    released: list[str] = []  # noqa: RUF012
+    may_commit = True
+
+    async def poll_for_event(self, queue):
+        return {"id": f"{queue} {current_wait().run_id}"}
+
+    def event_id(self, event):
+        return event["id"]
+
+    async def event_checkpointed(self, event):
+        while not Queue.may_commit:  # its source cannot be reached
+            await asyncio.sleep(0.01)
+        self.committed.append(event["id"])
+
+    async def event_released(self, event, *args):
+        self.released.append(event["id"])
+
+
+@pytest.fixture
+def queues(world, monkeypatch):
+    monkeypatch.setattr(event_trigger.reference, "load", lambda _: Queue)
+    monkeypatch.setattr(Queue, "committed", [])
+    monkeypatch.setattr(Queue, "released", [])
+    return world
+
+
+def phases(world, *tis):
+    return [world.waits.row(ti).phase for ti in tis]
+
+
+async def test_those_of_a_queue_record_and_commit(queues):
+    first, second = await queues.wait("q"), await queues.wait("q")
+    async with queues.running():
+        await until(lambda: len(Queue.committed) == 2)
+        await until(lambda: phases(queues, first, second) == ["committed"] * 2)
+    assert not Queue.released
+
+
+async def test_what_is_recorded_and_not_committed_the_next_host_commits(queues, monkeypatch):
+    """Also where none of its waits is without an event any more."""
+    ti = await queues.wait("q")
+    with monkeypatch.context() as patch:
+        patch.setattr(Queue, "may_commit", False)
+        async with queues.running():
+            await until(lambda: phases(queues, ti) == ["recorded"])
+    assert not Queue.committed
+    async with queues.running():
+        await until(lambda: phases(queues, ti) == ["committed"])
+    assert len(Queue.committed) == 1
+
+
+@pytest.mark.parametrize("how", ["another trigger", "killed"])
+async def test_what_is_in_hand_is_given_back_where_the_host_leaves(queues, monkeypatch, how):
+    """It has another trigger, or Airflow deletes this one with its anchor, while a record has no answer yet."""
+    may_answer = asyncio.Event()
+    ask = queues.waits.ask
+
+    async def slow(entry):
+        if isinstance(entry, Record):
+            await may_answer.wait()
+        return await ask(entry)
+
+    await queues.wait("q")
+    monkeypatch.setattr(queues.waits, "ask", slow)
+    async with queues.running() as host:
+        await until(lambda: host._holding and all(one._recording for one in host._holding.values()))
+        if how == "killed":
+            killed = asyncio.create_task(host.on_kill())
+        else:
+            row = queues.waits.session.execute(select(EventHost)).scalar_one()
+            row.trigger_id = None
+            queues.waits.session.flush()
+        await asyncio.sleep(0.1)
+        assert not Queue.released
+        may_answer.set()
+        await until(lambda: Queue.released)
+        if how == "killed":
+            await killed
+    assert len(Queue.released) == 1
+
+
+async def test_the_waits_on_one_queue_are_one_hosts(queues, monkeypatch):
+    """So one triggerer asks for its messages, however many there are."""
+    monkeypatch.setattr(event_trigger.settings, "hosts", lambda: 1000)
+    tis = [await queues.wait(queue) for queue in "aaabbb"]
+    hosts = [queues.waits.row(ti).host for ti in tis]
+    assert len(set(hosts[:3])) == len(set(hosts[3:])) == 1
+    assert hosts[0] != hosts[3]

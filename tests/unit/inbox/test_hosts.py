@@ -288,3 +288,39 @@ def test_a_wait_whose_finish_is_asked_again(waits):
     begin(waits, ti)
     entry = Finish(ti, generation=2, end=End("skipped"))
     assert [transactions.finish(waits.session, [entry])[0].status for _ in range(2)] == [DONE, DONE]
+
+
+def test_a_try_fails_though_its_event_is_recorded(waits):
+    """It could not be committed; the next try goes on with it."""
+    ti, *_ = hosted(waits, 1)
+    generation = begin(waits, ti).generation
+    waits.record(ti, generation)
+    assert waits.finish(ti, generation, end=End("skipped")).status == Status.HAS
+    assert waits.finish(ti, generation, end=End("failed", payload={"traceback": ["Boom"]})).status == DONE
+    assert waits.state(ti).next_method == "__fail__"
+    assert waits.row(ti).phase == "recorded"
+
+
+def test_a_wait_with_its_event_keeps_its_host_until_it_is_committed(waits):
+    ti, *_ = hosted(waits, 1)
+    waits.record(ti, begin(waits, ti).generation)
+    assert [one for one, *_ in shown(waits).hosted] == [ti]
+
+
+def test_what_a_host_tells_is_there_for_whoever_looks(waits):
+    hosted(waits)
+
+    def told():
+        waits.session.expire_all()
+        row = waits.session.execute(select(EventHost)).scalar_one()
+        return row.log_of, row.trouble
+
+    shown(waits, log_of="dag/run/task/-1, try 1", trouble="Kafka a:9092 cannot be reached")
+    assert told() == ("dag/run/task/-1, try 1", "Kafka a:9092 cannot be reached")
+    shown(waits, log_of="dag/run/task/-1, try 1", trouble="x" * 100_000)
+    assert len(told()[1]) == 2000
+    shown(waits, log_of="dag/run/task/-1, try 1")
+    assert told() == ("dag/run/task/-1, try 1", None)
+    # What another trigger says, which is outlived, does not count.
+    shown(waits, trigger=12345, trouble="outlived")
+    assert told() == ("dag/run/task/-1, try 1", None)
