@@ -42,7 +42,8 @@ class _Missing:
 
 MISSING = _Missing()
 _LONGEST = timedelta(days=3650)
-"""How long a timeout may be: MySQL knows no moment after January 2038, and its error would end the scheduler."""
+"""How long a timeout may be; MySQL knows no moment after January 2038, at which one that is longer ends."""
+_FAR_OFF = timedelta(days=365)
 
 
 class _StartFromTrigger:
@@ -255,8 +256,14 @@ class WaitForEventOperator(BaseOperator):
 
     @property
     def _longest(self) -> timedelta | None:
-        """After what time Airflow ends a deferral; the inbox makes it the wait's deadline and a grace."""
-        return None if self.timeout is None else self.timeout + timedelta(seconds=GRACE)
+        """
+        After what time Airflow ends a deferral; the inbox makes it the wait's deadline and a grace.
+
+        None for one that is far off: it may be a moment that MySQL does not know, which would end the scheduler.
+        """
+        if self.timeout is None or self.timeout > _FAR_OFF:
+            return None
+        return self.timeout + timedelta(seconds=GRACE)
 
     @property
     def trigger_length(self) -> int:

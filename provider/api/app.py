@@ -12,6 +12,7 @@ from typing import Any
 from airflow.api_fastapi.core_api.security import get_user
 from airflow_events.api import callback_events, events, inbox_routes, key_events, task_events, webhook_events
 from airflow_events.api.refusals import Refusal
+from airflow_events.inbox.database import is_of_a_value
 from airflow_events.page import routes as page
 from airflow_events.provider_info import VERSION
 from fastapi import Depends, FastAPI, Request
@@ -71,5 +72,7 @@ def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 def _database_busy(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, DBAPIError) and is_of_a_value(error):
+        return JSONResponse({"detail": "the database cannot hold, or look for, a text or a number in this"}, 422)
     log.error("The database refused the transaction of a request to %s", request.url.path, exc_info=error)
     return JSONResponse({"detail": "the database refused; send the same again"}, 503, headers={"Retry-After": "2"})

@@ -13,7 +13,7 @@ import logging
 
 from airflow_events import settings
 from airflow_events.api import gauges, hosting, keys, seeking, upkeep, variables, waking
-from airflow_events.inbox.database import in_transaction
+from airflow_events.inbox.database import in_transaction, is_of_a_value
 from sqlalchemy.exc import OperationalError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -94,9 +94,9 @@ def match_once() -> dict[str, list[str]]:
     for key in in_transaction(keys.wanted):
         try:
             reached.update(in_transaction(lambda session, key=key: keys.match(session, key)))  # type: ignore[misc]
-        except OperationalError:  # the database is unreachable, for the others as well
-            raise
         except Exception as error:
+            if isinstance(error, OperationalError) and not is_of_a_value(error):
+                raise  # the database is unreachable, for the others as well
             failed = key, error
     for event_id, waits in reached.items():
         log.info("The kept event %s went to %s", event_id, ", ".join(waits))

@@ -224,7 +224,8 @@ def _ending(row: WaitRow, event: Any) -> End | None:
 
 def _can_name_an_xcom(key: str) -> bool:
     """Whether Airflow's column takes a key: with all databases, MySQL's collation included."""
-    return 0 < len(key) <= _LONGEST_XCOM_KEY and max(key) <= "\uffff"
+    # MySQL takes those for one that differ by spaces at their ends.
+    return 0 < len(key) <= _LONGEST_XCOM_KEY and max(key) <= "\uffff" and key == key.rstrip(" ")
 
 
 def fits(row: WaitRow, payload: Any) -> None:

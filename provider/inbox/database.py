@@ -10,9 +10,15 @@ from airflow.utils.retries import MAX_DB_RETRIES, run_with_db_retries
 from airflow.utils.session import create_session
 from airflow.utils.sqlalchemy import get_dialect_name
 from sqlalchemy import text
+from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.orm import Session
 
 log = logging.getLogger(__name__)
+
+# What clients of MySQL call an OperationalError, and the database says of a value each time: packet too large, no
+# collation in common, out of range, truncated, no such text, too long, no or too deep JSON, no such text in a
+# column.
+_VALUES_OF_MYSQL = (1153, 1264, 1267, 1292, 1366, 1406, 3140, 3141, 3151, 3157, 3854)
 
 _T = TypeVar("_T")
 _LATER = "airflow_events.once_committed"
@@ -36,6 +42,13 @@ def in_transaction(work: Callable[[Session], _T], *, again: bool = True) -> _T:
         except Exception:  # the transaction is committed, whatever becomes of what follows
             log.warning("What follows a transaction failed; the transaction itself is done", exc_info=True)
     return result
+
+
+def is_of_a_value(error: DBAPIError) -> bool:
+    """Whether the database refuses a value, as it will each time."""
+    cause = error.orig
+    code = cause.args[0] if cause is not None and cause.args else None
+    return isinstance(error, DataError) or code in _VALUES_OF_MYSQL
 
 
 def once_committed(session: Session, work: Callable[[], object]) -> None:

@@ -29,6 +29,7 @@ TRIGGER = "airflow_events.triggers.host.HostTrigger"
 """Class path of the hosts' trigger; it is frozen."""
 
 _LONGEST = 2000  # characters of what a host tells
+_HEIRS = 1000  # of how many waits one that nobody else has locked is looked for
 # `airflow db clean` deletes triggers by their age, and the task instance that has one with it. They do not become
 # new, since triggerers take on the oldest first.
 _RENEW_AFTER, _RENEWED = timedelta(hours=12), timedelta(hours=6)
@@ -179,15 +180,20 @@ def _anchor(session: Session, row: EventHost, ti: uuid.UUID) -> None:
 
 def _heir(session: Session, host: bytes, without: Collection[uuid.UUID]) -> uuid.UUID | None:
     """Lock and return a waiting task instance of a host, if there is one that nobody else has locked."""
+    waits = (TaskInstance.trigger_id.is_(None), TaskInstance.state == TaskInstanceState.DEFERRED)
     query = (
         select(TaskInstance.id)
         .join(EventWait, of_task())
-        .where(*waits_of(host), TaskInstance.trigger_id.is_(None), TaskInstance.id.not_in(sorted(without)))
+        .where(*waits_of(host), *waits, TaskInstance.id.not_in(sorted(without)))
         .order_by(EventWait.hosted_at)
-        .limit(1)
+        .limit(_HEIRS)
     )
+    ids = session.scalars(query).all()
+    # By their ids alone: MySQL keeps what it locks on its way to those that it skips.
+    query = select(TaskInstance.id).where(TaskInstance.id.in_(ids), *waits).order_by(TaskInstance.id).limit(1)
+    query = query.with_hint(TaskInstance, "FORCE INDEX (PRIMARY)", "mysql")
     query = with_row_locks(query, session, of=TaskInstance, skip_locked=True, key_share=False)
-    heir: uuid.UUID | None = session.scalar(query)
+    heir: uuid.UUID | None = session.scalar(query) if ids else None
     return heir
 
 

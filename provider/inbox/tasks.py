@@ -31,6 +31,7 @@ from sqlalchemy.sql import ColumnElement
 
 log = logging.getLogger(__name__)
 
+_MOST_RETRIES = 5  # of a task, while it is looked for by its names
 _ENDS = {"success": TaskInstanceState.SUCCESS, "skipped": TaskInstanceState.SKIPPED}
 
 
@@ -117,17 +118,33 @@ def lock_one(
 
     :param skip_locked: return None also if another transaction has locked it.
     """
-    ti = TaskInstance
-    is_it = (ti.dag_id == dag_id, ti.task_id == task_id, ti.run_id == run_id, ti.map_index == map_index)
-    return next(iter(_lock(session, *is_it, skip_locked=skip_locked)), None)
+    begin_writing(session)
+    names = (dag_id, task_id, run_id, map_index)
+    columns = (TaskInstance.dag_id, TaskInstance.task_id, TaskInstance.run_id, TaskInstance.map_index)
+    is_it = [column == name for column, name in zip(columns, names, strict=True)]
+    # By its id, since MySQL would lock the record of the names before that of the id, and keep it where another
+    # transaction has the other. A retry gives it another id.
+    for _ in range(_MOST_RETRIES):
+        id = session.scalar(select(TaskInstance.id).where(*is_it))
+        if id is None:
+            return None
+        for task in _lock(session, TaskInstance.id == id, skip_locked=skip_locked):
+            return task if task.key == names else None  # MySQL takes names for equal that end in other spaces
+        if skip_locked:
+            return None
+    return None
 
 
-def _lock(session: Session, *which: ColumnElement[bool], skip_locked: bool = False) -> list[Task]:
+def _lock(session: Session, which: ColumnElement[bool], *, skip_locked: bool = False) -> list[Task]:
     begin_writing(session)
     query = (
         select(*_COLUMNS)
+        # MySQL, left alone, may lock what it reads on its way, in the order of another index.
+        .prefix_with("STRAIGHT_JOIN", dialect="mysql")
+        .with_hint(TaskInstance, "FORCE INDEX (PRIMARY)", "mysql")
+        .select_from(TaskInstance)
         .join(DagRun, (DagRun.dag_id == TaskInstance.dag_id) & (DagRun.run_id == TaskInstance.run_id))
-        .where(*which)
+        .where(which)
         .order_by(TaskInstance.id)
     )
     locked = with_row_locks(query, session, of=TaskInstance, key_share=False, skip_locked=skip_locked)

@@ -321,7 +321,7 @@ def _begin_one(batch: _Batch, entry: Begin, task: Task, timeouts: list[tuple[Tas
     if entry.timeout is None:
         deadline = None
     elif deadline is None or (cleared and not first):
-        deadline = batch.now + timedelta(seconds=entry.timeout)
+        deadline = min(batch.now + timedelta(seconds=entry.timeout), LATEST)
     values: dict[str, Any] = {
         "listener": entry.listener[:250],
         "call": entry.call,
@@ -357,7 +357,7 @@ def _begin_one(batch: _Batch, entry: Begin, task: Task, timeouts: list[tuple[Tas
     else:
         values["arguments"] = _bytes(entry.arguments)
         if deadline is not None:
-            latest = max(deadline, batch.now) + timedelta(seconds=entry.grace)
+            latest = min(max(deadline, batch.now) + timedelta(seconds=entry.grace), LATEST)
             timeouts.append((task, _first(task.trigger_timeout, latest)))
         if wait.phase is not None:
             # Not to be replayed after a clear, or a rejection that a clear has undone, or expired.
@@ -499,6 +499,7 @@ def join(session: Session, entries: Sequence[Join]) -> list[Answer]:
     return answers
 
 
+_LONGEST_REASON = 2000  # characters of why an event cannot be read
 _MOST_HOSTED, _MOST_BRIEF = 300, 5000  # waits on a page
 # For how long a transaction may go on after the moment that it notes as that of a wait's joining.
 _OVERLAP = timedelta(seconds=5)
@@ -682,9 +683,8 @@ def set_aside(session: Session, entries: Sequence[SetAside]) -> list[Answer]:
         if task is None or identity is None:
             answers.append(_outlived(batch.task(entry)))
         elif (known := taken.get(identity)) is None:
-            taken[identity] = Taken(
-                bytes(DIGEST_LENGTH), entry.ti, _name(task, entry), set_aside=entry.reason, changed=True
-            )
+            why, name = entry.reason[:_LONGEST_REASON], _name(task, entry)
+            taken[identity] = Taken(bytes(DIGEST_LENGTH), entry.ti, name, set_aside=why, changed=True)
             answers.append(Answer(Status.DONE))
         elif known.record_id == entry.ti:  # it asks again, and has not failed yet
             answers.append(Answer(Status.DONE))

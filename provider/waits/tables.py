@@ -17,8 +17,11 @@ from sqlalchemy.sql import ColumnElement, Select
 Key = tuple[str, str, str, int]
 """``dag_id``, ``run_id``, ``task_id``, ``map_index``."""
 
-Name = Annotated[str, StringConstraints(max_length=250, pattern=r"^[^\x00]+$")]
-"""One of the first three in a request: Airflow's columns are that long, and PostgreSQL takes no NUL."""
+Name = Annotated[str, StringConstraints(max_length=250, pattern=r"^[^\x00]*[^\x00 ]$")]
+"""
+One of the first three in a request: Airflow's columns are that long, PostgreSQL takes no NUL, and MySQL takes
+those for one that differ by spaces at their ends.
+"""
 
 OPERATOR = "WaitForEventOperator"
 OF_MANY = "WaitForEventsOperator"

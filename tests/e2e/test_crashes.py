@@ -83,7 +83,7 @@ def test_two_triggerers_on_one_trigger_with_another_poll(stage):
 
 
 def test_a_beginning_that_comes_late(stage):
-    """It is carried out after the same, asked again: the host's trigger has begun the wait, and goes on with it."""
+    """It is carried out after the same, asked again: the host has begun the wait, and goes on with it."""
     cell = begin(stage, "directory", "no worker", "api-server-beginning", "asked again")
     polling = cell.also(GAP["triggerer-polling"])
     until(lambda: polling.stands_firm(stage), "it is asked again, and the trigger is about to poll", 90)
@@ -96,12 +96,15 @@ def test_a_beginning_that_comes_late(stage):
 
 def test_the_source_is_away_for_long(airflow, base):
     """The commit is tried again with growing pauses, then the try fails, and the next goes on."""
-    (base.path / "failures").write_text("12")
+    (base.path / "failures").write_text("1000")
     base.send("a", "b")
     run = airflow.run("failing_commit", base.conf)
+    run.until_task("wait", "up_for_retry")
+    assert not base.owners
+    (base.path / "failures").write_text("0")
     assert run.finished(timeout=180) == "success"
     assert base.owners == {"a": f"failing_commit/{run.run_id}/wait/-1"}
-    assert base.calls.count("attempt") == 13
+    assert base.calls.count("attempt") >= 2
 
 
 def test_what_a_watch_recorded_outlives_its_source(stage):

@@ -451,3 +451,28 @@ def test_what_is_looked_for_is_frozen():
         digest = "43b99c3f1a8d1ae240b6081ed6c4c17a662fc996ec5cb5996ffa9bbaa763a6ef"
         assert DagRunListener.address("d") == digest
         assert DagRunListener.address("d") != DagRunListener.address("e")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (DagRunListener, "loader", {"run_id": "run_1 "}),
+        (DagRunListener, "loader ", {}),
+        (DagRunListener, "lader\U0001f600", {}),
+        (TaskListener, "loader", "publish ", {}),
+        (AssetListener, "日本", {}),
+        (AssetListener, "orders ", {}),
+    ],
+    ids=repr,
+)
+def test_names_that_mysql_reads_otherwise_hold_up_no_other(airflow, odd):
+    """It takes those for one that end in other spaces, and refuses what a column has no characters for."""
+    *args, kwargs = odd[1:]
+    stays = airflow.wait(odd[0], *args, **kwargs)
+    runs, tasks = airflow.wait(DagRunListener, "loader"), airflow.wait(TaskListener, "loader", "publish")
+    assets = airflow.wait(AssetListener, "orders")
+    of = airflow.run("loader", at(1))
+    airflow.task("loader", of, "publish", at(1))
+    airflow.update("orders", at(1))
+    assert set(airflow.look()) == {runs.id, tasks.id, assets.id}
+    assert airflow.got(stays) is None
