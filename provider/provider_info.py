@@ -108,8 +108,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hosts": {
         "version_added": "0.2.0",
         "description": (
-            "How many triggers the waits of one watching listener share. More spread them over more triggerers. "
-            "Triggerers read it; a wait stays with the host that it has joined."
+            "How many triggers the waits of one listener share. More spread them over more triggerers; those that "
+            "take messages from one queue share one. Triggerers read it; a wait stays with the host that it has "
+            "joined."
         ),
         "type": "integer",
         "default": "4",

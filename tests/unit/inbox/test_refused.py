@@ -35,9 +35,10 @@ def record(ti, **xcoms):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "bad", [{"k" * 600: 1}, {"a": 1, "a ": 2}, {"\U0001f600": 1}], ids=["long", "spaces", "emoji"]
-)
+ODD = {"long": {"k" * 600: 1}, "spaces": {"a": 1, "a ": 2}, "emoji": {"\U0001f600": 1}}
+
+
+@pytest.mark.parametrize("bad", ODD.values(), ids=ODD)
 def test_an_xcom_that_one_database_refuses_leaves_the_others_alone(waits, each, bad):
     good, other = waits.deferred(), waits.deferred()
     for ti in (good, other):
@@ -124,7 +125,7 @@ def test_whoever_locks_by_names_holds_nothing_that_another_transaction_needs(eng
 
 
 def test_a_task_is_found_by_its_very_names(waits):
-    """MySQL takes names for equal that end in other spaces, and whoever asks has rights on those that were asked for."""
+    """MySQL takes names for equal that end in other spaces; who asks has rights on those that were asked for."""
     ti = waits.deferred()
     key = waits._keys[ti]
     found = tasks.lock_one(waits.session, key[0], key[1], key[2], -1)
