@@ -73,6 +73,7 @@ def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 def _database_busy(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, DBAPIError) and is_of_a_value(error):
-        return JSONResponse({"detail": "the database cannot hold, or look for, a text or a number in this"}, 422)
+        told = "the database cannot hold, or look for, a text or a number in this"
+        return JSONResponse({"detail": [{"type": "value_error", "loc": ["database"], "msg": told}]}, 422)
     log.error("The database refused the transaction of a request to %s", request.url.path, exc_info=error)
     return JSONResponse({"detail": "the database refused; send the same again"}, 503, headers={"Retry-After": "2"})
