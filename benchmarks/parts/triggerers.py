@@ -19,7 +19,7 @@ from parts.timers import successes
 
 NAMES = {name: ALL[name] for name in ALL if name.endswith("_ours")}
 TRIGGERERS = (1, 2, 4)
-WAITS = 100
+WAITS = 50
 # Seconds between two messages.
 APART = 0.2
 # Seconds that the last of anything may take.
