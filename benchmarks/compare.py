@@ -39,6 +39,7 @@ from parts import (  # noqa: E402
     processes,
     ray_workflow,
     timers,
+    triggerers,
 )
 
 import bootstrap  # noqa: E402
@@ -52,6 +53,7 @@ PARTS = {
     **at_once.PARTS,
     **messages.PARTS,
     **mixed.PARTS,
+    **triggerers.PARTS,
     **imports.PARTS,
     **database.PARTS,
 }
