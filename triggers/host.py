@@ -93,6 +93,8 @@ class HostTrigger(BaseTrigger):
 
         Airflow calls this when the trigger is deleted, as its anchor was cleared.
         """
+        for wait in self._holding.values():
+            wait.goes_on = True
         await asyncio.gather(*(self._give_back(wait) for wait in self._holding.values()))
 
     @property
@@ -207,6 +209,9 @@ class HostTrigger(BaseTrigger):
 class _HostedWait(EventTrigger):
     """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
 
+    goes_on = False
+    """Whether it is known to go on with another trigger, so that nobody need be asked."""
+
     @classmethod
     def of(cls, ti: str, kwargs: str, generation: int) -> _HostedWait:
         """
@@ -239,6 +244,9 @@ class _HostedWait(EventTrigger):
     def generation(self) -> int:
         """Of the wait, as it began here."""
         return self._generation
+
+    async def _state(self) -> str | None:
+        return None if self.goes_on else await super()._state()
 
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         return dataclasses.replace(super()._beginning(listener, wait), hosted=True)

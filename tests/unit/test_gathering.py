@@ -658,6 +658,8 @@ async def test_what_is_polled_and_not_recorded_is_given_back_whoever_ends_the_tr
     trigger = airflow.trigger(ti, Unfinished, [[], []], first=1)
     async with running(trigger):
         await until(lambda: airflow.phases(ti) == {"recorded": 1}, "the first is recorded")
+        # It is so in the database before the trigger has the answer.
+        await until(lambda: trigger._gathering._uncommitted, "the trigger knows it")
         await until(lambda: trigger._gathering._polled, "a redelivery is polled, and has to wait")
     await trigger.on_kill()  # it was moved to another triggerer, say
     # The redelivery, and what is recorded and not acknowledged: delivered once more, it is known.
