@@ -52,8 +52,9 @@ from airflow_events.inbox.entries import (
 )
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, releases, working_for
 from airflow_events.listeners.support import serde
-from airflow_events.listeners.support.commit import acknowledge, delivered, recorded, release, tags
+from airflow_events.listeners.support.commit import Superseded, acknowledge, delivered, recorded, release, tags
 from airflow_events.listeners.support.masking import masked, masked_call
+from airflow_events.listeners.support.queue import QueueListener
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
@@ -298,7 +299,9 @@ class EventTrigger(BaseTrigger):
         acknowledged = False  # what was noted as committed before, its source may have yet to confirm
         if to_commit:
             try:
-                acknowledged = await acknowledge(listener, wait, event)
+                acknowledged = await acknowledge(listener, wait, event, self._check)
+            except Superseded as superseded:
+                raise Outlived(str(superseded)) from None
             except EventLost as lost:
                 self.log.warning("The event went to another wait, and this one continues: %s", lost)
                 metrics.count(metrics.LOST, **tags(listener, wait))
@@ -599,6 +602,16 @@ class EventTrigger(BaseTrigger):
             self._outlived = answer.message
             self._begin_again()
 
+    async def _check(self) -> None:
+        """
+        Raise if the wait is another's by now: whoever has it may not want this event any more.
+
+        :raises Superseded: so it is.
+        """
+        await self._look()
+        if self._outlived:
+            raise Superseded(self._outlived)
+
     async def on_kill(self) -> None:
         """
         Give back what is held at the source and not recorded.
@@ -632,7 +645,7 @@ class EventTrigger(BaseTrigger):
             if one is not None:
                 await self._give_back(listener, wait, one)
         may_hold = self._left_over or (self._poll is not None and event is None)
-        if may_hold and await self._state() in _ENDED:
+        if may_hold and not _knows_by_id(listener) and await self._state() in _ENDED:
             for one in self._left_over or [None]:
                 await self._release(listener, wait, one)
 
@@ -824,6 +837,11 @@ async def settle(
         return
     if is_confirmed:
         await ask(Settle(entry.ti, identity=entry.identity or ""))
+
+
+def _knows_by_id(listener: type[EventListener]) -> bool:
+    """Whether nothing is held in the name of a wait, but each message by its id."""
+    return getattr(listener, "event_released", None) is QueueListener.event_released
 
 
 def _is_key(key: Any) -> bool:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import greenback
+from airflow.sdk._shared.secrets_masker import redact
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox.entries import Answer, Begin, Finish, Hosted, Status
@@ -27,6 +28,7 @@ from airflow_events.listeners.base import EventListener, Wait, commits, releases
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.commit import inherit_portal
 from airflow_events.listeners.support.hub import Troubles, shared_log
+from airflow_events.listeners.support.shared import background
 from airflow_events.triggers import reference
 from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave, storable
 from airflow_events.triggers.inbox import Inbox
@@ -43,6 +45,8 @@ _WAITS_A_SECOND = 100.0
 _LOOK_FOR_ALL_EVERY = 60.0
 # Seconds after which a wait that another process has begun is begun again.
 _PATIENCE = 30.0
+# Seconds that waits have to commit what they have recorded, when the host leaves.
+_TO_COMMIT = 10.0
 
 
 class HostTrigger(BaseTrigger):
@@ -59,6 +63,7 @@ class HostTrigger(BaseTrigger):
         self._holding: dict[str, _HostedWait] = {}  # those that may hold something at their source
         self._after = ""
         self._is_over = False
+        self._letting_go: asyncio.Task[None] | None = None
         self._portal = False  # whether Airflow's runner lets synchronous code of its triggers call Airflow
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -69,33 +74,54 @@ class HostTrigger(BaseTrigger):
         self._portal = greenback.has_portal()
         shared_log.set(self.host)
         try:
-            while not self._is_over:
+            while True:
                 try:
-                    if loop.time() - looked > self._look_for_all_every:
+                    await self._take_in()
+                    if not self._is_over and loop.time() - looked > self._look_for_all_every:
                         await self._let_go_of_those_that_left()
                         looked = loop.time()
-                    await self._take_in()
                 except Exception:
                     log.exception("A host could not ask for its waits; this is tried again")
+                if self._is_over:
+                    break
                 await asyncio.sleep(_AT_MOST_EVERY)
                 await joined.told(self.host, (-loop.time()) % _LOOK_EVERY)
+            await self._let_commits_end()
         finally:
             joined.forget(self.host)
             for wait in self._waits.values():
                 wait.cancel()
+            # By itself, since Airflow does not always call `on_kill`: not once the time of the first anchor is up.
+            self._letting_go = background(self._let_go(), f"what the host {self.host} holds")
         await self.on_kill()
         leave()
         yield TriggerEvent({})  # never: it makes this a generator
 
     async def on_kill(self) -> None:
         """
-        Give back what its waits hold at their source: they go on with another trigger of the host.
+        Return when what its waits hold at their source is given back: they go on with another trigger of the host.
 
         Airflow calls this when the trigger is deleted, as its anchor was cleared.
         """
-        for wait in self._holding.values():
-            wait.goes_on = True
-        await asyncio.gather(*(self._give_back(wait) for wait in self._holding.values()))
+        if self._letting_go is not None:
+            await asyncio.shield(self._letting_go)
+
+    async def _let_commits_end(self) -> None:
+        """
+        Stop polling, and wait some seconds for those whose event is being recorded or committed.
+
+        The next trigger of the host has them by now; but what is committed need not be given back.
+        """
+        ending = {self._waits[ti] for ti, wait in self._holding.items() if wait.has_event and ti in self._waits}
+        for wait in self._waits.values():
+            if wait not in ending:
+                wait.cancel()
+        if ending:
+            await asyncio.wait(ending, timeout=_TO_COMMIT)
+
+    async def _let_go(self) -> None:
+        held, self._holding = self._holding, {}
+        await asyncio.gather(*(self._give_back(wait) for wait in held.values()))
 
     @property
     def _log_of(self) -> str:
@@ -135,13 +161,15 @@ class HostTrigger(BaseTrigger):
             after = page.after
             if page.next is None:
                 break
+        if self._is_over:  # which says nothing of them
+            return
         if there - self._waits.keys():  # joined by a clock that is behind, or long before it could be seen
             self._after = ""
         gone = known & self._waits.keys() - there
         for ti in gone:
             self._waits[ti].cancel()
-        held = [self._holding.pop(ti) for ti in gone & self._holding.keys()]
-        await asyncio.gather(*(self._give_back(wait) for wait in held))
+        for ti in gone & self._holding.keys():  # not awaited: a source may take its time
+            background(self._give_back(self._holding.pop(ti)), f"what {ti} holds")
 
     async def _page(self, after: str, *, brief: bool = False) -> Answer:
         """Return a page of the waits, empty if the host has another trigger or none."""
@@ -153,7 +181,7 @@ class HostTrigger(BaseTrigger):
             after=after,
             brief=brief,
             log_of=self._log_of,
-            trouble=storable(trouble),
+            trouble=storable(str(redact(trouble))),
         )
         answer = await Inbox.of_loop().ask(asked)
         self._is_over = answer.status == Status.OUTLIVED
@@ -168,7 +196,9 @@ class HostTrigger(BaseTrigger):
 
     async def _serve(self, ti: str, wait: _HostedWait) -> None:
         await inherit_portal(self._portal)
+        loop = asyncio.get_running_loop()
         while True:
+            began = loop.time()
             try:
                 if wait.holds:
                     self._holding[ti] = wait
@@ -177,8 +207,10 @@ class HostTrigger(BaseTrigger):
             except Outlived as outlived:
                 # It may be another process's, that had the host before, and dies: so this one begins again.
                 log.info("The hosted wait %s is not this process's any more: %s", wait.name, outlived)
-                if ti in self._holding:
+                if self._holding.pop(ti, None) is not None:
                     await self._give_back(wait)
+                if loop.time() - began > _PATIENCE:  # it was this one's for long
+                    continue
             except Exception as error:
                 if await self._fail(ti, wait.name, wait.generation, error):
                     return
@@ -209,9 +241,6 @@ class HostTrigger(BaseTrigger):
 class _HostedWait(EventTrigger):
     """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
 
-    goes_on = False
-    """Whether it is known to go on with another trigger, so that nobody need be asked."""
-
     @classmethod
     def of(cls, ti: str, kwargs: str, generation: int) -> _HostedWait:
         """
@@ -241,12 +270,14 @@ class _HostedWait(EventTrigger):
         return commits(listener) or releases(listener)
 
     @property
+    def has_event(self) -> bool:
+        """Whether its event is being recorded, or is."""
+        return self._recording is not None
+
+    @property
     def generation(self) -> int:
         """Of the wait, as it began here."""
         return self._generation
-
-    async def _state(self) -> str | None:
-        return None if self.goes_on else await super()._state()
 
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         return dataclasses.replace(super()._beginning(listener, wait), hosted=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import greenback
@@ -15,17 +16,29 @@ from tenacity.wait import wait_exponential, wait_random
 
 log = logging.getLogger(__name__)
 
-# What a listener says to a commit, and is no failure of it.
-_ANSWERS = (AtRedelivery, EventLost)
+
+class Superseded(Exception):
+    """The wait is another's by now, or nobody's, and its event may be another's."""
+
+
+# What a listener says to a commit, and is no failure of it; and what ends it.
+_ANSWERS = (AtRedelivery, EventLost, Superseded)
 # Seconds that a commit which takes too long has to end.
 _LONGEST_GOODBYE = 5.0
 
 
-async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
+async def commit(
+    listener: type[EventListener],
+    wait: Wait,
+    event: Any,
+    check: Callable[[], Awaitable[None]] | None = None,
+) -> None:
     """
     Call ``event_checkpointed`` of a fresh listener, again and again while it fails.
 
+    :param check: called before each attempt but the first, since a user may have cleared the wait meanwhile.
     :raises AtRedelivery: as the listener says; `EventLost` likewise.
+    :raises Superseded: as ``check`` says.
     :raises CommitFailed: it failed for ``[events] commit_timeout`` seconds.
     """
     timeout = settings.commit_timeout()
@@ -39,7 +52,13 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
         except SystemExit as error:  # which would end the triggerer
             raise RuntimeError(f"event_checkpointed called sys.exit({error.code!r})") from None
 
+    attempts_made = 0
+
     async def once() -> None:
+        nonlocal attempts_made
+        attempts_made += 1
+        if check is not None and attempts_made > 1:
+            await check()
         # In a task of its own, so that what the listener awaits, and is cancelled, is no cancellation of this.
         task = asyncio.ensure_future(checkpoint())
         try:
@@ -86,17 +105,24 @@ async def commit(listener: type[EventListener], wait: Wait, event: Any) -> None:
         await attempts(once)
 
 
-async def acknowledge(listener: type[EventListener], wait: Wait, event: Any) -> bool:
+async def acknowledge(
+    listener: type[EventListener],
+    wait: Wait,
+    event: Any,
+    check: Callable[[], Awaitable[None]] | None = None,
+) -> bool:
     """
     Commit an event, and return whether the source has confirmed that it has forgotten it.
 
     If not, it delivers it again.
 
+    :param check: as of `commit`.
     :raises EventLost: as the listener says.
     :raises CommitFailed: it failed for ``[events] commit_timeout`` seconds.
+    :raises Superseded: as ``check`` says.
     """
     try:
-        await commit(listener, wait, event)
+        await commit(listener, wait, event, check)
     except AtRedelivery as later:
         log.info("The source delivers the event again, and it is acknowledged then: %s", later)
         return False

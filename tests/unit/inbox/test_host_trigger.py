@@ -239,34 +239,87 @@ async def test_what_is_recorded_and_not_committed_the_next_host_commits(queues, 
     assert len(Queue.committed) == 1
 
 
-@pytest.mark.parametrize("how", ["another trigger", "killed"])
-async def test_what_is_in_hand_is_given_back_where_the_host_leaves(queues, monkeypatch, how):
-    """It has another trigger, or Airflow deletes this one with its anchor, while a record has no answer yet."""
+@pytest.fixture
+def slow(queues, monkeypatch):
+    """Lets records have no answer until it is set."""
     may_answer = asyncio.Event()
     ask = queues.waits.ask
 
-    async def slow(entry):
+    async def slowly(entry):
         if isinstance(entry, Record):
             await may_answer.wait()
         return await ask(entry)
 
+    monkeypatch.setattr(queues.waits, "ask", slowly)
+    return may_answer
+
+
+def records(host):
+    return bool(host._holding) and all(wait.has_event for wait in host._holding.values())
+
+
+def has_another_trigger(world):
+    world.waits.session.execute(select(EventHost)).scalar_one().trigger_id = None
+    world.waits.session.flush()
+
+
+@pytest.mark.parametrize("on_kill", [True, False])
+async def test_what_is_in_hand_is_given_back_where_the_host_is_cancelled(queues, slow, on_kill):
+    """Also where Airflow does not call `on_kill`, as once the time of the first anchor is up."""
     await queues.wait("q")
-    monkeypatch.setattr(queues.waits, "ask", slow)
     async with queues.running() as host:
-        await until(lambda: host._holding and all(one._recording for one in host._holding.values()))
-        if how == "killed":
-            killed = asyncio.create_task(host.on_kill())
-        else:
-            row = queues.waits.session.execute(select(EventHost)).scalar_one()
-            row.trigger_id = None
-            queues.waits.session.flush()
-        await asyncio.sleep(0.1)
-        assert not Queue.released
-        may_answer.set()
-        await until(lambda: Queue.released)
-        if how == "killed":
-            await killed
+        await until(lambda: records(host))
+    assert not Queue.released
+    slow.set()
+    if on_kill:
+        await host.on_kill()
+    await until(lambda: len(Queue.released) == 1)
+    await host.on_kill()  # it has nothing any more that it could give back
     assert len(Queue.released) == 1
+
+
+async def test_a_host_that_has_another_trigger_lets_its_commits_end(queues, slow, monkeypatch):
+    monkeypatch.setattr(host_trigger, "_TO_COMMIT", 5)
+    ti = await queues.wait("q")
+    async with queues.running() as host:
+        await until(lambda: records(host))
+        has_another_trigger(queues)
+        await asyncio.sleep(0.2)
+        slow.set()
+        await until(lambda: phases(queues, ti) == ["committed"])
+    assert len(Queue.committed) == 1 and not Queue.released
+
+
+async def test_what_does_not_end_then_is_given_back(queues, slow, monkeypatch):
+    monkeypatch.setattr(host_trigger, "_TO_COMMIT", 0.1)
+    await queues.wait("q")
+    async with queues.running() as host:
+        await until(lambda: records(host))
+        has_another_trigger(queues)
+        await asyncio.sleep(0.3)
+        slow.set()
+        await until(lambda: Queue.released)
+    assert len(Queue.released) == 1
+
+
+async def test_an_old_try_commits_nothing_any_more(queues, monkeypatch):
+    """A clear with replay=False may have given its event back; what it then acknowledged would be lost."""
+    ti = await queues.wait("q")
+    tries = []
+
+    async def failing(listener, event):
+        tries.append(event)
+        if len(tries) == 1:
+            raise ConnectionError("the source is away")
+        listener.committed.append(event["id"])
+
+    monkeypatch.setattr(Queue, "event_checkpointed", failing)
+    monkeypatch.setattr(host_trigger, "_LOOK_FOR_ALL_EVERY", 1000)
+    async with queues.running():
+        await until(lambda: tries)
+        queues.clear(ti)
+        await asyncio.sleep(2)
+    assert len(tries) == 1 and not Queue.committed
 
 
 async def test_the_waits_on_one_queue_are_one_hosts(queues, monkeypatch):
