@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
@@ -98,3 +100,26 @@ def test_a_poll_that_raises_fails_its_own_wait_alone(airflow, run, inbox, trigge
     assert {run.task_state(task) for task in TASKS} == {"deferred"}
     for task in TASKS:
         run.mark(task, "failed")
+
+
+def test_a_source_that_cannot_be_reached_is_said_of_each_wait(airflow, run, tmp_path):
+    """And where the host's log is, since a task's own log cannot have it."""
+    page = f"{airflow.url}/events/api/waits?stage=open&run_id={quote(run.run_id)}&limit=50"
+
+    def waits():
+        listed = airflow.request("GET", page, None)["waits"]
+        return {wait["task_id"]: wait for wait in listed if wait["task_id"] in TASKS}
+
+    until(lambda: [bool(wait["log_of"]) for wait in waits().values()] == [True] * 6, "it says where its log is")
+    assert {wait["trouble"] for wait in waits().values()} == {None}
+    away = tmp_path.with_name(f"{tmp_path.name}-away")
+    tmp_path.rename(away)
+    until(lambda: all(wait["trouble"] for wait in waits().values()), "it is said")
+    assert "cannot be reached; trying again" in waits()["wait_1"]["trouble"]
+    assert ", try 1" in waits()["wait_1"]["log_of"]
+    away.rename(tmp_path)
+    until(lambda: not any(wait["trouble"] for wait in waits().values()), "it is said no more")
+    for task in TASKS:
+        drop(tmp_path, task[-1])
+    for task in TASKS:
+        run.until_task(task, "success")
