@@ -190,7 +190,11 @@ class HostTrigger(BaseTrigger):
     def _begin(self, ti: str, kwargs: str, generation: int) -> Coroutine[Any, Any, Any]:
         """Return what serves a wait; or what fails its try, if this process cannot make it of what it has."""
         try:
-            return self._serve(ti, _HostedWait.of(ti, kwargs, generation))
+            wait = _HostedWait.of(ti, kwargs, generation)
+            if self.task_instance is not None and ti == str(self.task_instance.id):
+                # Airflow has put this trigger's log in the place of that of the anchor's own trigger.
+                wait.announces = True
+            return self._serve(ti, wait)
         except Exception as error:
             return self._fail(ti, ti, generation, error)
 
@@ -241,6 +245,8 @@ class HostTrigger(BaseTrigger):
 class _HostedWait(EventTrigger):
     """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
 
+    announces = False
+
     @classmethod
     def of(cls, ti: str, kwargs: str, generation: int) -> _HostedWait:
         """
@@ -286,4 +292,6 @@ class _HostedWait(EventTrigger):
         return None
 
     def _announce(self, wait: Wait) -> None:
-        """Say nothing: its own trigger has."""
+        """Say nothing where its own trigger has, and there may be thousands."""
+        if self.announces:
+            super()._announce(wait)

@@ -40,7 +40,7 @@ def runs_the_matrix(session):
 
 
 @pytest.fixture(scope="session")
-def database(request):
+def database_server(request):
     """The server of Airflow's database, or None if that is SQLite."""
     name = request.config.getoption("--database")
     if problem := missing(name):
@@ -57,7 +57,7 @@ def receiver():
 
 
 @pytest.fixture(scope="session")
-def airflow(request, database, receiver):
+def airflow(request, database_server, receiver):
     home = Path(tempfile.mkdtemp(prefix="airflow-events-"))
     keep = request.config.getoption("--keep")
     with contextlib.ExitStack() as stack:
@@ -66,7 +66,9 @@ def airflow(request, database, receiver):
         settings = {**SETTINGS, **SOONER, **receiver.settings}
         variables = stack.enter_context(served()) if runs_the_matrix(request.session) else {}
         deployment = stack.enter_context(
-            Deployment(home, database=database and database.url, settings=settings, variables=variables)
+            Deployment(
+                home, database=database_server and database_server.url, settings=settings, variables=variables
+            )
         )
         deployment.prepare()
         deployment.add_dags(
@@ -240,8 +242,8 @@ def base(tmp_path):
 
 
 @pytest.fixture
-def stage(airflow, database, tmp_path):
+def stage(airflow, database_server, tmp_path):
     """What the matrix is run on."""
-    if database is None:
+    if database_server is None:
         pytest.skip("the matrix needs a database server: with SQLite, the API server stands still under it")
-    return Stage(airflow, database, tmp_path)
+    return Stage(airflow, database_server, tmp_path)
