@@ -5,13 +5,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from databases import NAMES
+
 TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--database",
-        choices=("sqlite", "postgres", "mysql"),
+        choices=NAMES,
         default="postgres",
         help="Airflow's metadata database in the end-to-end tests",
     )

@@ -71,8 +71,6 @@ log = logging.getLogger(__name__)
 _ENDED = frozenset({"success", "failed", "skipped", "upstream_failed", "removed"})
 # Seconds after the deadline at which the scheduler ends a wait that no triggerer has ended.
 GRACE = 300.0
-# Characters of an XCom's key.
-_LONGEST_KEY = 512
 
 # Seconds. What comes before them is waited for here: it is over before Airflow has seen that a wait is parked.
 _SOON = 5.0
@@ -511,7 +509,7 @@ class EventTrigger(BaseTrigger):
         values: dict[str, Any] = {}
         if self.push and value is not None:
             if self.multiple_outputs:
-                if not isinstance(value, Mapping) or not all(map(_is_key, value)):
+                if not isinstance(value, Mapping) or not all(map(serde.is_xcom_key, value)):
                     self.log.info("A worker fails the task: its value cannot be taken apart (multiple_outputs)")
                     return await self._on_worker(value)
                 values.update(value)
@@ -842,13 +840,6 @@ async def settle(
 def _knows_by_id(listener: type[EventListener]) -> bool:
     """Whether nothing is held in the name of a wait, but each message by its id."""
     return getattr(listener, "event_released", None) is QueueListener.event_released
-
-
-def _is_key(key: Any) -> bool:
-    """Whether an XCom can have the key, in each of Airflow's databases."""
-    # MySQL takes those for one that differ by spaces at their ends.
-    is_one = isinstance(key, str) and key == key.rstrip(" ")
-    return is_one and len(key) <= _LONGEST_KEY and max(key, default="") < "\U00010000"
 
 
 def _let_go_of_the_dag(context: Context) -> None:

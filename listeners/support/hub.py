@@ -287,9 +287,8 @@ class Hub(abc.ABC, Generic[_S]):
                     self._trouble = (message, self.name, settings.unreachable_timeout(), _text_of(error))
                     log.log(logging.WARNING, *self._trouble)
                     self._logs_told.clear()
-                    for seeker in list(self.seekers):
-                        if seeker.log not in self._logs_told:
-                            self._tell_trouble(seeker)
+                    for seeker in self._one_for_each_log():
+                        self._tell_trouble(seeker)
                 await asyncio.sleep(_pause(attempts))
 
     async def _bounded(self, work: Coroutine[Any, Any, None], seconds: float | None, what: str) -> None:
@@ -326,8 +325,11 @@ class Hub(abc.ABC, Generic[_S]):
 
     def _tell_all(self, level: int, message: str, *arguments: Any) -> None:
         log.log(level, message, *arguments)
-        for seeker in {seeker.log: seeker for seeker in self.seekers}.values():
+        for seeker in self._one_for_each_log():
             seeker.write(level, message, *arguments)
+
+    def _one_for_each_log(self) -> list[_S]:
+        return list({seeker.log: seeker for seeker in self.seekers}.values())
 
     async def _idle(self) -> None:
         while not self._is_wanted:

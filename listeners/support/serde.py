@@ -20,6 +20,8 @@ RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
 
 _KNOWN = frozenset({"builtins", "datetime", "decimal", "uuid", "pendulum", "airflow", "zoneinfo"})
 
+_LONGEST_XCOM_KEY = 512  # characters
+
 DEEPEST = 95
 """
 How many levels of lists and objects a value may have as it is stored.
@@ -71,6 +73,13 @@ def check(value: Any, name: str = "event") -> Any:
     if returned != value:
         raise EventNotSerializable(name, f"it would come back as {returned!r:.200}")
     return returned
+
+
+def is_xcom_key(key: Any) -> bool:
+    """Whether an XCom can have the key, in each of Airflow's databases."""
+    # MySQL takes those for one that differ by spaces at their ends.
+    is_one = isinstance(key, str) and key == key.rstrip(" ")
+    return is_one and len(key) <= _LONGEST_XCOM_KEY and max(key, default="") < "\U00010000"
 
 
 def arguments_digest(args: Any, kwargs: Any) -> str:

@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 
 Status = Literal["delivered", "kept"]
 
-_LONGEST_XCOM_KEY = 512
-
 
 @dataclass(frozen=True)
 class Receipt:
@@ -204,7 +202,7 @@ def _ending(row: WaitRow, event: Any) -> End | None:
         if XCom is not BaseXCom:  # whose values may go elsewhere, and rows are locked here
             return None
         if asked.get("multiple_outputs"):
-            if not isinstance(event, dict) or not all(map(_can_name_an_xcom, event)):
+            if not isinstance(event, dict) or not all(key and serde.is_xcom_key(key) for key in event):
                 return None
             values.update(event)
         values[BaseXCom.XCOM_RETURN_KEY] = event
@@ -220,12 +218,6 @@ def _ending(row: WaitRow, event: Any) -> End | None:
         mapped_length=length,
         outlets=tuple(asked.get("outlets") or ()),
     )
-
-
-def _can_name_an_xcom(key: str) -> bool:
-    """Whether Airflow's column takes a key: with all databases, MySQL's collation included."""
-    # MySQL takes those for one that differ by spaces at their ends.
-    return 0 < len(key) <= _LONGEST_XCOM_KEY and max(key) <= "\uffff" and key == key.rstrip(" ")
 
 
 def fits(row: WaitRow, payload: Any) -> None:

@@ -83,6 +83,8 @@ def test_what_is_longer_than_a_packet_of_mysql_is_named(monkeypatch):
 @pytest.fixture
 def mapped(engine):
     """The ids of the task instances of a task that is mapped over a thousand, committed."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite locks the whole database")
     ids = [uuid.uuid4() for _ in range(1000)]
     rest = {"try_number": 1, "max_tries": 0, "pool": "p", "pool_slots": 1, "span_status": "not_started"}
     names = {"dag_id": "mapped", "run_id": "r"}
@@ -104,8 +106,6 @@ NO_PATIENCE = {"mysql": "SET innodb_lock_wait_timeout = 1", "postgresql": "SET l
 
 def test_whoever_locks_some_waits_for_no_other(engine, mapped):
     """MySQL, left alone, would read and lock all of the run."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("SQLite locks the whole database")
     with Session(engine) as one, Session(engine) as other:
         other.execute(text(NO_PATIENCE[engine.dialect.name]))
         tasks.lock(one, [mapped[650]])
@@ -114,8 +114,6 @@ def test_whoever_locks_some_waits_for_no_other(engine, mapped):
 
 def test_whoever_locks_by_names_holds_nothing_that_another_transaction_needs(engine, mapped):
     """MySQL would lock the record of the names first, which a row that refers to them needs, too."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("SQLite locks the whole database")
     with Session(engine) as one, Session(engine) as other:
         one.execute(text(NO_PATIENCE[engine.dialect.name]))
         tasks.lock(one, [mapped[7]])
