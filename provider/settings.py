@@ -34,7 +34,9 @@ def unreachable_timeout() -> float:
 
 def callback_secret() -> str:
     """Return what callback addresses are signed with; empty if there is nothing."""
-    return _get("callback_secret", str) or str(conf.get("api", "secret_key", fallback=""))
+    secret = _get("callback_secret", str) or str(conf.get("api", "secret_key", fallback=""))
+    # Where nothing sets it, the Task SDK's configuration answers the name of what Airflow's own would make up.
+    return "" if secret == "{SECRET_KEY}" else secret
 
 
 def memory() -> float:

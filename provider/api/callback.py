@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 import uuid
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from airflow.sdk.log import mask_secret
 from airflow_events import settings
 from airflow_events.errors import EventsError
 from airflow_events.listeners.base import Wait
+
+log = logging.getLogger(__name__)
 
 _ALGORITHM = "HS256"
 _AUDIENCE = "airflow-events-callback"
@@ -104,13 +107,18 @@ def check(token: str) -> Token:
     """
     Return what a token says.
 
-    :raises TokenInvalid: it was not signed with this deployment's secret.
+    :raises TokenInvalid: it was not signed with this deployment's secret, or there is none.
     :raises TokenExpired: it was, and its time is over.
     """
     try:
+        key = _secret()
+    except ValueError as error:
+        log.warning("A signed URL is refused: %s", error)
+        raise TokenInvalid("the URL is not valid: there is no secret here to check it with") from None
+    try:
         claims = jwt.decode(
             token,
-            _secret(),
+            key,
             algorithms=[_ALGORITHM],
             audience=_AUDIENCE,
             # The clock of who signed may be ahead; when it signed matters only against that of a clear.
@@ -132,6 +140,7 @@ def _secret() -> bytes:
     secret = settings.callback_secret()
     if not secret:
         raise ValueError(
-            "callback addresses are signed with [events] callback_secret or [api] secret_key; set one"
+            "callback addresses are signed with [events] callback_secret or [api] secret_key; set one, "
+            "to the same for API servers, workers and triggerers"
         )
     return hashlib.sha256(f"{_AUDIENCE}:{secret}".encode()).digest()

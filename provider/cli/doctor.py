@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
+from airflow.sdk.configuration import conf
 from airflow.utils.cli import suppress_logs_and_warning
 from airflow.utils.providers_configuration_loader import providers_configuration_loaded
 from airflow.utils.session import create_session
 from airflow_events import inbox_token, settings
 from airflow_events.errors import InboxKeyMissing
-from airflow_events.provider_info import VERSION
+from airflow_events.provider_info import SECTION, VERSION
 from airflow_events.triggers.inbox_http import detail, tls
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -57,6 +58,7 @@ def doctor(args: argparse.Namespace) -> None:
 def examine() -> Iterator[Finding]:
     """Look at everything that a triggerer needs in order to ask the inbox."""
     yield key()
+    yield signed_urls()
     yield tables()
     yield from server()
 
@@ -71,6 +73,17 @@ def key() -> Finding:
         return Finding("key", "derived from [events] inbox_secret")
     others = f", and {count - 1} more accepted" if count > 1 else ""
     return Finding("key", f"derived from the first of [core] fernet_key{others}")
+
+
+def signed_urls() -> Finding:
+    """Look for something to sign addresses with, which not everybody needs."""
+    for option, is_set in (
+        ("[events] callback_secret", conf.get(SECTION, "callback_secret", fallback="")),
+        ("[api] secret_key", settings.callback_secret()),
+    ):
+        if is_set:
+            return Finding("signed URLs", f"signed with {option}")
+    return Finding("signed URLs", "none: neither [events] callback_secret nor [api] secret_key is set")
 
 
 def tables() -> Finding:

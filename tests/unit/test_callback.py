@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import jwt
 import pytest
 from airflow_events import settings
@@ -63,3 +65,19 @@ def test_the_secret_of_the_api_is_not_the_key_itself(monkeypatch):
     assert settings.callback_secret() == "of the api"
     with pytest.raises(TokenInvalid):
         check(jwt.encode({"aud": "airflow-events-callback"}, "of the api" * 4, algorithm="HS256"))
+
+
+@pytest.mark.parametrize("key", ["", None], ids=["empty", "not set"])
+def test_without_a_secret_none_is_made_and_all_are_refused(monkeypatch, key):
+    monkeypatch.setenv("AIRFLOW__EVENTS__CALLBACK_SECRET", "")
+    if key is None:  # then the configuration of the Task SDK answers with the name of a default
+        monkeypatch.delenv("AIRFLOW__API__SECRET_KEY", raising=False)
+    else:
+        monkeypatch.setenv("AIRFLOW__API__SECRET_KEY", key)
+    with pytest.raises(ValueError, match="callback_secret or"):
+        sign(WAIT, 60)
+    claims = {"aud": "airflow-events-callback", "iat": 1, "exp": 2**33, "wait": ["d", "r", "t", -1]}
+    for known in ("", "{SECRET_KEY}"):
+        guessed = hashlib.sha256(f"airflow-events-callback:{known}".encode()).digest()
+        with pytest.raises(TokenInvalid):
+            check(jwt.encode(claims, guessed, algorithm="HS256"))

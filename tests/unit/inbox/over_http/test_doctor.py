@@ -11,7 +11,7 @@ from airflow_events import inbox_token
 from airflow_events.api import inbox_routes
 from airflow_events.cli import doctor as module
 from airflow_events.cli.definition import get_events_cli_commands
-from airflow_events.cli.doctor import Finding, examine, key, server, tables
+from airflow_events.cli.doctor import Finding, examine, key, server, signed_urls, tables
 from airflow_events.provider_info import VERSION
 from cryptography.fernet import Fernet
 from sqlalchemy import text
@@ -24,11 +24,13 @@ def found(findings):
     return {one.what: f"WRONG {one.said} -> {one.advice}" if one.advice else one.said for one in findings}
 
 
-def test_all_is_well(api, database):
+def test_all_is_well(api, database, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__CALLBACK_SECRET", "of signed URLs")
     head = database()
     url = f"{api().url}/events/inbox"
     assert found(examine()) == {
         "key": "derived from [events] inbox_secret",
+        "signed URLs": "signed with [events] callback_secret",
         "tables": f"at revision {head}",
         "address": f"{url} answers",
         "token": "accepted",
@@ -50,6 +52,20 @@ def test_the_key(secret, monkeypatch, fernet_key, said):
     monkeypatch.setenv("AIRFLOW__CORE__FERNET_KEY", fernet_key)
     assert found([key()])["key"].startswith(said)
     assert FERNET not in str(key())
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("of the API", "signed with [api] secret_key"),
+        (None, "none: neither [events] callback_secret nor [api] secret_key is set"),
+    ],
+)
+def test_the_secret_of_signed_urls(monkeypatch, key, said):
+    monkeypatch.delenv("AIRFLOW__API__SECRET_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("AIRFLOW__API__SECRET_KEY", key)
+    assert found([signed_urls()]) == {"signed URLs": said}
 
 
 def test_without_a_key_it_still_says_whether_the_server_answers(api, secret, monkeypatch):
