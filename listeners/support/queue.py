@@ -47,12 +47,14 @@ class Delivery:
     :ivar wait: which was given it, by its `Wait.id`.
     :ivar is_stale: whether it came over a connection that is gone, so that it can be acknowledged only when it
         comes again.
+    :ivar is_acknowledged: whether its source has confirmed that it has forgotten it.
     """
 
-    __slots__ = ("id", "is_stale", "message", "wait")
+    __slots__ = ("id", "is_acknowledged", "is_stale", "message", "wait")
 
     def __init__(self, id: str, message: Any) -> None:
-        self.id, self.message, self.is_stale, self.wait = id, message, False, ""
+        self.id, self.message, self.wait = id, message, ""
+        self.is_stale = self.is_acknowledged = False
 
 
 class QueueHub(Hub[Seeker]):
@@ -100,8 +102,8 @@ class QueueHub(Hub[Seeker]):
 
     @property
     def is_needed(self) -> bool:
-        """Whether the source waits to hear of a message that a wait has."""
-        return bool(self.in_hand)
+        """Whether the source waits to hear of a message that a wait has, or a wait to hear of the source."""
+        return bool(self.in_hand) or self._acknowledging.is_waited_for
 
     def offer(self, id: str, message: Any) -> None:
         """Give a message to the wait that has waited longest; give it back if none wants it."""
@@ -154,17 +156,17 @@ class QueueHub(Hub[Seeker]):
         """
         Acknowledge a message.
 
-        :raises AtRedelivery: it can be acknowledged only when it comes again.
+        :raises AtRedelivery: it can be acknowledged only when it comes again: the connection over which it came is
+            gone, or it was given back.
         """
-        if not self._is_stale(id):  # if it is, there need be no connection to say so
+        if (delivery := self.in_hand.get(id)) is not None and not delivery.is_stale:  # or nothing need be asked
             await self._acknowledging.add(id)
-        is_stale = self._is_stale(id)
+            delivery = self.in_hand.get(id)
         self.forget(id)
-        if is_stale:
+        if delivery is None:
+            raise AtRedelivery(f"{self.name}: {id} was given back before it could be acknowledged")
+        if delivery.is_stale or not delivery.is_acknowledged:
             raise AtRedelivery(f"{self.name}: the connection over which {id} came is gone")
-
-    def _is_stale(self, id: str) -> bool:
-        return id in self.in_hand and self.in_hand[id].is_stale
 
     async def release(self, id: str) -> None:
         """Let another wait have a message: one of this process if there is any, or else one of another."""
@@ -173,7 +175,8 @@ class QueueHub(Hub[Seeker]):
         if self.wanted:
             self.pass_on(delivery)
         else:
-            await self._return(delivery)
+            # Whoever asks may be cancelled meanwhile, as a wait that has ended is.
+            await asyncio.shield(background(self._return(delivery), f"giving back {id}"))
 
     async def take(self, seeker: Seeker) -> Delivery:
         """Return a message, which is the wait's to acknowledge or to give back."""
@@ -203,6 +206,8 @@ class QueueHub(Hub[Seeker]):
                 await asyncio.wait_for(self.give_back(held), _LONGEST_RETURN)
         for id in list(self.in_hand):
             self.forget(id)
+        self._acknowledging.stop()
+        self._returning.stop()
         await super().close()
 
     def pass_on(self, delivery: Delivery) -> None:
@@ -221,7 +226,11 @@ class QueueHub(Hub[Seeker]):
             await asyncio.wait_for(self._returning.add(delivery.id), _LONGEST_RETURN)
         except Exception as error:
             log.info("%s could not be given back, so its source has to notice by itself: %r", delivery.id, error)
-        self.forget(delivery.id)
+        finally:
+            if (now := self.in_hand.get(delivery.id)) is delivery:
+                self.forget(delivery.id)
+            elif now is not None:  # it has come again already
+                self.pass_on(now)
 
     def forget(self, id: str) -> None:
         """Have a message in hand no longer."""
@@ -230,11 +239,15 @@ class QueueHub(Hub[Seeker]):
 
     async def _acknowledge(self, ids: list[str]) -> None:
         await self.connected()
-        await self.acknowledge(self._fresh(ids))
+        if fresh := self._fresh(ids):
+            await self.acknowledge(fresh)
+            for id in fresh.keys() & self.in_hand.keys():  # it may have come once more meanwhile
+                self.in_hand[id].is_acknowledged = True
 
     async def _give_back(self, ids: list[str]) -> None:
         await self.connected()
-        await self.give_back(self._fresh(ids))
+        if fresh := self._fresh(ids):
+            await self.give_back(fresh)
 
     def _fresh(self, ids: list[str]) -> dict[str, Delivery]:
         return {id: self.in_hand[id] for id in ids if id in self.in_hand and not self.in_hand[id].is_stale}
@@ -465,6 +478,17 @@ class _Batches:
         self._work = work
         self._asked: dict[str, asyncio.Future[None]] = {}
         self._running: asyncio.Task[None] | None = None
+        self._waiting = 0
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits for it to be done."""
+        return bool(self._waiting)
+
+    def stop(self) -> None:
+        """Do no more of it."""
+        if self._running is not None:
+            self._running.cancel()
 
     async def add(self, id: str) -> None:
         """Return once it is done for ``id``; raise what the work for its batch raised."""
@@ -473,7 +497,11 @@ class _Batches:
         asked = self._asked[id]
         if self._running is None or self._running.done():
             self._running = background(self._run(), "a batch")
-        await asyncio.shield(asked)
+        self._waiting += 1
+        try:
+            await asyncio.shield(asked)
+        finally:
+            self._waiting -= 1
 
     async def _run(self) -> None:
         while self._asked:

@@ -112,6 +112,11 @@ async def soon(awaitable):
     return await asyncio.wait_for(awaitable, 5)
 
 
+async def give_back(event, number=0):
+    with working_for(wait(number)):
+        await BoxListener().event_released(event)
+
+
 async def commit(event, number=0):
     with working_for(wait(number)):
         await BoxListener().event_checkpointed(event)
@@ -317,3 +322,79 @@ async def test_a_hub_that_closes_gives_back_what_it_has(box):
     await hub.close()
     assert sorted(box.waiting) == ["1", "bad"]
     assert not InHand.of_loop().hubs
+
+
+class Hesitant(BoxHub):
+    """Its source takes a while to be given something back."""
+
+    async def give_back(self, deliveries):
+        await self.box.gives_back.wait()
+        await super().give_back(deliveries)
+
+
+class Quick(Hesitant):
+    """It delivers again before it answers that it was given something back."""
+
+    async def give_back(self, deliveries):
+        await super().give_back(deliveries)
+        self.box.waiting.clear()
+
+
+async def test_a_message_is_given_back_also_if_who_asks_for_it_is_cancelled(box, monkeypatch):
+    box.gives_back = asyncio.Event()
+    monkeypatch.setitem(globals(), "BoxHub", Hesitant)
+    box.put("1")
+    event = await soon(poll(0).run())
+    asking = asyncio.create_task(give_back(event))
+    await asyncio.sleep(0.05)
+    asking.cancel()
+    await asyncio.wait({asking})
+    other = asyncio.create_task(poll(1).run())
+    box.gives_back.set()
+    await until(lambda: box.told == [("give back", "1")])
+    box.changed.set()
+    assert (await soon(other))["value"] == 1
+
+
+async def test_what_comes_again_while_it_is_given_back_goes_to_another_wait(box, monkeypatch):
+    box.gives_back = asyncio.Event()
+    monkeypatch.setitem(globals(), "BoxHub", Quick)
+    box.put("1")
+    event = await soon(poll(0).run())
+    hub = InHand.of_loop().hubs["1"]
+    asking = asyncio.create_task(give_back(event))
+    await asyncio.sleep(0.05)
+    other = asyncio.create_task(poll(1).run())
+    await until(lambda: hub.wanted == 1)
+    hub.offer("1", "1")
+    assert not other.done()
+    box.gives_back.set()
+    await asking
+    assert (await soon(other))["value"] == 1
+
+
+@pytest.mark.parametrize("back_after", [0.0, 0.5], ids=["before it was given back", "afterwards"])
+async def test_what_was_given_back_while_its_commit_waited_is_not_said_to_be_acknowledged(
+    box, monkeypatch, back_after
+):
+    """A wait is cleared while its commit waits for the source, and its next try in this process commits the event."""
+    monkeypatch.setattr(queue, "_LONGEST_RETURN", 0.2)
+    monkeypatch.setattr("airflow_events.listeners.support.shared._LINGER", 0.1)
+    box.put("1")
+    event = await soon(poll(0).run())
+    hub = InHand.of_loop().hubs["1"]
+    hub._up.clear()  # the source is unreachable
+    first = asyncio.create_task(commit(event))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    await asyncio.wait({first})
+    returning = asyncio.create_task(give_back(event))
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(commit(event))
+    await returning
+    await asyncio.sleep(back_after)
+    assert not hub._work.done()  # it stays as long as the commit waits
+    hub._up.set()
+    with pytest.raises(AtRedelivery):
+        await soon(second)
+    assert ("acknowledge", "1") not in box.told
