@@ -20,7 +20,7 @@ from airflow_events.listeners.kafka.client import (
     topic_of,
 )
 from airflow_events.listeners.kafka.schemas import Decoder, Formats
-from airflow_events.listeners.support.watching import READ_BYTES, LogHub, Message, Reader, message_of
+from airflow_events.listeners.support.watching import MILLISECOND, READ_BYTES, LogHub, Message, Reader, message_of
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as Sent
 
@@ -121,6 +121,7 @@ class TopicHub(LogHub[_Position]):
             len(sent.value() or b"") + len(sent.key() or b""),
             place_of(sent, self._source),
             lambda: event_of(self._source, sent, self._decoder.value),
+            within=MILLISECOND,
         )
 
 

@@ -12,7 +12,7 @@ from airflow_events.listeners.rabbitmq.client import NO_STREAM, OnServer, Source
 from airflow_events.listeners.rabbitmq.messages import described, headers_of, tag_of, timestamp_of, value_of
 from airflow_events.listeners.support.timestamps import of_epoch
 from airflow_events.listeners.support.values import Format
-from airflow_events.listeners.support.watching import LogHub, Message, Reader, message_of
+from airflow_events.listeners.support.watching import MILLISECOND, LogHub, Message, Reader, message_of
 
 _T = TypeVar("_T")
 
@@ -83,7 +83,8 @@ class StreamHub(OnServer, LogHub[int]):
                 "rabbitmq_conn_id": self.source.conn_id,
             }
 
-        return message_of(_published(raw)[1], len(raw.body), where, event)
+        published, within = _published(raw)
+        return message_of(published, len(raw.body), where, event, within)
 
 
 class _ChannelReader(Reader[int]):
@@ -169,17 +170,12 @@ def _offset(source: Source, message: DeliveredMessage) -> int:
     return offset
 
 
-def _published(message: DeliveredMessage) -> tuple[datetime | None, datetime | None]:
-    """
-    Return when a message says that it was published, and the latest moment that this may mean.
-
-    Both are None if it says nothing, or nothing that is a moment.
-    """
+def _published(message: DeliveredMessage) -> tuple[datetime | None, timedelta]:
+    """Return when a message says that it was published, None if it says nothing, and how much later it may be."""
     milliseconds = headers_of(message).get("timestamp_in_ms")
     exactly = of_epoch(milliseconds) if isinstance(milliseconds, int) else None
     if exactly is not None:
-        return exactly, exactly + timedelta(microseconds=999)
+        return exactly, MILLISECOND
     stamp = timestamp_of(message)
-    if stamp is None:
-        return None, None
-    return stamp, stamp + timedelta(microseconds=0 if stamp.microsecond else 999_999)
+    in_seconds = stamp is not None and not stamp.microsecond
+    return stamp, timedelta(microseconds=999_999) if in_seconds else timedelta()

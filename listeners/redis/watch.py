@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from airflow_events.listeners.redis.client import LOST, Source, connect, event_of, moment, refusals, text
 from airflow_events.listeners.support.values import Format
-from airflow_events.listeners.support.watching import READ_BYTES, LogHub, Message, Reader, message_of
+from airflow_events.listeners.support.watching import MILLISECOND, READ_BYTES, LogHub, Message, Reader, message_of
 from redis import exceptions
 from redis.asyncio import Redis
 
@@ -91,6 +91,7 @@ class StreamHub(LogHub[_Id]):
             sum(len(name) + len(content) for name, content in fields.items()),
             f"the entry {entry} of {self._source}",
             lambda: event_of(self._source, entry, fields, self._field, self._values),
+            within=MILLISECOND,
         )
 
 

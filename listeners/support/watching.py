@@ -37,6 +37,12 @@ _KEPT_BYTES = 4 * 2**20
 READ_BYTES = 2 * 2**20
 """How many bytes a `Reader` should return at once, where it can tell before; one message may be larger."""
 
+MILLISECOND = timedelta(microseconds=999)
+"""How much later than it says a message may have been published, where the source cuts to milliseconds."""
+
+# So that there is something after it.
+_LATEST = datetime.max.replace(tzinfo=timezone.utc) - timedelta(days=1)
+
 # From how long before now on the first who watch a log have it read by the reader at its end.
 _LATELY = timedelta(minutes=2)
 
@@ -71,15 +77,22 @@ class Message:
     undecodable: EventUndecodable | None = None
 
 
-def message_of(timestamp: datetime | None, size: int, where: str, event: Callable[[], dict[str, Any]]) -> Message:
+def message_of(
+    timestamp: datetime | None,
+    size: int,
+    where: str,
+    event: Callable[[], dict[str, Any]],
+    within: timedelta = timedelta(),
+) -> Message:
     """
     Make a message of what a source has; whatever is wrong with it is its own matter, and fails no reader.
 
     :param timestamp: None, where it has none that can be read, counts as published now.
+    :param within: how much later than that it may have been published, of a source that cuts moments.
     :param event: makes the event. What it raises makes the message undecodable; only `OSError` and
         `SourceMisconfigured` escape, which are not the message's, but the source's or a schema registry's.
     """
-    timestamp = timestamp or datetime.now(timezone.utc)
+    timestamp = datetime.now(timezone.utc) if timestamp is None else min(timestamp, _LATEST) + within
     try:
         return Message(timestamp, size, where, event())
     except EventUndecodable as error:
@@ -137,6 +150,7 @@ class _Reading(Generic[_P]):
         self.index = Index()
         self.watchers: dict[Watcher, None] = {}
         self._reader: Reader[_P] | None = None
+        self._not_offered: list[Message] = []
 
     def add(self, watcher: Watcher) -> None:
         self.watchers[watcher] = None
@@ -147,6 +161,9 @@ class _Reading(Generic[_P]):
         self.index.remove(watcher, watcher.match)
 
     async def read(self, hub: LogHub[_P], seconds: float) -> list[Message]:
+        """Return what comes next; or, as long as `offered` was not called, what was returned last."""
+        if self._not_offered:
+            return self._not_offered
         if self._reader is None:
             self._reader = await hub.reader(self.since, self.position)
         before = self._reader.position
@@ -155,7 +172,12 @@ class _Reading(Generic[_P]):
         if messages:
             assert before is not None
             self.has_read(before, messages)
+        self._not_offered = messages
         return messages
+
+    def offered(self) -> None:
+        """Note that all who are served on it were given what they want of what was read."""
+        self._not_offered = []
 
     def has_read(self, before: _P, messages: list[Message]) -> None:
         """Note what was read from the position ``before`` on."""
@@ -166,6 +188,7 @@ class _Reading(Generic[_P]):
 
     def start_over(self) -> None:
         self._reader = self.position = None
+        self._not_offered = []
         self.since = min((watcher.since for watcher in self.watchers), default=datetime.now(timezone.utc))
 
     async def close(self) -> None:
@@ -267,6 +290,7 @@ class LogHub(Hub[Watcher], Generic[_P]):
                 return
             messages = await self._end.read(self, 0 if self._catching else _BLOCK)
             await self._offer(messages, self._end)
+            self._end.offered()
             for rank in list(self._catching):
                 await self._catch_up(rank, self._end)
         except BaseException:
@@ -333,8 +357,16 @@ class LogHub(Hub[Watcher], Generic[_P]):
         only = set(watchers)
         for watcher in only:
             self._place(watcher, end)
-        if only:
+        if not only:
+            return
+        try:
             await self._offer(end.kept(), end, only)
+        except BaseException:
+            # The source was lost meanwhile: they begin as if they were new.
+            for watcher in only:
+                self.left(watcher)
+            self._new += [watcher for watcher in only if not watcher.done]
+            raise
 
     async def _catch_up(self, rank: int, end: _End[_P]) -> None:
         """Read on for those who are caught up, and let them join those at the end if they have come so far."""
@@ -342,6 +374,7 @@ class LogHub(Hub[Watcher], Generic[_P]):
         if reading.watchers:
             messages = await reading.read(self, _BLOCK / len(self._catching))
             await self._offer(messages, reading)
+            reading.offered()
             here, there = reading.position, end.kept_from
             has_met = here is not None and there is not None and self.reached(here, there)
             if reading.watchers and not has_met:
@@ -354,10 +387,16 @@ class LogHub(Hub[Watcher], Generic[_P]):
         self, messages: list[Message], reading: _Reading[_P], only: set[Watcher] | None = None
     ) -> None:
         """Give messages to those of the reading who want them; ``only`` to these, for whom they are read again."""
+        index = reading.index
+        if only is not None:
+            index = Index()
+            for watcher in only:
+                index.add(watcher, watcher.match)
         began = time.monotonic()
         for message in messages:
             if time.monotonic() - began > _LONGEST_WORK:  # let other triggers have the loop
                 await asyncio.sleep(0)
+                self.heard()  # it is not the source that takes so long
                 began = time.monotonic()
             among = reading.watchers if only is None else only
             if message.undecodable is not None:
@@ -365,7 +404,7 @@ class LogHub(Hub[Watcher], Generic[_P]):
                 continue
             wanting: list[Watcher] = []
             try:
-                wanting += (watcher for watcher in reading.index.find(message.event["value"]) if watcher in among)
+                wanting += index.find(message.event["value"])
                 wanting = [watcher for watcher in wanting if message.timestamp >= watcher.since]
                 if wanting:
                     checked(message.event, message.where)

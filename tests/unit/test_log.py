@@ -313,3 +313,65 @@ async def test_waits_that_have_left_are_not_held(hub):
     hub.watch({"id": "other"}, ago(seconds=0))
     await until(lambda: len(hub._end.watchers) == 2)
     assert (len(hub._places), hub._new, hub._late, hub._catching) == (2, [], {}, {})
+
+
+async def test_those_that_are_matched_slowly_miss_nothing(hub):
+    """Matching takes longer than the source may be silent, as it does with thousands of expressions."""
+    hub.serve_within = 0.05
+    many = [hub.watch(f"order.id == '{number}' && status == 'paid'", ago(seconds=50)) for number in range(3000)]
+    await until(lambda: hub._end is not None and len(hub._end.watchers) == 3000)
+    for number in range(10):
+        hub.send({"order": {"id": str(number)}, "status": "paid"})
+    found = await asyncio.wait_for(asyncio.gather(*many[:10]), 60)
+    assert [event["number"] for event in found] == list(range(10))
+
+
+async def test_what_is_kept_is_matched_with_those_who_come(hub, monkeypatch):
+    waiting = [hub.watch(f"id == `{number}`") for number in range(1000, 1300)]
+    await until(lambda: hub._end is not None and len(hub._end.watchers) == 300)
+    for number in range(100):
+        hub.send({"id": number})
+    await until(lambda: hub._end.position == 100)
+    tried = []
+    monkeypatch.setattr(Match, "_matches", lambda match, value: tried.append(match) or value["id"] == 90)
+    assert (await soon(hub.watch("id == `90`")))["number"] == 90
+    assert len(tried) <= 100 + 300
+    for task in waiting:
+        task.cancel()
+
+
+@pytest.mark.parametrize("who", ["at the end", "new"])
+async def test_what_was_read_is_offered_again_if_the_source_is_lost_meanwhile(hub, monkeypatch, who):
+    hub.watch({"id": "nothing"})
+    await until(lambda: hub._end is not None)
+    offer, cut = hub._offer, []
+
+    async def cut_short(messages, reading, only=None):
+        if len(messages) < 10 or cut or (only is None) == (who == "new"):
+            return await offer(messages, reading, only)
+        cut.append(len(messages))
+        await offer(messages[:5], reading, only)
+        raise OSError("the source is lost")
+
+    monkeypatch.setattr(hub, "_offer", cut_short)
+    found = hub.watch({"id": 9}) if who == "at the end" else None
+    await until(lambda: len(hub._end.watchers) == (1 if found is None else 2))
+    for number in range(10):
+        hub.messages.append(message_of(datetime.now(timezone.utc), 1, "it", lambda n=number: {"value": {"id": n}}))
+    if found is None:
+        await until(lambda: hub._end.position == 10)
+        found = hub.watch({"id": 9})
+    assert (await soon(found))["value"] == {"id": 9}
+    assert cut
+
+
+async def test_a_moment_that_the_source_has_cut_is_not_before_since(hub):
+    since = NOW.replace(microsecond=123_456)
+    cut = since.replace(microsecond=123_000)
+    for number, at in enumerate([cut - timedelta(milliseconds=1), cut]):
+        hub.messages.append(message_of(at, 1, "it", lambda n=number: {"value": n}, log.MILLISECOND))
+    assert (await soon(hub.watch(since=since)))["value"] == 1
+    assert (
+        message_of(datetime.max.replace(tzinfo=timezone.utc), 1, "it", dict, log.MILLISECOND).timestamp.year
+        == 9999
+    )

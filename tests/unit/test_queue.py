@@ -377,7 +377,7 @@ async def test_what_comes_again_while_it_is_given_back_goes_to_another_wait(box,
 async def test_what_was_given_back_while_its_commit_waited_is_not_said_to_be_acknowledged(
     box, monkeypatch, back_after
 ):
-    """A wait is cleared while its commit waits for the source, and its next try in this process commits the event."""
+    """A wait is cleared while its commit waits for the source, and its next try in this process commits, too."""
     monkeypatch.setattr(queue, "_LONGEST_RETURN", 0.2)
     monkeypatch.setattr("airflow_events.listeners.support.shared._LINGER", 0.1)
     box.put("1")
