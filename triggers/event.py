@@ -220,17 +220,21 @@ class EventTrigger(BaseTrigger):
             await self.until_ended()
         except Outlived as outlived:
             self.log.warning("This process does not own the wait any more: %s", outlived)
-            try:
-                await self.on_kill()
-            except Exception:
-                self.log.warning("What this process held could not be given back", exc_info=True)
+            await self._give_back_all()
         except Exception as error:
+            await self._give_back_all()  # the next try may have another triggerer
             said = "".join(traceback.format_exception(error))
             if said == storable(said):
                 raise
             # A triggerer that told its supervisor so would end, and so would each after it that had this trigger.
             raise RuntimeError(storable(said)) from None
         leave()
+
+    async def _give_back_all(self) -> None:
+        try:
+            await self.on_kill()
+        except Exception:
+            self.log.warning("What this process held could not be given back", exc_info=True)
 
     async def until_ended(self) -> None:
         """
@@ -458,6 +462,7 @@ class EventTrigger(BaseTrigger):
         else:
             self._poll = None
             await self._give_back(listener, wait, event)
+            checked(entry, answer)
             raise Outlived(answer.message)
         return False
 

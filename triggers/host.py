@@ -217,6 +217,8 @@ class HostTrigger(BaseTrigger):
                     continue
             except Exception as error:
                 if await self._fail(ti, wait.name, wait.generation, error):
+                    if self._holding.pop(ti, None) is not None:  # the next try may have another triggerer
+                        await self._give_back(wait)
                     return
             await asyncio.sleep(_PATIENCE)
 

@@ -12,7 +12,7 @@ import pytest
 from airflow.models.trigger import Trigger
 from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox import transactions
-from airflow_events.inbox.entries import Record
+from airflow_events.inbox.entries import Answer, Record, Status
 from airflow_events.inbox.models import EventHost, EventWait
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.triggers import event as event_trigger
@@ -237,6 +237,48 @@ async def test_what_is_recorded_and_not_committed_the_next_host_commits(queues, 
     async with queues.running():
         await until(lambda: phases(queues, ti) == ["committed"])
     assert len(Queue.committed) == 1
+
+
+async def test_what_is_recorded_and_cannot_be_committed_is_given_back_as_the_try_fails(queues, monkeypatch):
+    """The next try may be in another triggerer, which acknowledges it when it comes again."""
+
+    async def fails(self, event):
+        raise OSError("its source refuses it")
+
+    monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "0.1")
+    monkeypatch.setattr(Queue, "event_checkpointed", fails)
+    ti = await queues.wait("q")
+    async with queues.running():
+        await until(lambda: queues.waits.state(ti).next_method == "__fail__")
+        await until(lambda: len(Queue.released) == 1)
+
+
+@pytest.mark.parametrize("hosted", [True, False])
+async def test_an_event_that_the_inbox_cannot_record_fails_the_try(queues, monkeypatch, hosted):
+    """One that is longer than the database takes, say; asked for ever, it would stop the queue."""
+    ask, asked = queues.waits.ask, []
+
+    async def refusing(entry):
+        if isinstance(entry, Record):
+            asked.append(entry)
+            return Answer(Status.INVALID, "it is longer than max_allowed_packet")
+        return await ask(entry)
+
+    monkeypatch.setattr(queues.waits, "ask", refusing)
+    if hosted:
+        ti = await queues.wait("q")
+        async with queues.running():
+            await until(lambda: queues.waits.state(ti).next_method == "__fail__")
+        assert "max_allowed_packet" in str(queues.waits.state(ti).next_kwargs)
+    else:
+        monkeypatch.setattr(Queue, "hosted", False)
+        trigger = queues.waits.trigger(
+            queues.waits.deferred(**queues._trigger()), listener="m:Queue", listener_args=["q"]
+        )
+        with pytest.raises(RuntimeError, match="could not carry out 'record': it is longer"):
+            await anext(trigger.run())
+    await until(lambda: len(Queue.released) == 1)
+    assert len(asked) == 1
 
 
 @pytest.fixture
