@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -17,9 +18,8 @@ from airflow_events.inbox import legacy, tasks
 from airflow_events.inbox.entries import End, Phase
 from airflow_events.inbox.models import LATEST, SINGLE, EventWait
 from airflow_events.inbox.transactions import NOT_PARKED
-from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.base import EventListener, Wait, is_template
 from airflow_events.listeners.http import HttpListener
-from airflow_events.waits import tables
 from airflow_events.waits.arguments import decoded, kwargs_of
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -267,23 +267,42 @@ def _trigger(ti: TaskInstance, row: EventWait | None) -> dict[str, Any] | None:
 
 
 def _wants(operator: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
+    """
+    Return what a wait says of itself, or None if it is none.
+
+    Whatever it is made of, once it has begun its trigger has the arguments as they are.
+    """
     if operator is None:
         return None
-    if not getattr(operator, "is_mapped", False):
-        wants = getattr(operator, "event_wait", None)
-        return None if wants is None else dict(json.loads(wants))
-    if operator.task_type != tables.OPERATOR:
-        return None
+    if getattr(operator, "is_mapped", False):
+        wants = _mapped_wants(operator, trigger)
+    else:
+        face = getattr(operator, "event_wait", None)
+        wants = None if face is None else dict(json.loads(face))
+    if wants is not None and trigger is not None:
+        wants.setdefault("schema", trigger["listener_kwargs"].get("schema"))
+    return wants
+
+
+def _mapped_wants(operator: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
     partial = operator.partial_kwargs
-    replay = partial.get("replay", True)
-    if trigger is not None:  # the arguments that its map index has, and its listener by its name
-        kwargs = trigger["listener_kwargs"]
-        return {"listener": trigger["listener"], "replay": replay, "schema": kwargs.get("schema")}
+    if trigger is not None:
+        return {"listener": trigger["listener"], "replay": partial.get("replay", True)}
     if not str(partial.get("listener", "")).startswith(_MAPPED_LISTENER):
         return None
-    wants = {"listener": _LISTENER, "replay": replay}
+    wants = {"listener": _LISTENER, "replay": partial.get("replay", True)}
     if isinstance(kwargs := partial.get("listener_kwargs"), dict):
-        wants["schema"] = kwargs.get("schema")
-    elif "listener_kwargs" not in operator.expand_input.value:
+        if _is_known(schema := kwargs.get("schema")):
+            wants["schema"] = schema
+    elif isinstance(mapped := operator.expand_input.value, Mapping) and "listener_kwargs" not in mapped:
         wants["schema"] = None
     return wants
+
+
+def _is_known(value: Any) -> bool:
+    """Whether an argument of a serialized DAG is the same at run time: no template, and no output of a task."""
+    if isinstance(value, dict):
+        return all(map(_is_known, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_known, value))
+    return not is_template(value) and isinstance(value, (str, int, float, bool, type(None)))
