@@ -240,6 +240,7 @@ class WaitForEventOperator(BaseOperator):
             mapped_over=not is_mapped and next(iter(self.iter_mapped_dependants()), None) is not None,
             **self._trigger_arguments(),
         )
+        trigger.show_as_here()
         self.defer(trigger=trigger, method_name="execute_complete", timeout=left)
 
     def _named(self, context: Context) -> dict[str, Any]:

@@ -72,6 +72,10 @@ class EventsTrigger(EventTrigger):
         many = {"calls": packed(self.calls), "count": self.count, "first": self.first}
         return f"{__name__}.{type(self).__name__}", {**arguments, **many}
 
+    def show_as_here(self) -> None:
+        self._calls = Calls.decode(self.calls)
+        super().show_as_here()
+
     def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:
         rendering = Rendering(context, jinja_env)
         if self.wait is None and rendering.may_change(self.calls):
@@ -237,6 +241,8 @@ class EventsTrigger(EventTrigger):
 
     def _call(self) -> str:
         """Say how many events are wanted, and with what arguments the first of them."""
+        if self.shown:
+            return self.shown
         calls, name = self._calls, reference.display_name(self.listener)
         of = "" if self.first is None else f"{self.first:,} of "
         times = f"{name}, {of}{len(calls):,} times"

@@ -35,8 +35,6 @@ class Arguments:
 
     listener: str
     call: str
-    args: Any
-    kwargs: Any
     deadline: datetime | None
     timeout: float | None
     on_worker_because: str | None
@@ -60,9 +58,7 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
     args, kwargs = masked_call(None, told.get("listener_args") or [], told.get("listener_kwargs") or {}, redact)
     return Arguments(
         listener=listener,
-        call=describe(listener, args, kwargs),
-        args=jsonable(args),
-        kwargs=jsonable(kwargs),
+        call=told.get("shown") or describe(listener, args, kwargs),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
         on_worker_because=why_on_worker(told.get("finish_on_worker")),
@@ -70,18 +66,14 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
 
 
 def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
-    arguments: Any = []
-    common: Any = {}
-    call = f"{listener}, {told['count']:,} times"
-    if in_full:
+    call = told.get("shown") or f"{listener}, {told['count']:,} times"
+    if in_full and not told.get("shown"):
         calls = Calls.decode(told["calls"])
         arguments, common = masked(calls.arguments[:_MOST_SHOWN], redact), masked(dict(calls.common), redact)
         call = f"{call}, the first of them {Calls(arguments, common).describe(listener, others=False)}"
     return Arguments(
         listener=listener,
         call=call,
-        args=jsonable(arguments),
-        kwargs=jsonable(common),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
         on_worker_because=why_on_worker(told.get("finish_on_worker")),

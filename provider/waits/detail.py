@@ -126,13 +126,19 @@ def show(session: Session, key: Key) -> Detail | None:
     return Detail(
         summary=summary,
         record=record,
-        arguments=arguments.read(kwargs) if kwargs else None,
+        arguments=_arguments(kwargs, single) if kwargs else None,
         steps=_steps(summary, begun or summary.since, trigger, record if _is_whole(summary) else None),
         tries=_tries(session, ti, key),
         error=_error(ti),
         takes_http_events=summary.listener == "HttpListener" and record is None and summary.ended is None,
         cannot_forget=why_it_cannot_be_forgotten(summary.state, record is not None),
     )
+
+
+def _arguments(kwargs: str, row: EventWait | None) -> arguments.Arguments | None:
+    """Return what the trigger was given; of a wait that has begun, as its row has it, with all secrets masked."""
+    told = arguments.read(kwargs)
+    return told if told is None or row is None or not row.call else replace(told, call=row.call)
 
 
 def why_it_cannot_be_forgotten(state: str | None, is_recorded: bool) -> str | None:

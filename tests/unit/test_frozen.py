@@ -44,6 +44,7 @@ def test_the_arguments_of_a_trigger():
         "replay": True,
         "wait": None,
         "mapped_over": False,
+        "shown": "",
     }
 
 

@@ -188,6 +188,7 @@ def test_a_worker_only_defers_and_returns_what_it_is_told(dag):
     operator = made()
     trigger = deferred(operator, lambda operator: operator.execute(CONTEXT))
     assert (trigger.count, trigger.wait["run_id"], trigger.wait["map_index"]) == (3, "run", -1)
+    assert trigger.shown == "TimerListener, 3 times, the first of them TimerListener(1)"
     assert operator.execute_complete(CONTEXT, outcome.encode(outcome.Arrived(["a", ("b",), None]))) == [
         "a",
         ("b",),

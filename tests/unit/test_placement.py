@@ -38,6 +38,7 @@ from airflow_events.operators.wait_for_event import WaitForEventOperator, timezo
 from airflow_events.triggers.calls import Calls
 from airflow_events.triggers.event import EventTrigger
 from airflow_events.triggers.rendering import render
+from airflow_events.waits import arguments
 
 DATE = datetime(2026, 3, 29, 0, 30, 15, 123456, tzinfo=timezone.utc)
 
@@ -637,6 +638,20 @@ def deferred(wait: Any) -> Any:
     with pytest.raises(TaskDeferred) as raised:
         wait._defer(context)
     return raised.value
+
+
+def test_what_a_worker_has_rendered_is_shown_everywhere_as_that_worker_masks_it(dag, monkeypatch):
+    """Of a connection's password that stands in an argument, a triggerer and an API server know nothing."""
+    knows = lambda value, name: value.replace("of-a-connection", "***")  # noqa: E731
+    monkeypatch.setattr("airflow_events.triggers.event.redact", knows)
+    wait = operator(0).prepare_for_execution()
+    wait.listener_args = ["https://shop/of-a-connection"]
+    trigger = deferred(wait).trigger
+    monkeypatch.undo()
+    _, kwargs = trigger.serialize()
+    assert kwargs["listener_args"] == ["https://shop/of-a-connection"]
+    assert "'https://shop/***'" in EventTrigger(**kwargs)._call()
+    assert "of-a-connection" not in str(arguments.read(Trigger.encrypt_kwargs(kwargs)))
 
 
 @pytest.mark.parametrize(
