@@ -22,6 +22,7 @@ from airflow_events.listeners.base import (
     is_template,
 )
 from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.masking import masked_call
 from airflow_events.operators import templates
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.triggers import reference
@@ -212,7 +213,7 @@ def _name(
     listener: type[EventListener], args: Any, kwargs: Any, trigger: StartTrigger, what: Mapping[str, Any]
 ) -> str:
     """Return a name that tells what the asset is, and, where that is shortened or masked, what no other has."""
-    shown = describe(listener.__name__, redact(list(args)), redact(kwargs))
+    shown = describe(listener.__name__, *masked_call(listener, args, kwargs, redact))
     arguments = [repr(one) for one in args] + [f"{key}={value!r}" for key, value in kwargs.items()]
     is_short = shown == f"{listener.__name__}({', '.join(arguments)})"
     # Assets of one name are one asset: what makes another trigger has to make another name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import uuid
 from collections.abc import Callable
@@ -21,9 +22,13 @@ from airflow_events import waits
 from airflow_events.inbox.rotation import rotate
 from airflow_events.listeners.base import Wait
 from airflow_events.waits import Detail, Order, Stage, Summary
+from rich.markup import escape
 from sqlalchemy.orm import Session
 
 _T = TypeVar("_T")
+
+# All but tabs and line ends.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _LONGEST_CALL = 100
 """Characters of a call in a list for people; ``show`` has all of them."""
@@ -216,8 +221,14 @@ def _print(rows: list[dict[str, Any]], output: str, *, long: str | None = None) 
     if output in ("table", "plain") and rows:
         rows = rows if long is None else [{**row, long: _cut(row[long])} for row in rows]
         names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-        rows = [{name: "" if row[name] is None else row[name] for name in names} for row in rows]
+        show = _as_letters if output == "plain" else lambda text: escape(_as_letters(text))  # rich has a markup
+        rows = [{name: "" if row[name] is None else show(str(row[name])) for name in names} for row in rows]
     AirflowConsole().print_as(data=rows, output=output)
+
+
+def _as_letters(text: str) -> str:
+    """Return what somebody sent such that a terminal shows it and does nothing else with it."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _cut(text: str | None) -> str | None:

@@ -24,6 +24,14 @@ from airflow_events.triggers.starting import shapes
 from airflow_events.triggers.starts import StartTrigger
 
 
+class Shop(DirectoryListener):
+    async def poll_for_event(self, url, password=None):
+        raise NotImplementedError
+
+    @classmethod
+    def check_arguments(cls, url, password=None): ...
+
+
 class WithoutId(EventListener):
     async def poll_for_event(self): ...
 
@@ -101,6 +109,15 @@ def test_the_name_says_what_it_is_and_never_means_two():
     long = [start_on(DirectoryListener, "d", "x" * 300 + end).name for end in "ab"]
     assert len(set(long)) == 2 and len(long[0]) < 600
     assert start_on(DirectoryListener, "größe").name.isascii()
+
+
+def test_a_name_shows_no_password():
+    first, other = (
+        start_on(Shop, f"amqp://ada:{word}@broker/orders", word).name for word in ("s3cret", "hunter2")
+    )
+    assert first.startswith("Shop('amqp://ada:***@broker/orders', '***') #")
+    assert first != other
+    assert "s3cret" not in start_on(Shop, "amqp://broker/orders", password="s3cret").name
 
 
 def test_an_event_becomes_plain_json():

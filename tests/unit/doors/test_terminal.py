@@ -8,6 +8,7 @@ import io
 
 import pytest
 from airflow.cli.cli_parser import get_parser
+from airflow_events.cli.commands import _print
 from airflow_events.cli.definition import get_events_cli_commands
 from examples import of_examples
 from hypothesis import given
@@ -116,3 +117,20 @@ def test_what_cannot_be_done_now_is_another_exit_code():
     assert (code, error.strip()) == (1, "Nothing was dropped")
     code, error = typed(["events", "reject", "shop", "run_1", "wait_1", "--reason", " "])
     assert (code, error.strip()) == (1, "a rejection needs a reason")
+
+
+SENT = "[/x] [link=https://elsewhere] [a-z]*.csv \x1b]0;title\x07 \x9b2J \\"
+
+
+@pytest.mark.parametrize("output", ["table", "plain"])
+def test_what_somebody_has_sent_is_printed_and_not_obeyed(output, capsys):
+    _print([{"key": SENT, "event": SENT}], output, long="event")
+    said = capsys.readouterr().out
+    shown = SENT.replace("\x1b", r"\x1b").replace("\x07", r"\x07").replace("\x9b", r"\x9b")
+    assert said.count(shown) == 2
+
+
+def test_a_key_that_looks_like_markup_is_listed(server):
+    kept = server.client(server.token("USER")).post("/events/keys/%5B%2Fx%5D", json={"comment": "see [/docs]"})
+    assert kept.status_code == 202
+    assert typed(["events", "kept"]) == (0, "")
