@@ -9,7 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
 from typing import Any, Literal
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from airflow.sdk.execution_time.comms import SetTaskStateStore
 from airflow_events import settings, task_proof
 from airflow_events.errors import EventNotSent
 from airflow_events.listeners.http import check_key
+from airflow_events.listeners.support import serde
 from airflow_events.triggers.inbox_http import detail, tls
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ class EventHook:
         """
         Send an event to the waits with a key, once for all tries of this task.
 
-        :param event: any JSON.
+        :param event: any JSON, and what stands for it: a path, a UUID or a member of an Enum for its text or
+            value, a moment for ISO 8601, a timedelta for seconds, a set or a mapped task's outputs for a list.
         :param to: ``one``: the wait that has waited longest, or the first that begins; ``all``: those that wait
             now, and those that begin within ``ttl``, if there is one.
         :param ttl: for how long the event is kept, a timedelta or seconds; None is ``[events] http_keep`` for one
@@ -72,7 +75,13 @@ class EventHook:
         sender = _sender_of(get_current_context()["ti"].id)
         seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
         body = _json(
-            {"key": check_key(key), "event": event, "to": to, "ttl": seconds, "name": sender.name(key, name)}
+            {
+                "key": check_key(key),
+                "event": serde.simple(event),
+                "to": to,
+                "ttl": seconds,
+                "name": sender.name(key, name),
+            }
         )
         answer = _answer(key, lambda client: sender.post(client, body))
         if answer.pop("differs"):
@@ -87,9 +96,21 @@ class EventHook:
 
 def _json(body: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(body, allow_nan=False).encode()
+        return json.dumps(body, allow_nan=False, default=_plain).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the event is not valid JSON: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (date, time_of_day)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 @dataclass

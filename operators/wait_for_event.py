@@ -209,7 +209,7 @@ class WaitForEventOperator(BaseOperator):
         message = f"No event of {self.listener.__qualname__} came {until}"
         if self.has_default:
             self.log.info("%s; delivering the default", message)
-            return self.default
+            return self._trigger_arguments()["default"][0]  # as the trigger would
         if self.soft_fail:
             raise AirflowSkipException(message)
         raise AirflowSensorTimeout(message)

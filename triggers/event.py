@@ -519,7 +519,8 @@ class EventTrigger(BaseTrigger):
             return await self._on_worker(value)
         length = None
         if self.mapped_over:
-            if not isinstance(value, (list, tuple, dict)) or len(value) > conf.getint("core", "max_map_length"):
+            can_be = self.push and isinstance(value, (list, tuple, dict))
+            if not can_be or len(value) > conf.getint("core", "max_map_length"):
                 self.log.info("A worker fails the task: nothing can be mapped over its value")
                 return await self._on_worker(value)
             length = len(value)

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from airflow.configuration import conf
+from airflow.models.asset import AssetActive
 from airflow.models.dagrun import DagRun
 from airflow.models.log import Log
 from airflow.models.taskinstance import TaskInstance
@@ -238,10 +239,26 @@ def _register(session: Session, task: Task, how: End) -> None:
     ti = session.get(TaskInstance, task.id)
     assert ti is not None
     outlets = [AssetProfile(**outlet) for outlet in how.outlets]
+    _check_active(session, outlets)
     callbacks: Sequence[Callable[[], None]] | None
     callbacks = TaskInstance.register_asset_changes_in_db(ti, outlets, [], session=session)
     for callback in callbacks or ():  # Airflow 3.3.0 returns None, and calls them itself
         once_committed(session, callback)
+
+
+def _check_active(session: Session, outlets: Sequence[Any]) -> None:
+    """
+    Refuse outlets as Airflow refuses them before it runs a task; to register them here, it only warns.
+
+    :raises ValueError: one is not active: another DAG has its name or URI, say.
+    """
+    assets = {(one.name, one.uri) for one in outlets if one.type == "Asset"}
+    if not assets:
+        return
+    columns = AssetActive.name, AssetActive.uri
+    active = {tuple(row) for row in session.execute(select(*columns).where(tuple_(*columns).in_(assets)))}
+    if inactive := sorted(str(name) for name, uri in assets - active):
+        raise ValueError(f"the task has inactive assets as outlets: {', '.join(inactive)}")
 
 
 def _set_state(session: Session, tasks: Sequence[Task], state: TaskInstanceState, now: datetime) -> None:

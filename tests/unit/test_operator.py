@@ -417,7 +417,12 @@ def test_airflow_shows_a_wait_by_the_name_of_its_listener(dag):
 
 @pytest.mark.parametrize(
     ("arguments", "result"),
-    [({"default": "late"}, "late"), ({"soft_fail": True}, AirflowSkipException), ({}, AirflowSensorTimeout)],
+    [
+        ({"default": "late"}, "late"),
+        ({"default": Path("/empty.csv")}, "/empty.csv"),  # as the trigger delivers it
+        ({"soft_fail": True}, AirflowSkipException),
+        ({}, AirflowSensorTimeout),
+    ],
 )
 def test_no_triggerer_until_the_time_is_up(dag, arguments, result):
     """It ends as a wait whose trigger says so: never with TaskDeferralTimeout, which would be tried again."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import json
+from collections import UserList
+from datetime import datetime, timedelta, timezone
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 from airflow.sdk import DAG
 from airflow_events import send_event
+from airflow_events.operators import event_hook
 from airflow_events.operators import send_event as module
 from airflow_events.operators.send_event import SendEventOperator
 
@@ -40,6 +47,41 @@ def test_what_was_rendered_is_sent_and_the_answer_returned(monkeypatch):
     task.render_template_fields({"n": 17})
     assert task.execute({}) == {"status": "kept"}
     assert sent == [(("order-17", {"n": ["17"]}), {"to": "all", "ttl": 5})]
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+NOON = datetime(2026, 11, 30, 12, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize(
+    ("event", "body"),
+    [
+        ({"path": Path("/a"), "colour": Colour.RED}, {"path": "/a", "colour": "red"}),
+        (
+            [NOON, NOON.date(), NOON.time(), timedelta(seconds=5)],
+            [NOON.isoformat(), "2026-11-30", "12:00:00", 5.0],
+        ),
+        ({"set": {2, 1}, "id": UUID(int=7)}, {"set": [1, 2], "id": str(UUID(int=7))}),
+        (UserList([UserList([1]), 2]), [[1], 2]),  # as the outputs of a mapped task, which are a sequence
+    ],
+)
+def test_what_stands_for_json_is_sent_as_that(monkeypatch, event, body):
+    sent = []
+
+    def answer(key, post):
+        post(SimpleNamespace(post=lambda url, content, headers: sent.append(content)))
+        return {"differs": False, "event_id": "e", "status": "kept"}
+
+    monkeypatch.setattr(event_hook, "get_current_context", lambda: {"ti": SimpleNamespace(id=UUID(int=1))})
+    monkeypatch.setattr(event_hook, "_answer", answer)
+    monkeypatch.setattr(event_hook._Sender, "post", event_hook._Sender._post)
+    SendEventOperator(task_id="send", key="k", event=event).execute({})
+    assert json.loads(sent[0])["event"] == body
+    with pytest.raises(ValueError, match="Object of type object is not JSON serializable"):
+        SendEventOperator(task_id="send", key="k", event=object()).execute({})
 
 
 def test_to_whom_it_goes_is_checked_when_the_dag_is_parsed():

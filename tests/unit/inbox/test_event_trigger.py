@@ -127,3 +127,19 @@ async def test_a_deadline_holds_where_the_clock_is_wrong(waits, run, monkeypatch
     await asyncio.wait_for(trigger.until_ended(), 20)
     assert asyncio.get_running_loop().time() - began > 0.9
     assert waits.state(ti).state == "success"
+
+
+@pytest.mark.parametrize("push", [True, False])
+async def test_nothing_is_mapped_over_what_is_not_pushed(waits, run, monkeypatch, push):
+    """A worker says so, as Airflow has it."""
+
+    async def poll(self):
+        return ["a", "b"]
+
+    monkeypatch.setattr(Queue, "poll_for_event", poll)
+    monkeypatch.setattr(Queue, "event_id", EventListener.event_id)
+    monkeypatch.setattr(Queue, "event_checkpointed", EventListener.event_checkpointed)
+    ti = waits.deferred(next_method="execute_complete")
+    trigger = waits.trigger(ti, listener="m:Queue", push=push, mapped_over=True)
+    await asyncio.wait_for(trigger.until_ended(), 20)
+    assert waits.state(ti).state == ("success" if push else "scheduled")

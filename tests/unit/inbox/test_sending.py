@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 import time_machine
-from airflow.models.asset import AssetModel
+from airflow.models.asset import AssetActive, AssetModel
 from airflow.models.taskmap import TaskMap
 from airflow.models.xcom import XComModel
 from airflow_events.api import sending
@@ -262,6 +262,8 @@ def test_the_dags_result_is_marked(http):
 def test_outlets_are_registered_and_one_that_cannot_be_is_a_workers(http, caplog, monkeypatch):
     asset = AssetModel(name="orders", uri="orders")
     http.session.add(asset)
+    http.session.flush()
+    http.session.add(AssetActive(name="orders", uri="orders"))
     http.session.flush()
     registered = []
     monkeypatch.setattr(

@@ -7,6 +7,7 @@ import json
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from airflow.models.asset import AssetActive, AssetEvent, AssetModel
 from airflow.models.dagrun import DagRun
 from airflow.models.log import Log
 from airflow.models.renderedtifields import RenderedTaskInstanceFields
@@ -28,7 +29,7 @@ from airflow_events.inbox.entries import (
     entry_of,
 )
 from airflow_events.inbox.models import EventTaken
-from sqlalchemy import insert, select
+from sqlalchemy import func, insert, select
 
 DONE = Status.DONE
 ID = hashlib.sha256(b"orders/0/17").hexdigest()
@@ -377,8 +378,22 @@ def test_outlets_in_airflow_3_3_0(waits, monkeypatch):
     assert waits.state(ti).state == "success"
 
 
-def test_one_bad_outlet_harms_its_own_task_alone(waits, monkeypatch):
+@pytest.mark.parametrize(
+    ("outlet", "said"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        # Another DAG has its name, say. Airflow refuses it before it runs a task; to register it, it only warns.
+        ({"name": "dead", "uri": "dead", "type": "Asset"}, "the task has inactive assets as outlets: dead"),
+    ],
+    ids=["none", "inactive"],
+)
+def test_one_bad_outlet_harms_its_own_task_alone(waits, monkeypatch, outlet, said):
     """Airflow may refuse to register an asset's change, and would take the whole batch with it."""
+    for name in ("live", "dead"):
+        waits.session.add(AssetModel(name=name, uri=name))
+    waits.session.flush()
+    waits.session.add(AssetActive(name="live", uri="live"))
+    waits.session.flush()
 
     def in_transaction(work):
         with waits.session.begin_nested():
@@ -388,13 +403,14 @@ def test_one_bad_outlet_harms_its_own_task_alone(waits, monkeypatch):
     good, bad, plain = waits.deferred(), waits.deferred(), waits.deferred()
     for ti in (good, bad, plain):
         waits.begin(ti)
-    outlets = {good: ({"name": "a", "uri": "a", "type": "AssetNameRef"},), bad: ({"nonsense": 1},), plain: ()}
+    outlets = {good: ({"name": "live", "uri": "live", "type": "Asset"},), bad: (outlet,), plain: ()}
     entries = [
         Record(ti, generation=1, record_id=ti[:30], event="1", committed=True, end=End(outlets=outlets[ti]))
         for ti in (good, bad, plain)
     ]
     answers = transactions.carry_out(entries)
     assert [answer.status for answer in answers] == [DONE, Status.INVALID, DONE]
-    assert "nonsense" in answers[1].message
+    assert said in answers[1].message
+    assert waits.session.scalar(select(func.count()).select_from(AssetEvent)) == 1
     assert [waits.state(ti).state for ti in (good, bad, plain)] == ["success", "deferred", "success"]
     assert waits.row(bad).phase is None
