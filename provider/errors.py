@@ -162,7 +162,7 @@ class SourceMisconfigured(EventsError):
 
 class SourceMissing(SourceMisconfigured):
     """
-    There is no such queue, stream or table.
+    There is no such queue, stream or table, or there are no credentials for it.
 
     Where there was one, others may be about to make it again: that is waited for, as for an unreachable source.
     """

@@ -55,6 +55,7 @@ from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.commit import Superseded, acknowledge, delivered, recorded, release, tags
 from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.listeners.support.queue import QueueListener
+from airflow_events.listeners.support.shared import background
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
@@ -74,6 +75,11 @@ GRACE = 300.0
 
 # Seconds. What comes before them is waited for here: it is over before Airflow has seen that a wait is parked.
 _SOON = 5.0
+
+# Seconds for which an event that another wait has is acknowledged in its place; and those after which it is given
+# back if its source does not take that, to be tried once more.
+_LONGEST_TO_SETTLE = 10.0
+_SETTLED_AGAIN_AFTER = 300.0
 
 # Clocks that are no further apart are taken to agree, but for the time that an answer takes.
 _CLOCKS_APART = timedelta(seconds=2)
@@ -835,7 +841,7 @@ async def settle(
     """
     Acknowledge an event that its source has delivered again, and tell the inbox if the source confirms it.
 
-    One that cannot be acknowledged now is given back.
+    One that cannot be acknowledged now is given back after a while: until then it is in nobody's way.
 
     :param arguments: positional ones and those by name, with which it was polled.
     :param entry: by which it was to be recorded; ``answer`` says which wait has it.
@@ -844,15 +850,22 @@ async def settle(
         "The source has redelivered an event that is recorded for %s already; it is acknowledged", answer.message
     )
     try:
-        is_confirmed = await acknowledge(listener, wait, event)
+        is_confirmed = await acknowledge(listener, wait, event, longest=_LONGEST_TO_SETTLE)
     except EventLost:
         return
     except CommitFailed as failed:  # this wait waits on for one of its own
         log.warning("It cannot be acknowledged now, and will be delivered once more: %s", failed)
-        await release(listener, wait, event, *arguments)
+        background(_release_later(listener, wait, event, arguments), f"giving back what {wait.id} was given")
         return
     if is_confirmed:
         await ask(Settle(entry.ti, identity=entry.identity or ""))
+
+
+async def _release_later(
+    listener: type[EventListener], wait: Wait, event: Any, arguments: tuple[Any, Any]
+) -> None:
+    await asyncio.sleep(_SETTLED_AGAIN_AFTER)
+    await release(listener, wait, event, *arguments)
 
 
 def _knows_by_id(listener: type[EventListener]) -> bool:

@@ -42,7 +42,8 @@ _EXTRAS = frozenset({
     "bearer.auth.issuer.endpoint.url", "bearer.auth.logical.cluster", "bearer.auth.scope", "bearer.auth.token",
 })  # fmt: skip
 
-# A registry's own words for a subject, version or schema that it does not have. Any other 404 is a wrong address.
+# A registry's own words for a subject, version or schema that it does not have. Any other 404 may be of a wrong
+# address.
 _UNKNOWN = (40401, 40402, 40403)
 
 _T = TypeVar("_T")
@@ -194,11 +195,9 @@ async def _settings(conn_id: str) -> dict[str, Any]:
     if "url" not in conf:
         if not found.host:
             raise SourceMisconfigured(f"the connection {conn_id!r} has no host, where a schema registry is needed")
-        host = found.host if "://" in found.host else f"{found.schema or 'http'}://{found.host}"
-        parts = urlsplit(host)
-        if found.port and parts.port is None:
-            parts = parts._replace(netloc=f"{parts.netloc}:{found.port}")
-        conf["url"] = urlunsplit(parts)
+        conf["url"] = ",".join(
+            _url(conn_id, host.strip(), found.schema, found.port) for host in found.host.split(",")
+        )
     if not str(conf["url"]).startswith(("http://", "https://")):
         raise SourceMisconfigured(
             f"the connection {conn_id!r} has a URL that begins neither with 'http://' nor 'https://'"
@@ -206,6 +205,20 @@ async def _settings(conn_id: str) -> dict[str, Any]:
     if found.login:
         conf.setdefault("basic.auth.user.info", f"{found.login}:{found.password or ''}")
     return conf
+
+
+def _url(conn_id: str, host: str, scheme: str | None, port: int | None) -> str:
+    """Return the address of one registry; ``host`` may be one already, or of IPv6, in brackets or not."""
+    if "://" not in host:
+        bare_ipv6 = host.count(":") > 1 and not host.startswith("[")
+        host = f"{scheme or 'http'}://{f'[{host}]' if bare_ipv6 else host}"
+    try:
+        parts = urlsplit(host)
+        if parts.port is None and port:
+            parts = parts._replace(netloc=f"{parts.netloc}:{port}")
+        return urlunsplit(parts)
+    except ValueError as error:
+        raise SourceMisconfigured(f"the connection {conn_id!r} has a host that is no address: {error}") from error
 
 
 def _client(name: str, conf: dict[str, Any]) -> Any:
@@ -218,13 +231,22 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
         except SchemaRegistryError as error:
             if error.http_status_code in (401, 403):
                 raise SourceMisconfigured(f"{name} refuses its user: authentication failed: {error}") from error
-            if error.error_code in _UNKNOWN:
+            # Of an id that is none, or that it knows no ids of that kind, a registry may say a bare 404, too.
+            if error.error_code in _UNKNOWN or (error.http_status_code == 404 and is_there()):
                 raise
             raise BrokerUnavailable(f"{name} does not answer as it should: {error}") from error
         except Exception as error:
             raise BrokerUnavailable(
                 f"{name} does not answer: {error or type(error).__name__} ({type(error).__name__})"
             ) from error
+
+    def is_there() -> bool:
+        """Whether the address is a registry's."""
+        try:
+            client.get_subjects()
+        except Exception:
+            return False
+        return True
 
     class Client(SchemaRegistryClient):
         def get_schema(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,9 +259,10 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
             return asked(super().get_version, *args, **kwargs)
 
     try:
-        return Client(conf)
+        client = Client(conf)
     except (ValueError, TypeError, OSError) as error:  # it names a setting or a file, and no value
         raise SourceMisconfigured(f"{name}: its settings are refused: {error}") from error
+    return client
 
 
 def _storable(value: Any) -> Any:

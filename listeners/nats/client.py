@@ -182,8 +182,9 @@ class Server:
             raise SourceMisconfigured(f"the connection {self._conn_id!r} needs: pip install nkeys") from error
         if not self._client.is_connected:
             raise ConnectionError(str(self._trouble or "the server ended the connection"))
-        # The client itself goes on in the clear if the server does not ask for TLS.
-        if tls and not getattr(self._client, "_server_info", {}).get("tls_required", False):
+        # The client itself goes on in the clear if the server does not ask for TLS. A proxy may end that of wss.
+        by_websocket = self._client.connected_url is not None and self._client.connected_url.scheme == "wss"
+        if tls and not by_websocket and not getattr(self._client, "_server_info", {}).get("tls_required", False):
             raise SourceMisconfigured(f"the connection {self._conn_id!r} wants TLS, and the server asks for none")
 
     async def close(self) -> None:

@@ -124,9 +124,21 @@ def refusals(name: str) -> Iterator[None]:
         raise SourceMisconfigured(f"{name}: it was changed while it was in use: {error}") from error
 
 
+@contextlib.contextmanager
+def losses(connection: AsyncConnection[Any]) -> Iterator[None]:
+    """Say of whatever ended the connection that it is lost: a pooler has words of its own for that."""
+    try:
+        yield
+    except errors.Error as error:
+        if not connection.closed or isinstance(error, LOST):
+            raise
+        raise errors.OperationalError(f"the connection was closed: {error}") from error
+
+
 async def listen(connection: AsyncConnection[Any], channel: str) -> None:
     """Be told what is notified on ``channel``."""
-    await connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+    with losses(connection):
+        await connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
 
 
 async def run(
@@ -145,13 +157,14 @@ async def run(
         for name in ("text", "varchar", "bpchar", "json", "jsonb") if raw else ():
             cursor.adapters.register_loader(name, _RawLoader)
         cursor.adapters.register_loader("uuid", TextLoader)
-        await cursor.execute(sql.SQL(query) if isinstance(query, str) else query, parameters)
         answers = []
-        while True:
-            if cursor.description is not None:
-                answers.append(await cursor.fetchall())
-            if not cursor.nextset():
-                return answers
+        with losses(connection):
+            await cursor.execute(sql.SQL(query) if isinstance(query, str) else query, parameters)
+            while True:
+                if cursor.description is not None:
+                    answers.append(await cursor.fetchall())
+                if not cursor.nextset():
+                    return answers
 
 
 @contextlib.asynccontextmanager
@@ -172,10 +185,11 @@ def _hang_up(connection: AsyncConnection[Any]) -> None:
         same.shutdown(socket.SHUT_RDWR)
 
 
-async def connect(conn_id: str) -> AsyncConnection[Any]:
+async def connect(conn_id: str, *, to_write: bool = True) -> AsyncConnection[Any]:
     """
     Connect by an Airflow connection, which is read as the Postgres provider's hook does.
 
+    :param to_write: of several hosts to the one that lets us, unless the connection says otherwise.
     :raises SourceMisconfigured: it says what cannot be used, or what libpq does not know.
     """
     found = await connection(conn_id, "postgres")
@@ -189,6 +203,8 @@ async def connect(conn_id: str) -> AsyncConnection[Any]:
     options |= {
         name: int(value) if isinstance(value, bool) else value for name, value in told.items() if name not in _HOOK
     }
+    if to_write and "," in (options["host"] or ""):
+        options.setdefault("target_session_attrs", "read-write")
     given = {name: value for name, value in options.items() if value not in (None, "")}
     await check_files(found, *(given[name] for name in _FILES if name in given and given[name] != "system"))
     try:

@@ -20,6 +20,7 @@ from airflow_events.listeners.postgres.client import (
     SERVE_WITHIN,
     connect,
     listen,
+    losses,
 )
 from airflow_events.listeners.support.hub import Hub, Seeker
 from psycopg import AsyncConnection, errors, pq
@@ -53,6 +54,7 @@ class Asker(Seeker):
         self.question = question
         self.interval = interval
         self.channel = channel
+        self.told = False  # that it cannot be listened for it
 
 
 class QueryHub(Hub[Asker]):
@@ -66,13 +68,14 @@ class QueryHub(Hub[Asker]):
         self._askers: dict[Question, dict[Asker, None]] = {}
         self._due: dict[Question, float] = {}
         self._channels: set[str] = set()
+        self._listened: set[str] = set()  # the channels of now, and those of connections before
         self._connection: AsyncConnection[Any] | None = None
         super().__init__(f"the connection {conn_id!r}")
 
     async def connect(self) -> None:
         await self.disconnect()
         self._channels.clear()
-        self._connection = await connect(self._conn_id)
+        self._connection = await connect(self._conn_id, to_write=False)
         _load_as_json(self._connection)
         self._due = dict.fromkeys(self._askers, 0.0)
 
@@ -114,10 +117,9 @@ class QueryHub(Hub[Asker]):
         askers = list(self._askers[question])
         self._due[question] = time.monotonic() + min(asker.interval for asker in askers)
         try:
-            for channel in {asker.channel for asker in askers if asker.channel} - self._channels:
-                await listen(connection, channel)
-                self._channels.add(channel)
-            row = await _first_row(connection, question)
+            askers = await self._listening(connection, askers)
+            with losses(connection):
+                row = await _first_row(connection, question)
         except errors.Error as error:
             if connection.closed:
                 raise
@@ -140,6 +142,32 @@ class QueryHub(Hub[Asker]):
             if row is not None:
                 for asker in askers:
                     asker.give(row)
+
+    async def _listening(self, connection: AsyncConnection[Any], askers: list[Asker]) -> list[Asker]:
+        """
+        Listen on the channels of those who ask, and return those who can be served; the others fail.
+
+        A server in recovery does not listen. Where it has before, they are served without until it does again.
+        """
+        for channel in {asker.channel for asker in askers if asker.channel} - self._channels:
+            try:
+                await listen(connection, channel)
+            except errors.ReadOnlySqlTransaction as error:
+                for asker in askers:
+                    if asker.channel == channel:
+                        self._cannot_listen(asker, channel, error)
+            else:
+                self._channels.add(channel)
+                self._listened.add(channel)
+        return [asker for asker in askers if not asker.done]
+
+    def _cannot_listen(self, asker: Asker, channel: str, error: Exception) -> None:
+        if channel not in self._listened:
+            asker.fail(SourceMisconfigured(f"{self.name}: the channel {channel!r} is refused: {error}"))
+        elif not asker.told:
+            asker.told = True
+            message = "%s: nothing is told on the channel %r for a while, and the query is asked every %.0f s: %s"
+            asker.tell(logging.WARNING, message, self.name, channel, asker.interval, error)
 
 
 async def _first_row(connection: AsyncConnection[Any], question: Question) -> dict[str, Any] | None:

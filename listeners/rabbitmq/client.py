@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -49,6 +50,10 @@ _ALSO = {
 }  # fmt: skip
 _REFUSED = {"connection_uri": "put what it says into the fields for host, port, login, password and schema"}
 _LOST = (OSError, asyncio.TimeoutError)
+# What a server says of a queue that is there, where the node or the process that has it is down.
+_PASSING = re.compile(
+    r"down or inaccessible|stopped by supervisor|due to timeout|being demoted|crashed and failed to restart"
+)
 
 # Seconds that one step may take; a broker that runs out of memory or disk stops answering those who publish.
 STEP = 60.0
@@ -157,13 +162,14 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ChannelLockedResource as error:
         raise SourceMisconfigured(f"{source} is exclusive to another connection: {error}") from error
     except exceptions.ChannelNotFoundEntity as error:
-        if "down or inaccessible" in str(error):
+        if _PASSING.search(str(error)):
             raise ConnectionError(str(error)) from error
         raise SourceMissing(f"{source} is not there, and is not made: {error}") from error
     except exceptions.ChannelPreconditionFailed as error:
         if "x-stream-offset" in str(error):
             raise SourceMisconfigured(NO_STREAM.format(source)) from error
-        if "timed out" in str(error):  # a message was held for longer than `consumer_timeout`
+        # A message was held for longer than `consumer_timeout`; or a stream's node is down.
+        if "timed out" in str(error) or "running replica" in str(error):
             raise ConnectionError(str(error)) from error
         raise SourceMisconfigured(f"{source}: the server refused what was asked of it: {error}") from error
     except exceptions.AMQPError as error:

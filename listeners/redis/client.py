@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.support.connections import (
     Endpoint,
+    check_files,
     connection,
     context,
     endpoints,
     flag,
     hosts,
+    is_pem,
     known_extras,
     misconfigured,
     number,
@@ -225,11 +227,15 @@ def _startup_nodes(found: Connection, told: dict[str, Any]) -> list[Endpoint]:
     if isinstance(nodes, str):
         return hosts(found, nodes)
     try:
-        texts = [node if isinstance(node, str) else f"{node['host']}:{node.get('port', _PORT)}" for node in nodes]
+        texts = [node if isinstance(node, str) else _at(node["host"], node.get("port", _PORT)) for node in nodes]
     except (AttributeError, KeyError, TypeError):
         wanted = "'host:port,host:port', or a list of such texts or of {'host': …, 'port': …}"
         raise misconfigured(found, f"has the extra startup_nodes={nodes!r}, where {wanted} is needed") from None
     return hosts(found, ",".join(texts))
+
+
+def _at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _database(found: Connection, told: dict[str, Any]) -> int:
@@ -254,6 +260,9 @@ async def _tls(found: Connection, told: dict[str, Any], nodes: list[Endpoint]) -
         raise misconfigured(found, f"has the extra ssl_cert_reqs={checked!r}, where {wanted} is needed")
     files = {name: told[name] for name in _FILES if name in told}
     await context(found, *(files.get(name) for name in _FILES))
+    await check_files(found, files.get("ssl_certfile"), files.get("ssl_keyfile"))
+    if is_pem(files.get("ssl_ca_certs")):
+        files["ssl_ca_data"] = files.pop("ssl_ca_certs")
     if "ssl_certfile" in files:  # redis-py before 7 sends no certificate whose key is not named, too
         files.setdefault("ssl_keyfile", files["ssl_certfile"])
     by_name = flag(found, told, "ssl_check_hostname", _CHECKS[checked] != "none")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,10 @@ _NO_MORE = {
     "s3_config_format": "the Amazon provider does not read it; give 'profile_name', or keys",
 }
 _DEFAULT = "aws_default"
+# The connections that were there in this process.
+_found: set[str] = set()
+# How often a session is asked for credentials, and seconds between two attempts.
+_ATTEMPTS, _PAUSE = 3, 1.0
 _NO_QUEUE = frozenset({"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"})
 
 # The descriptions of AWS's services, which are read from disk in a thread, once for all clients.
@@ -202,13 +207,25 @@ async def _connection(source: Source) -> Connection | None:
     try:
         found = await connection(source.conn_id, "aws")
     except AirflowNotFoundException:
-        if source.conn_id != _DEFAULT:
+        # What was there may be out of reach: without it, events would be taken from another account's queue.
+        if source.conn_id != _DEFAULT or source.conn_id in _found:
             raise
         log.info("There is no connection %r; the credentials are those that boto3 finds", _DEFAULT)
         return None
+    _found.add(source.conn_id)
     if not conf.get("aws", "session_factory", fallback=""):  # which may read extras of its own
         known_extras(found, _EXTRAS, _NO_MORE)
     return found
+
+
+def _credentials_of(session: Any) -> Any:
+    """Return the session's credentials, None if there are none; an instance's metadata may take a few attempts."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
+        if (credentials := session.get_credentials()) is not None:
+            return credentials
+    return None
 
 
 def _prepare(source: Source, found: Connection | None) -> tuple[Any, dict[str, Any]]:
@@ -224,9 +241,8 @@ def _prepare(source: Source, found: Connection | None) -> tuple[Any, dict[str, A
     session = aiobotocore.session.get_session()
     session.register_component("data_loader", _loader)
     if hook.config.signature_version is not UNSIGNED:
-        credentials = provided.get_credentials()
-        if credentials is None:
-            raise SourceMisconfigured(f"{source}: the connection has no credentials, and boto3 finds none")
+        if (credentials := _credentials_of(provided)) is None:
+            raise SourceMissing(f"{source}: the connection has no credentials, and boto3 finds none")
         session.register_component("credential_provider", _Credentials(credentials))
     # A client made in the loop finds the descriptions of the service read.
     reader = botocore.session.Session()

@@ -32,16 +32,20 @@ async def commit(
     wait: Wait,
     event: Any,
     check: Callable[[], Awaitable[None]] | None = None,
+    longest: float | None = None,
 ) -> None:
     """
     Call ``event_checkpointed`` of a fresh listener, again and again while it fails.
 
     :param check: called before each attempt but the first, since a user may have cleared the wait meanwhile.
+    :param longest: seconds for which it may fail, where those of the settings are too many.
     :raises AtRedelivery: as the listener says; `EventLost` likewise.
     :raises Superseded: as ``check`` says.
     :raises CommitFailed: it failed for ``[events] commit_timeout`` seconds.
     """
     timeout = settings.commit_timeout()
+    if longest is not None:
+        timeout = min(timeout, longest)
 
     has_portal = greenback.has_portal()
 
@@ -110,19 +114,20 @@ async def acknowledge(
     wait: Wait,
     event: Any,
     check: Callable[[], Awaitable[None]] | None = None,
+    longest: float | None = None,
 ) -> bool:
     """
     Commit an event, and return whether the source has confirmed that it has forgotten it.
 
     If not, it delivers it again.
 
-    :param check: as of `commit`.
+    :param check: as of `commit`; ``longest`` likewise.
     :raises EventLost: as the listener says.
     :raises CommitFailed: it failed for ``[events] commit_timeout`` seconds.
     :raises Superseded: as ``check`` says.
     """
     try:
-        await commit(listener, wait, event, check)
+        await commit(listener, wait, event, check, longest)
     except AtRedelivery as later:
         log.info("The source delivers the event again, and it is acknowledged then: %s", later)
         return False

@@ -29,6 +29,8 @@ _TRUTH = {
 }  # fmt: skip
 # What a certificate or a key begins with that stands in the connection itself, and not in a file that it names.
 _PEM = "-----BEGIN "
+# Characters that a path has at most (PATH_MAX); what is longer may be a secret.
+_LONGEST_PATH = 4096
 
 
 class Endpoint(NamedTuple):
@@ -214,16 +216,20 @@ async def check_files(found: Connection, *files: str | None) -> None:
     """
     Check that the files that a connection names can be read.
 
-    :raises SourceMisconfigured: one cannot.
+    :raises SourceMisconfigured: one cannot, or it is what is in a file.
     """
-    try:
-        for file in files:
-            if file:
-                await asyncio.to_thread(Path(file).read_bytes)
-    except OSError as error:
-        raise SourceMisconfigured(
-            f"the connection {found.conn_id!r}: a file that it names cannot be used: {error}"
-        ) from error
+    for file in files:
+        if not file:
+            continue
+        if "\n" in file or is_pem(file):  # not told: it may be a private key
+            raise misconfigured(found, "has the content of a file where the name of one is needed")
+        try:
+            await asyncio.to_thread(Path(file).read_bytes)
+        except (OSError, ValueError) as error:
+            said = error if len(file) < _LONGEST_PATH else getattr(error, "strerror", "") or type(error).__name__
+            raise SourceMisconfigured(
+                f"the connection {found.conn_id!r}: a file that it names cannot be used: {said}"
+            ) from None
 
 
 async def context(
@@ -236,7 +242,7 @@ async def context(
     """
     if key and not certificate:
         raise misconfigured(found, "names a key, and no certificate that it is of")
-    await check_files(found, *(part for part in (authorities, certificate, key) if not _is_pem(part)))
+    await check_files(found, *(part for part in (authorities, certificate, key) if not is_pem(part)))
     try:
         return await asyncio.to_thread(tls, authorities, certificate, key, verify)
     except (OSError, ValueError) as error:  # of which ssl.SSLError is a kind
@@ -253,7 +259,7 @@ def tls(authorities: str | None, certificate: str | None, key: str | None, verif
     :param certificate: the client's own, if it is to have one, and ``key`` its key, if that is in another file.
     :param verify: whether the server's certificate is checked, and its name.
     """
-    if _is_pem(authorities):
+    if is_pem(authorities):
         context = ssl.create_default_context(cadata=authorities)
     else:
         context = ssl.create_default_context(cafile=authorities)
@@ -266,13 +272,14 @@ def tls(authorities: str | None, certificate: str | None, key: str | None, verif
     return context
 
 
-def _is_pem(part: str | None) -> bool:
+def is_pem(part: str | None) -> bool:
+    """Whether it is not the name of a file, but what is in one."""
     return part is not None and part.lstrip().startswith(_PEM)
 
 
 @contextlib.contextmanager
 def _file(part: str | None) -> Iterator[str | None]:
-    if part is None or not _is_pem(part):
+    if part is None or not is_pem(part):
         yield part
         return
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # which nobody else may read

@@ -127,10 +127,17 @@ async def test_json_schema(broker, waits, client):
     raise AssertionError("what is undecodable was not skipped")
 
 
-async def test_a_schema_that_the_registry_does_not_know(broker, waits, client):
-    broker.send_raw(b"\x00\x7f\xff\xff\xffrest")
+@pytest.mark.parametrize(
+    "begin",
+    [b"\x00\x7f\xff\xff\xff", b"\x00\xff\xff\xff\xff", b"\x01" + bytes(range(16))],
+    ids=["id", "large id", "GUID, of which this registry knows nothing"],
+)
+async def test_a_schema_that_the_registry_does_not_know(broker, waits, client, begin):
+    broker.send_raw(begin + b"rest")
+    broker.produce({"value": serialized(broker, AvroSerializer(client, '"long"'), 7)})
     with pytest.raises(EventUndecodable, match=r"is not avro: .*404"):
-        await soon(waits.poll(**AVRO), 60)
+        await soon(waits.poll(1, **AVRO), 60)
+    assert (await soon(waits.poll(2, **AVRO), 60))["value"] == 7
 
 
 async def test_a_schema_that_changed(broker, waits, client):

@@ -374,6 +374,15 @@ async def test_after_a_failover_a_row_is_the_same(broker, waits, connect, standb
     assert left == [(2,)]
 
 
+async def test_of_several_hosts_the_one_that_may_be_written_is_used(broker, waits, connect, standby):
+    """After a failover the old primary, which often is the first of them, has joined again as a standby."""
+    broker.send("a")
+    connect(host="127.0.0.1,127.0.0.1", port=None, extra={"port": f"{standby.port},{broker.server.port}"})
+    event = await soon(waits.poll(0), 30)
+    await waits.commit(event)
+    assert broker.unacknowledged() == 0
+
+
 OF_FIRST_EDITION = """
 CREATE TABLE {0} (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, payload jsonb, created_at timestamptz DEFAULT now(),
@@ -1086,6 +1095,76 @@ async def watch(broker):
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_watch_with_a_channel_goes_on_through_a_failover(broker, watch, caplog):
+    broker.run("CREATE TABLE five (n int)")
+    told = watch("SELECT n FROM five", channel="c", interval=1)
+    asking = watch("SELECT n FROM five", interval=1)
+    await nothing(told, 2)
+    broker.server.kill()
+    (broker.server.folder / "data" / "standby.signal").touch()
+    broker.server.start()
+    try:
+        await until_told(caplog, "nothing is told on the channel 'c' for a while")
+        await nothing(asking, 2)
+        assert not told.done()
+    finally:
+        broker.run("SELECT pg_promote()")
+    broker.run("INSERT INTO five VALUES (5)")
+    assert await soon(told, 30) == await soon(asking, 30) == {"n": 5}
+    broker.run("DROP TABLE five")
+
+
+def fatal(code, text):
+    """What a server, or a pooler in its place, says before it closes the connection."""
+    body = b"SFATAL\0VFATAL\0C" + code + b"\0M" + text + b"\0\0"
+    return b"E" + struct.pack(">I", len(body) + 4) + body
+
+
+@pytest.mark.parametrize("said", [fatal(b"XX000", b"DbHandler exited"), fatal(b"3D000", b"no such database")])
+async def test_a_connection_that_a_pooler_ends_is_lost_whatever_it_says(broker, waits, watch, connect, said):
+    is_cut, cut, links = False, asyncio.Event(), []
+
+    async def serve(reader, writer):
+        links.append(writer)
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", broker.server.port)
+
+        async def up():
+            while data := await reader.read(65536):
+                if is_cut and data[:1] in b"QP":
+                    writer.write(said)
+                    await writer.drain()
+                    cut.set()
+                    break
+                to_server.write(data)
+
+        async def down():
+            while data := await from_server.read(65536):
+                writer.write(data)
+
+        for one in asyncio.as_completed([up(), down()]):
+            with contextlib.suppress(OSError):
+                await one
+            writer.close()
+            to_server.close()
+
+    pooler = await asyncio.start_server(serve, "127.0.0.1", 0)
+    connect(port=pooler.sockets[0].getsockname()[1])
+    taking, asking = waits.poll(poll_interval=0.5), watch("SELECT 1 WHERE false", interval=0.5)
+    await nothing(taking, 2)
+    is_cut = True
+    await soon(cut.wait())
+    await asyncio.sleep(1)
+    is_cut = False
+    assert not asking.done()
+    broker.send("a")
+    assert (await soon(taking, 30))["value"] == "a"
+    assert not asking.done()
+    pooler.close()
+    for link in links:
+        link.close()
+    await asyncio.sleep(0.1)
 
 
 async def test_a_row_is_waited_for_and_its_types_can_be_stored(broker, watch, settings):

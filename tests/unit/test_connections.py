@@ -6,13 +6,15 @@ import json
 import logging
 import ssl
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import aiormq
 import pytest
 import trustme
-from airflow_events.errors import SourceMisconfigured
+from airflow.sdk.exceptions import AirflowNotFoundException
+from airflow_events.errors import SourceMisconfigured, SourceMissing
 from airflow_events.listeners.kafka import client as kafka
 from airflow_events.listeners.kafka import schemas
 from airflow_events.listeners.nats import client as nats
@@ -536,3 +538,108 @@ async def test_tokens_that_the_client_fetches_itself_ask_no_hook(connect, monkey
         SourceMisconfigured, match="'own' asks for a login by tokens, and the Kafka provider has none"
     ):
         await kafka_settings()
+
+
+@pytest.mark.parametrize("kind", ["nats", "postgres", "redis"])
+async def test_what_is_in_a_file_where_its_name_is_needed_is_not_told(connect, tmp_path, kind):
+    """A private key, or a seed, would stand in the log of the task."""
+    certificate, file = trustme.CA().issue_cert("a"), tmp_path / "certificate.pem"
+    certificate.cert_chain_pems[0].write_to_path(file)
+    key = certificate.private_key_pem.bytes().decode()
+    extra = {
+        "nats": {"credentials": key},
+        "postgres": {"sslmode": "require", "sslcert": "/dev/null", "sslkey": key},
+        "redis": {"ssl": True, "ssl_certfile": str(file), "ssl_keyfile": key},
+    }[kind]
+    connect(conn_type=kind, host="127.0.0.1", port=1, extra=extra)
+    make = {"nats": nats.connect, "postgres": postgres.connect, "redis": lambda own: redis.connect(own, 1)}[kind]
+    with pytest.raises(SourceMisconfigured) as refused:
+        await make("own")
+    assert "the content of a file where the name of one is needed" in str(refused.value)
+    assert key.splitlines()[1] not in "".join(traceback.format_exception(refused.value))
+
+
+async def test_what_is_on_one_long_line_is_not_told(connect):
+    connect(conn_type="postgres", host="127.0.0.1", port=1, extra={"sslrootcert": "c2VjcmV0" * 1000})
+    with pytest.raises(SourceMisconfigured, match="cannot be used: File name too long") as refused:
+        await postgres.connect("own")
+    assert "c2VjcmV0" not in "".join(traceback.format_exception(refused.value))
+
+
+async def test_an_authority_of_redis_may_be_the_certificate_itself(connect):
+    authority = trustme.CA().cert_pem.bytes().decode()
+    connect(conn_type="redis", host="127.0.0.1", port=1, extra={"ssl": True, "ssl_ca_certs": authority})
+    client = await redis.connect("own", 1)
+    about = client.connection_pool.connection_kwargs
+    assert (about["ssl_ca_data"], about.get("ssl_ca_certs")) == (authority, None)
+    await client.aclose()
+
+
+async def test_further_nodes_of_a_cluster_by_ipv6(connect):
+    nodes = [{"host": "::1", "port": 7001}, "[::1]:7002", {"host": "b"}]
+    connect(conn_type="redis", host="a", extra={"cluster": True, "startup_nodes": nodes})
+    _, name = await redis.named("own", 1)
+    assert name == "::1:7001,::1:7002,a:6379,b:6379/0"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("NOT_FOUND - queue 'orders' in vhost '/' process is stopped by supervisor", ConnectionError),
+        ("NOT_FOUND - failed to perform operation on queue 'orders' in vhost '/' due to timeout", ConnectionError),
+        ("NOT_FOUND - home node 'b' of durable queue 'orders' is down or inaccessible", ConnectionError),
+        ("NOT_FOUND - no queue 'orders' in vhost '/'", SourceMissing),
+    ],
+)
+def test_a_queue_whose_node_is_down_is_there(text, error):
+    with pytest.raises(error), rabbitmq.refusals(rabbitmq.Source("own", "orders")):
+        raise aiormq.exceptions.ChannelNotFoundEntity(text)
+
+
+def test_a_stream_whose_node_is_down_is_there():
+    said = "PRECONDITION_FAILED - stream queue 'orders' does not have a running replica on the local node"
+    with pytest.raises(ConnectionError), rabbitmq.refusals(rabbitmq.Source("own", "orders")):
+        raise aiormq.exceptions.ChannelPreconditionFailed(said)
+
+
+async def test_a_default_connection_that_was_there_is_not_done_without(connect, monkeypatch):
+    """The events would be those of another account's queue."""
+    source = sqs.Source("aws_default", "orders", None)
+    monkeypatch.setattr(sqs, "_found", set())
+    assert await sqs._connection(source) is None
+    monkeypatch.setenv("AIRFLOW_CONN_AWS_DEFAULT", json.dumps({"conn_type": "aws"}))
+    assert await sqs._connection(source) is not None
+    monkeypatch.delenv("AIRFLOW_CONN_AWS_DEFAULT")
+    with pytest.raises(AirflowNotFoundException):
+        await sqs._connection(source)
+
+
+def test_an_instance_that_has_no_credentials_for_a_moment_is_asked_again(monkeypatch):
+    monkeypatch.setattr(sqs, "_PAUSE", 0)
+    answers = iter([None, None, "these"])
+    assert sqs._credentials_of(SimpleNamespace(get_credentials=lambda: next(answers))) == "these"
+    assert sqs._credentials_of(SimpleNamespace(get_credentials=lambda: None)) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("registry", "http://registry:8081"),
+        ("registry/path", "http://registry:8081/path"),
+        ("https://registry", "https://registry:8081"),
+        ("https://registry:1/path", "https://registry:1/path"),
+        ("::1", "http://[::1]:8081"),
+        ("[::1]", "http://[::1]:8081"),
+        ("a, https://b:1", "http://a:8081,https://b:1"),
+    ],
+)
+async def test_the_address_of_a_schema_registry(monkeypatch, host, url):
+    about = {"conn_type": "http", "host": host, "port": 8081}
+    monkeypatch.setenv("AIRFLOW_CONN_REGISTRY", json.dumps(about))
+    assert (await schemas._settings("registry"))["url"] == url
+
+
+async def test_a_schema_registry_whose_address_is_none(monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_REGISTRY", json.dumps({"conn_type": "http", "host": "http://a:port"}))
+    with pytest.raises(SourceMisconfigured, match="'registry' has a host that is no address"):
+        await schemas._settings("registry")

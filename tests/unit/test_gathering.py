@@ -845,7 +845,7 @@ def test_a_trigger_row_of_the_first_edition_is_read(airflow):
     assert name == "airflow_events.triggers.events.EventsTrigger"
     assert sorted(arguments) == [
         "calls", "count", "default", "finish_on_worker", "first", "listener", "mapped_over", "multiple_outputs",
-        "outlets", "push", "replay", "soft_fail", "timeout", "wait",
+        "outlets", "push", "replay", "shown", "soft_fail", "timeout", "wait",
     ]  # fmt: skip
     assert EventsTrigger(**json.loads(json.dumps(arguments, default=str))).serialize()[1]["count"] == 2
 
