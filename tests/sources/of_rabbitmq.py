@@ -237,5 +237,7 @@ class Quorum(RabbitMQ):
             "{ok, {_, Count}, _} = ra:leader_query(Queue, fun rabbit_fifo:query_messages_total/1), Count."
         )
         found = re.match(r"\{ok, (\d+)\}", answer := self.ask(asked))
+        if found is None and "{timeout," in answer:
+            raise TimeoutError(f"the queue has no leader yet: {answer}")
         assert found is not None, answer
         return int(found[1])
