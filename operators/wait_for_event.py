@@ -209,7 +209,7 @@ class WaitForEventOperator(BaseOperator):
         message = f"No event of {self.listener.__qualname__} came {until}"
         if self.has_default:
             self.log.info("%s; delivering the default", message)
-            return self._trigger_arguments()["default"][0]  # as the trigger would
+            return self._told_default[0]  # as the trigger would
         if self.soft_fail:
             raise AirflowSkipException(message)
         raise AirflowSensorTimeout(message)
@@ -277,6 +277,13 @@ class WaitForEventOperator(BaseOperator):
         text = serde.encode(serde.localized(serde.simple(told), timezone.utc))
         return sum(map(len, [text, str(reference.refer(self.listener)), *more]))
 
+    @property
+    def _told_default(self) -> list[Any]:
+        """The default as a trigger is told it: a list of one item, or empty for none."""
+        if not self.has_default:
+            return []
+        return [serde.localized(serde.simple(self.default), Wait("", "", "", timezone=timezone_name(self)).tz)]
+
     def _trigger_arguments(self) -> dict[str, Any]:
         zone = Wait("", "", "", timezone=timezone_name(self)).tz
         return {
@@ -286,7 +293,7 @@ class WaitForEventOperator(BaseOperator):
             "finish_on_worker": placement(self).finishes_on_worker_because or False,
             "timeout": self.timeout.total_seconds() if self.timeout else None,
             "soft_fail": self.soft_fail,
-            "default": [serde.localized(serde.simple(self.default), zone)] if self.has_default else [],
+            "default": self._told_default,
             "push": self.do_xcom_push,
             "multiple_outputs": bool(self.multiple_outputs),
             "outlets": _profiles(self.outlets),

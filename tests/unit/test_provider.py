@@ -43,7 +43,11 @@ def test_airflow_finds_the_provider_and_its_version():
 def test_every_option_can_be_read_and_is_documented(monkeypatch):
     for name, option in OPTIONS.items():
         assert option["description"]
-        assert getattr(settings, name)() not in (None, "") or name in ("inbox_secret", "inbox_ca")
+        assert getattr(settings, name)() not in (None, "") or name in (
+            "callback_secret",
+            "inbox_secret",
+            "inbox_ca",
+        )
     monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "7")
     assert settings.commit_timeout() == 7
 
