@@ -32,6 +32,7 @@ from parts import (  # noqa: E402
     database,
     imports,
     large,
+    load,
     messages,
     mixed,
     one,
@@ -54,6 +55,7 @@ PARTS = {
     **messages.PARTS,
     **mixed.PARTS,
     **triggerers.PARTS,
+    **load.PARTS,
     **imports.PARTS,
     **database.PARTS,
 }

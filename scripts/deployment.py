@@ -288,10 +288,16 @@ class Deployment:
             else:
                 shutil.copy(file, target)
 
-    def api(self, method: str, path: str, body: Any = None) -> Any:
-        """Call Airflow's REST API."""
+    @property
+    def token(self) -> str:
+        """Of a user who may do everything; `request` sends it, too, once it was asked for."""
         if not self._token:
             self._token = self.request("GET", f"{self.url}/auth/token", None)["access_token"]
+        return self._token
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        """Call Airflow's REST API."""
+        assert self.token
         return self.request(method, f"{self.url}/api/v2{path}", body)
 
     def request(self, method: str, url: str, body: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from airflow.providers.standard.sensors.date_time import DateTimeSensorAsync
-from airflow.sdk import DAG
+from airflow.sdk import DAG, task
 from airflow_events import wait_for_event, wait_for_events
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.wait_for_event import WaitForEventOperator
@@ -31,6 +33,14 @@ with DAG("probe", schedule=None):
 # Mapped waits start on workers.
 with DAG("mapped_10", schedule=None, params={"due": "2100-01-01T00:00:00Z"}, max_active_runs=10_000):
     WaitForEventOperator.partial(task_id="wait", listener=TimerListener).expand(listener_args=[[DUE]] * 10)
+
+with DAG("runs", schedule=None):
+
+    @task(task_id="sleep")
+    def sleep_long() -> None:
+        time.sleep(3600)
+
+    sleep_long()
 
 with DAG("in_one", schedule=None):
     wait_for_events.override(task_id="wait")(TimerListener, ["2100-01-01T00:00:00Z"] * 1000)

@@ -50,7 +50,7 @@ def mixed(stage: Stage) -> Rows:
     count = max(max(stage.options.waits) // IN_RUN, 8 * ALONE) * IN_RUN
     began = time.monotonic()
     runs = open_waits(airflow, f"mixed_{IN_RUN}", IN_RUN, count, queue=broker.queue)
-    until(lambda: _without_trigger(stage, count), f"{count} wait", timeout=60 + count, pause=1)
+    until(lambda: without_trigger(stage, count), f"{count} wait", timeout=60 + count, pause=1)
     until_all_wait = time.monotonic() - began
     print(f"{count} wait after {until_all_wait:.0f} s", flush=True)
     for _ in range(6):
@@ -133,7 +133,7 @@ def _ends(stage: Stage, waits: Sequence[tuple[str, str]], begin: datetime) -> li
         time.sleep(0.05 if len(waits) == 1 else 0.5)
 
 
-def _without_trigger(stage: Stage, count: int) -> bool:
+def without_trigger(stage: Stage, count: int) -> bool:
     """Whether so many wait, and none of them has a trigger but the hosts' anchors."""
     with_trigger, without = deferred(stage.airflow)
     hosts = _count(stage, "SELECT count(*) FROM event_host WHERE trigger_id IS NOT NULL")
