@@ -12,10 +12,11 @@ from airflow.models.trigger import Trigger
 from airflow_events.errors import AtRedelivery, CommitFailed
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.base import EventListener, current_wait
-from airflow_events.listeners.support.queue import InHand, QueueHub, QueueListener, receive
+from airflow_events.listeners.support.queue import InHand, QueueListener, receive
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import polling
 from awaiting import until
+from boxes import Box, BoxHub
 from sqlalchemy import select
 
 
@@ -147,55 +148,42 @@ async def test_nothing_is_mapped_over_what_is_not_pushed(waits, run, monkeypatch
     assert waits.state(ti).state == ("success" if push else "scheduled")
 
 
-class Box(QueueListener):
-    """A queue of which one message cannot be acknowledged: a row that a constraint holds, a file in use."""
-
-    box = None
-
-    async def poll_for_event(self):
-        return await receive("box", lambda: BoxHub(Box.box), lambda message: {"id": message})
-
-    def event_id(self, event):
-        return event["id"]
-
-
-class BoxHub(QueueHub):
-    def __init__(self, box):
-        self.box = box
-        super().__init__("the box")
-
-    async def connect(self): ...
-
-    async def disconnect(self): ...
-
-    async def serve(self):
-        while self.wanted and self.box:
-            message = self.box.pop(0)
-            self.offer(message, message)
-        await asyncio.sleep(0.01)
+class Stuck(BoxHub):
+    """Of which one message cannot be acknowledged: a row that a constraint holds, a file in use."""
 
     async def acknowledge(self, deliveries):
         if "bad" in deliveries:
             raise OSError("refused")
 
     async def give_back(self, deliveries):
-        self.box[:0] = deliveries
+        self.box.waiting[:0] = deliveries  # which is the next again
+
+
+class OfBox(QueueListener):
+    box = None
+
+    async def poll_for_event(self):
+        return await receive("box", lambda: Stuck(OfBox.box), lambda message: {"id": message})
+
+    def event_id(self, event):
+        return event["id"]
 
 
 async def test_what_is_recorded_and_cannot_be_acknowledged_stops_no_queue(waits, monkeypatch):
     monkeypatch.setattr(event_trigger, "Inbox", SimpleNamespace(of_loop=lambda: waits))
-    monkeypatch.setattr(event_trigger.reference, "load", lambda _: Box)
-    monkeypatch.setattr(Box, "hosted", False)
+    monkeypatch.setattr(event_trigger.reference, "load", lambda _: OfBox)
+    monkeypatch.setattr(OfBox, "hosted", False)
     monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "0.1")
-    Box.box = ["bad", "good"]
+    box = OfBox.box = Box()
+    box.put("bad", "good")
 
     def trigger(ti):
-        return waits.trigger(ti, listener="m:Box")
+        return waits.trigger(ti, listener="m:OfBox")
 
     first, second = (waits.deferred(next_method="execute_complete") for _ in range(2))
     with pytest.raises(CommitFailed):
         await asyncio.wait_for(anext(trigger(first).run()), 20)
-    await until(lambda: Box.box == ["bad", "good"])
+    await until(lambda: "bad" in box.waiting)
     await asyncio.wait_for(trigger(second).until_ended(), 20)
     assert (waits.state(second).state, waits.row(second).event) == ("success", '{"id": "good"}')
-    assert Box.box == [] and "bad" in InHand.of_loop().hubs
+    assert box.waiting == [] and "bad" in InHand.of_loop().hubs
