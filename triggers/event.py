@@ -858,7 +858,7 @@ async def settle(
         background(_release_later(listener, wait, event, arguments), f"giving back what {wait.id} was given")
         return
     if is_confirmed:
-        await ask(Settle(entry.ti, identity=entry.identity or ""))
+        await ask(Settle(entry.ti, identity=entry.identity or "", content=entry.content))
 
 
 async def _release_later(

@@ -311,7 +311,7 @@ class Starts:
                 for one in held:
                     recorded(listener, one.wait, one.arrived)
             await asyncio.gather(
-                *(self._acknowledge(listener, one, of.identity) for one, of in zip(held, told, strict=True))
+                *(self._acknowledge(listener, one, of) for one, of in zip(held, told, strict=True))
             )
             return
         if answer.status == Status.REJECTED:  # they stay at their source, and others go on
@@ -325,7 +325,7 @@ class Starts:
         told = recording(listener, reference.scope(self._what.reference, listener), held.wait, held.event)
         return Told(json.dumps(held.shapes), told["identity"], told["content"])
 
-    async def _acknowledge(self, listener: type[EventListener], held: Held, identity: str | None) -> None:
+    async def _acknowledge(self, listener: type[EventListener], held: Held, told: Told | None) -> None:
         await inherit_portal(self._portal)
         try:
             is_confirmed = await acknowledge(listener, held.wait, held.event)
@@ -344,8 +344,8 @@ class Starts:
             self._let_go(listener, [held])
             return
         metrics.count(metrics.COMMITTED, **tags(listener, held.wait))
-        if is_confirmed and identity:
-            await Inbox.of_loop().ask(Settle("", identity=identity))
+        if is_confirmed and told is not None and told.identity:
+            await Inbox.of_loop().ask(Settle("", identity=told.identity, content=told.content))
 
     def _let_go(self, listener: type[EventListener], held: Sequence[Held]) -> None:
         """Give events back to their source, which delivers them again."""

@@ -237,11 +237,12 @@ class Settle(Entry):
     """
     The source has confirmed that it has forgotten an event of another wait, which it had delivered again.
 
-    :param identity: as `Record.identity`.
+    :param identity: as `Record.identity`; ``content`` likewise, None of earlier versions.
     """
 
     operation: ClassVar[str] = "settle"
     identity: str = ""
+    content: str | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from airflow.utils.types import DagRunTriggeredByType, DagRunType
 from airflow_events.inbox.database import begin_writing, once_committed
 from airflow_events.inbox.entries import RUN_ID_PREFIX, Answer, StartRoom, StartRun, Status, Told
 from airflow_events.inbox.models import EventSent
-from airflow_events.inbox.taken import Taken, taken_of, write_taken
+from airflow_events.inbox.taken import Taken, key_of, taken_of, write_taken
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -132,6 +132,10 @@ class _Batch:
         taken = taken_of(session, [told.identity for entry in entries for told in entry.events])
         return cls(session, datetime.now(timezone.utc), dags, taken)
 
+    def key_of(self, told: Told) -> bytes:
+        """Return under which key the row of an event is, or is to be."""
+        return key_of(self.session, self.taken, _bytes(told.identity), _bytes(told.content))
+
 
 def room(session: Session, entries: Sequence[StartRoom]) -> list[Answer]:
     """Answer for how many events there is room."""
@@ -155,30 +159,33 @@ def _start_one(batch: _Batch, entry: StartRun) -> Answer:
         return _NOBODYS
     if make is None:
         return Answer(Status.INVALID, f"this API server does not make {entry.makes!r} of events")
-    new: dict[str | int, Told] = {}  # by identity, since a batch may have what has come again meanwhile
+    new: dict[bytes | int, Told] = {}  # by key, since a batch may have what has come again meanwhile
     others: set[str] = set()
     for number, told in enumerate(entry.events):
-        known = batch.taken.get(_bytes(told.identity))
-        if known is None or known.set_aside is not None:
-            new[told.identity or number] = told
-        elif known.record_id == entry.record_id:
+        if not told.identity:
+            new[number] = told
+            continue
+        key = batch.key_of(told)
+        known = batch.taken.get(key)
+        if known is not None and known.record_id == entry.record_id:
             return Answer(Status.DONE)  # its answer was lost
-        elif known.content == _bytes(told.content):
+        if known is not None and known.set_aside is None:
             others.add(known.wait)
-        else:
-            log.warning("An id comes again, with another content than that of %s: it is a new event", known.wait)
-            new[told.identity or number] = told
+            continue
+        if key != _bytes(told.identity):
+            of = batch.taken[_bytes(told.identity)].wait
+            log.warning("An id comes again, with another content than that of %s: it is a new event", of)
+        new[key] = told
     if not new:
         return Answer(Status.TAKEN, ", ".join(sorted(others)))
     made = make(batch, entry, list(new.values()), dags)
     if isinstance(made, Answer):
         return made
-    for told in new.values():
-        if told.identity:
-            identity = _bytes(told.identity)
-            known = batch.taken.get(identity)
+    for named, told in new.items():
+        if isinstance(named, bytes):
+            known = batch.taken.get(named)
             is_new = known is None or known.is_new
-            batch.taken[identity] = Taken(_bytes(told.content), entry.record_id, made, is_new=is_new, changed=True)
+            batch.taken[named] = Taken(_bytes(told.content), entry.record_id, made, is_new=is_new, changed=True)
     return Answer(Status.DONE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,6 +51,28 @@ def taken_of(session: Session, identities: Iterable[str | None]) -> dict[bytes, 
     query = select(EventTaken.identity, *columns).where(EventTaken.identity.in_(sorted(there)))
     rows = session.execute(query.order_by(EventTaken.identity).with_for_update())
     return {row.identity: Taken(row.content, row.record_id, row.wait, row.set_aside, is_new=False) for row in rows}
+
+
+def key_of(session: Session, taken: dict[bytes, Taken], identity: bytes, content: bytes) -> bytes:
+    """
+    Return under which key the row of an event is, or is to be: its identity, unless another event has that.
+
+    Events of one identity and two contents may both come again, as long as they are not acknowledged.
+
+    :param taken: whose the events are that were asked for; that by the other key is added.
+    """
+    known = taken.get(identity)
+    if known is None or known.set_aside is not None or known.content == content:
+        return identity
+    key = second_key(identity, content)
+    if key not in taken:
+        taken.update(taken_of(session, [key.hex()]))
+    return key
+
+
+def second_key(identity: bytes, content: bytes) -> bytes:
+    """Return what an event is known by whose identity another one has."""
+    return hashlib.sha256(identity + content).digest()
 
 
 def write_taken(session: Session, taken: Mapping[bytes, Taken], now: datetime) -> None:

@@ -63,7 +63,7 @@ from airflow_events.inbox.models import (
     EventWait,
     columns,
 )
-from airflow_events.inbox.taken import Taken, taken_of, write_taken
+from airflow_events.inbox.taken import Taken, key_of, second_key, taken_of, write_taken
 from airflow_events.inbox.tasks import Task
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.positions import digest, united
@@ -558,7 +558,7 @@ def record(session: Session, entries: Sequence[Record]) -> list[Answer]:
     taken = taken_of(session, [entry.identity for entry in entries])
     answers = []
     for entry in entries:
-        answer = _record_one(batch, entry, taken)
+        answer = _record_one(session, batch, entry, taken)
         answers.append(answer)
     batch.write()
     have = [entry for entry, answer in zip(entries, answers, strict=True) if answer.status == Status.DONE]
@@ -569,7 +569,7 @@ def record(session: Session, entries: Sequence[Record]) -> list[Answer]:
     return answers
 
 
-def _record_one(batch: _Batch, entry: Record, taken: dict[bytes, Taken]) -> Answer:
+def _record_one(session: Session, batch: _Batch, entry: Record, taken: dict[bytes, Taken]) -> Answer:
     task, wait = batch.fenced(entry)
     if task is None:
         if wait is not None and wait.record_id == entry.record_id and wait.finished_by == entry.generation:
@@ -584,16 +584,17 @@ def _record_one(batch: _Batch, entry: Record, taken: dict[bytes, Taken]) -> Answ
     if entry.identity is not None:
         identity, content = _bytes(entry.identity), _bytes(entry.content)
         assert identity is not None and content is not None
-        known = taken.get(identity)
+        key = key_of(session, taken, identity, content)
+        known = taken.get(key)
         if known is not None and known.record_id != entry.record_id and known.set_aside is None:
-            if known.content == content:
-                return Answer(Status.TAKEN, known.wait)
+            return Answer(Status.TAKEN, known.wait)
+        if key != identity:
             log.warning(
                 "The source of %s gives an id again, with another content than that of %s: it is a new event",
                 task.name,
-                known.wait,
+                taken[identity].wait,
             )
-        taken[identity] = Taken(
+        taken[key] = Taken(
             content,
             entry.record_id,
             _name(task, entry),
@@ -696,12 +697,23 @@ def set_aside(session: Session, entries: Sequence[SetAside]) -> list[Answer]:
 
 def settle(session: Session, entries: Sequence[Settle]) -> list[Answer]:
     """Note that the source has forgotten events which it had delivered again."""
-    identities = sorted({identity for entry in entries if (identity := _bytes(entry.identity)) is not None})
+    keys: set[bytes] = set()
+    both: set[tuple[bytes, bytes]] = set()
+    for entry in entries:
+        identity, content = _bytes(entry.identity), _bytes(entry.content)
+        if identity is None:
+            continue
+        if content is None:  # of an earlier version
+            keys.add(identity)
+        else:
+            keys.add(second_key(identity, content))
+            both.add((identity, content))
+    is_one = or_(
+        EventTaken.identity.in_(sorted(keys)), tuple_(EventTaken.identity, EventTaken.content).in_(sorted(both))
+    )
     _execute(
         session,
-        update(EventTaken)
-        .where(EventTaken.identity.in_(identities), EventTaken.acknowledged_at.is_(None))
-        .values(acknowledged_at=_now()),
+        update(EventTaken).where(is_one, EventTaken.acknowledged_at.is_(None)).values(acknowledged_at=_now()),
     )
     return [Answer(Status.DONE)] * len(entries)
 

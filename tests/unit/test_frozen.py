@@ -119,7 +119,7 @@ def test_what_is_asked_of_the_inbox_and_answered():
         ],
         "finish": ["ti", "place", "generation", "record_id", "end", "acknowledged"],
         "set_aside": ["ti", "place", "generation", "identity", "reason"],
-        "settle": ["ti", "place", "identity"],
+        "settle": ["ti", "place", "identity", "content"],
         "lose": ["ti", "place", "generation", "record_id"],
         "places": ["ti", "place", "generation", "start", "limit"],
         "look": ["ti", "place", "generation"],

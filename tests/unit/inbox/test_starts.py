@@ -209,6 +209,9 @@ def test_an_id_with_another_content_is_another_event(airflow, caplog):
     assert airflow.start(1, record_id="another", content=OTHER).status == Status.DONE
     assert len(airflow.runs()) == 2
     assert "with another content" in caplog.text
+    for content in (CONTENT, OTHER):  # both are known
+        assert airflow.start(1, record_id="third", content=content).status == Status.TAKEN
+    assert len(airflow.runs()) == 2
 
 
 def test_what_a_wait_has_starts_no_run_and_the_other_way_round(airflow, waits):

@@ -249,6 +249,20 @@ def test_the_same_id_with_another_content_is_a_new_event(waits, caplog):
     assert waits.record(other, 1, record_id="s", identity=ID, content=OTHER).status == DONE
     assert "gives an id again, with another content" in caplog.text
     assert waits.record(third, 1, identity=ID, content=OTHER).status == Status.TAKEN
+    # The first is as well known as before, until its source has confirmed that it has forgotten it.
+    assert waits.record(third, 1, identity=ID, content=CONTENT).status == Status.TAKEN
+    assert caplog.text.count("gives an id again") == 1
+    assert acknowledged_ones(waits) == 0
+    transactions.settle(waits.session, [Settle(third, identity=ID, content=OTHER)])
+    assert acknowledged_ones(waits) == 1
+    assert waits.record(third, 1, identity=ID, content=CONTENT).status == Status.TAKEN
+    transactions.settle(waits.session, [Settle(third, identity=ID, content=CONTENT)])
+    assert acknowledged_ones(waits) == 2
+
+
+def acknowledged_ones(waits):
+    moments = waits.session.scalars(select(EventTaken.acknowledged_at)).all()
+    return sum(moment is not None for moment in moments)
 
 
 def test_an_acknowledgement_is_noted_when_it_is_told(waits):
