@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone, tzinfo
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from airflow.sdk.serde import deserialize, serialize
 from airflow_events.errors import EventNotSerializable
@@ -54,9 +54,9 @@ def check(value: Any, name: str = "event") -> Any:
     :raises EventNotSerializable: it does not; the message names the place and the type.
     """
     try:
-        for place, leaf in _leaves(value, name):
+        for place, leaf in _leaves(value, _Place(None, "{}", name)):
             if reason := _refused(leaf):
-                raise EventNotSerializable(place, reason)
+                raise EventNotSerializable(str(place), reason)
         # Airflow reads some dicts as something else; this is for those that _leaves does not know of.
         text = encode(value)
         is_too_deep, returned = is_deeper(json.loads(text), DEEPEST), decode(text)
@@ -207,30 +207,45 @@ def simple(value: Any) -> Any:
 
 def classes(value: Any) -> Iterator[tuple[str, type[Any]]]:
     """Return the class of each leaf that is of one, and no type of Python's or Airflow's own, and where it is."""
-    for place, leaf in _leaves(value, ""):
+    for place, leaf in _leaves(value, _Place(None, "")):
         if type(leaf).__module__.partition(".")[0] not in _KNOWN:
-            yield place, type(leaf)
+            yield str(place), type(leaf)
 
 
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+class _Place(NamedTuple):
+    """Where something is in a value. Its text is made where it is needed, and not for each of a million items."""
+
+    within: _Place | None
+    form: str
+    step: Any = None
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        place: _Place | None = self
+        while place is not None:
+            parts.append(place.form.format(place.step))
+            place = place.within
+        return "".join(reversed(parts))
+
+
+def _leaves(value: Any, place: _Place) -> Iterator[tuple[_Place, Any]]:
     kind = type(value)
     if kind is dict:
         for key, item in value.items():
+            here = _Place(place, "[{!r}]", key)
             if type(key) is not str:
-                raise EventNotSerializable(
-                    f"{place}[{key!r}]", f"its key is a {_name(key)}, and keys must be strings"
-                )
+                raise EventNotSerializable(str(here), f"its key is a {_name(key)}, and keys must be strings")
             if reason := _refused(key):
-                raise EventNotSerializable(f"{place}[{key!r}]", f"of its key: {reason}")
-            yield from _leaves(item, f"{place}[{key!r}]")
+                raise EventNotSerializable(str(here), f"of its key: {reason}")
+            yield from _leaves(item, here)
         if reserved := RESERVED & value.keys():
-            raise EventNotSerializable(place, f"Airflow reserves the key {sorted(reserved)[0]!r}")
+            raise EventNotSerializable(str(place), f"Airflow reserves the key {sorted(reserved)[0]!r}")
     elif kind in (list, tuple):
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{place}[{index}]")
+            yield from _leaves(item, _Place(place, "[{}]", index))
     elif kind in (set, frozenset):
         for item in value:
-            yield from _leaves(item, f"{place}{{{item!r}}}")
+            yield from _leaves(item, _Place(place, "{{{!r}}}", item))
     else:
         yield place, value
 

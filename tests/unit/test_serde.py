@@ -155,3 +155,11 @@ def test_arguments_that_a_listener_cannot_tell_apart_have_one_digest(one, other)
 def test_other_arguments_have_another_digest(one, other):
     assert arguments_digest([one], {}) != arguments_digest([other], {})
     assert arguments_digest([one], {}) != arguments_digest([], {"a": one})
+
+
+def test_where_something_is_costs_nothing_until_it_is_told():
+    """With a key of half a million characters, a hundred thousand items would be fifty gigabytes of text."""
+    key = "k" * 500_000
+    assert check({key: [0] * 100_000}) == {key: [0] * 100_000}
+    with pytest.raises(EventNotSerializable, match=r"event\['k'\]\[1\]\[2\]"):
+        check({"k": [0, [0, 0, object()]]})
