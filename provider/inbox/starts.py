@@ -132,9 +132,12 @@ class _Batch:
         taken = taken_of(session, [told.identity for entry in entries for told in entry.events])
         return cls(session, datetime.now(timezone.utc), dags, taken)
 
-    def key_of(self, told: Told) -> bytes:
-        """Return under which key the row of an event is, or is to be."""
-        return key_of(self.session, self.taken, _bytes(told.identity), _bytes(told.content))
+    def key_of(self, told: Told, new: Mapping[bytes | int, Told]) -> bytes:
+        """Return under which key the row of an event is, or is to be, beside those that are new, too."""
+        identity = _bytes(told.identity)
+        other = new.get(identity)
+        meanwhile = None if other is None else _bytes(other.content)
+        return key_of(self.session, self.taken, identity, _bytes(told.content), meanwhile)
 
 
 def room(session: Session, entries: Sequence[StartRoom]) -> list[Answer]:
@@ -165,15 +168,15 @@ def _start_one(batch: _Batch, entry: StartRun) -> Answer:
         if not told.identity:
             new[number] = told
             continue
-        key = batch.key_of(told)
+        key = batch.key_of(told, new)
         known = batch.taken.get(key)
         if known is not None and known.record_id == entry.record_id:
             return Answer(Status.DONE)  # its answer was lost
         if known is not None and known.set_aside is None:
             others.add(known.wait)
             continue
-        if key != _bytes(told.identity):
-            of = batch.taken[_bytes(told.identity)].wait
+        if key != (identity := _bytes(told.identity)):
+            of = batch.taken[identity].wait if identity in batch.taken else "the same batch"
             log.warning("An id comes again, with another content than that of %s: it is a new event", of)
         new[key] = told
     if not new:

@@ -53,16 +53,24 @@ def taken_of(session: Session, identities: Iterable[str | None]) -> dict[bytes, 
     return {row.identity: Taken(row.content, row.record_id, row.wait, row.set_aside, is_new=False) for row in rows}
 
 
-def key_of(session: Session, taken: dict[bytes, Taken], identity: bytes, content: bytes) -> bytes:
+def key_of(
+    session: Session,
+    taken: dict[bytes, Taken],
+    identity: bytes,
+    content: bytes,
+    meanwhile: bytes | None = None,
+) -> bytes:
     """
     Return under which key the row of an event is, or is to be: its identity, unless another event has that.
 
     Events of one identity and two contents may both come again, as long as they are not acknowledged.
 
     :param taken: whose the events are that were asked for; that by the other key is added.
+    :param meanwhile: the content of the event that is about to have the identity, None if there is none.
     """
     known = taken.get(identity)
-    if known is None or known.set_aside is not None or known.content == content:
+    is_free = known is None or known.set_aside is not None or known.content == content
+    if is_free and meanwhile in (None, content):
         return identity
     key = second_key(identity, content)
     if key not in taken:

@@ -406,6 +406,17 @@ def test_a_batch_starts_one_run(airflow):
     assert len(airflow.runs()) == 1
 
 
+def test_a_batch_has_both_of_two_events_with_one_id(airflow):
+    airflow.parse("order", max_active_runs=3)
+    told = [Told(json.dumps(word), hexed(1), content) for word, content in (("a", CONTENT), ("b", OTHER))]
+    for record_id, status in (("r", Status.DONE), ("r", Status.DONE), ("another", Status.TAKEN)):
+        entry = StartRun(trigger=airflow.trigger, record_id=record_id, makes="batch", events=tuple(told))
+        assert airflow.carried(starts.start, entry).status == status
+    [run] = airflow.runs()
+    assert run.conf["events"] == ["a", "b"]
+    assert len(airflow.taken()) == 2
+
+
 def test_a_batch_is_without_what_has_started_a_run_and_what_comes_twice(airflow):
     airflow.parse("order", max_active_runs=3)
     airflow.start(2, makes="batch")
