@@ -57,6 +57,10 @@ class Delivery:
         self.is_stale = self.is_acknowledged = False
 
 
+class NotInHand(AtRedelivery):
+    """The hub does not have the message any more that it was to acknowledge."""
+
+
 class QueueHub(Hub[Seeker]):
     """
     Receives messages for the waits of a triggerer, and holds each until it is acknowledged or given back.
@@ -157,16 +161,20 @@ class QueueHub(Hub[Seeker]):
         Acknowledge a message.
 
         :raises AtRedelivery: it can be acknowledged only when it comes again: the connection over which it came is
-            gone, or it was given back.
+            gone.
+        :raises NotInHand: it was given back, or has come to another hub meanwhile.
         """
-        if (delivery := self.in_hand.get(id)) is not None and not delivery.is_stale:  # or nothing need be asked
+        before = self.in_hand.get(id)
+        if before is not None and not before.is_stale:  # or nothing need be asked
             await self._acknowledging.add(id)
-            delivery = self.in_hand.get(id)
+        # It may have come once more meanwhile, or another wait has seen to it.
+        known = [one for one in (before, self.in_hand.get(id)) if one is not None]
         self.forget(id)
-        if delivery is None:
-            raise AtRedelivery(f"{self.name}: {id} was given back before it could be acknowledged")
-        if delivery.is_stale or not delivery.is_acknowledged:
+        if any(one.is_acknowledged and not one.is_stale for one in known):
+            return
+        if any(one.is_stale for one in known):
             raise AtRedelivery(f"{self.name}: the connection over which {id} came is gone")
+        raise NotInHand(f"{self.name}: {id} was given back before it could be acknowledged")
 
     async def release(self, id: str) -> None:
         """Let another wait have a message: one of this process if there is any, or else one of another."""
@@ -241,8 +249,10 @@ class QueueHub(Hub[Seeker]):
         await self.connected()
         if fresh := self._fresh(ids):
             await self.acknowledge(fresh)
-            for id in fresh.keys() & self.in_hand.keys():  # it may have come once more meanwhile
-                self.in_hand[id].is_acknowledged = True
+            for id, delivery in fresh.items():
+                delivery.is_acknowledged = True
+                if id in self.in_hand:  # it may have come once more meanwhile
+                    self.in_hand[id].is_acknowledged = True
 
     async def _give_back(self, ids: list[str]) -> None:
         await self.connected()
@@ -384,6 +394,12 @@ class QueueListener(EventListener):
 
     async def event_checkpointed(self, event: Any) -> None:
         """Acknowledge the message."""
+        try:
+            await self._acknowledge(event)
+        except NotInHand:
+            await self._acknowledge(event)
+
+    async def _acknowledge(self, event: Any) -> None:
         id = self.event_id(event)
         hub = InHand.of_loop().hubs.get(id)
         if hub is None:

@@ -355,3 +355,33 @@ async def test_what_was_given_back_while_its_commit_waited_is_not_said_to_be_ack
     with pytest.raises(AtRedelivery):
         await soon(second)
     assert ("acknowledge", "1") not in box.told
+
+
+async def test_two_that_acknowledge_a_message_at_once_are_both_told_that_it_is(box):
+    """One of them was given it by another hub of this process."""
+    box.put("1")
+    event = await soon(poll(0).run())
+    await soon(asyncio.gather(commit(event), commit(event, 1)))
+    assert box.told == [("acknowledge", "1")]
+
+
+class AnyConnection(BoxListener):
+    """Its messages can be acknowledged by what they are."""
+
+    async def acknowledge(self, event):
+        self.box.told.append(("acknowledge by id", event["id"]))
+
+
+async def test_what_is_not_in_hand_any_more_is_acknowledged_by_its_coordinates_where_that_can_be(box):
+    """Another hub of this process has received it meanwhile, say, and given it back."""
+    box.put("1")
+    event = await soon(poll(0, AnyConnection).run())
+    hub = InHand.of_loop().hubs["1"]
+    hub._up.clear()
+    with working_for(wait(0)):
+        committing = asyncio.create_task(AnyConnection().event_checkpointed(event))
+    await asyncio.sleep(0.02)
+    hub.forget("1")
+    hub._up.set()
+    await soon(committing)
+    assert box.told == [("acknowledge by id", "1")]
