@@ -25,7 +25,7 @@ SELDOM, OFTEN = 10.0, 1.0
 # Seconds between two requests of those that are timed.
 _BETWEEN = 0.1
 # Requests that are timed, of each kind.
-_TIMED = 200
+_TIMED = 100
 
 
 @dataclass(frozen=True)

@@ -558,7 +558,7 @@ def record(session: Session, entries: Sequence[Record]) -> list[Answer]:
     taken = taken_of(session, [entry.identity for entry in entries])
     answers = []
     for entry in entries:
-        answer = _record_one(session, batch, entry, taken)
+        answer = _record_one(batch, entry, taken)
         answers.append(answer)
     batch.write()
     have = [entry for entry, answer in zip(entries, answers, strict=True) if answer.status == Status.DONE]
@@ -569,7 +569,7 @@ def record(session: Session, entries: Sequence[Record]) -> list[Answer]:
     return answers
 
 
-def _record_one(session: Session, batch: _Batch, entry: Record, taken: dict[bytes, Taken]) -> Answer:
+def _record_one(batch: _Batch, entry: Record, taken: dict[bytes, Taken]) -> Answer:
     task, wait = batch.fenced(entry)
     if task is None:
         if wait is not None and wait.record_id == entry.record_id and wait.finished_by == entry.generation:
@@ -584,7 +584,7 @@ def _record_one(session: Session, batch: _Batch, entry: Record, taken: dict[byte
     if entry.identity is not None:
         identity, content = _bytes(entry.identity), _bytes(entry.content)
         assert identity is not None and content is not None
-        key = key_of(session, taken, identity, content)
+        key = key_of(batch.session, taken, identity, content)
         known = taken.get(key)
         if known is not None and known.record_id != entry.record_id and known.set_aside is None:
             return Answer(Status.TAKEN, known.wait)
