@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone, tzinfo
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from airflow.sdk.bases.decorator import get_unique_task_id
@@ -282,10 +282,15 @@ class WaitForEventOperator(BaseOperator):
         """The default as a trigger is told it: a list of one item, or empty for none."""
         if not self.has_default:
             return []
-        return [serde.localized(serde.simple(self.default), Wait("", "", "", timezone=timezone_name(self)).tz)]
+        return [serde.localized(serde.simple(self.default), self._zone)]
+
+    @property
+    def _zone(self) -> tzinfo:
+        """The DAG's time zone, in which naive moments are."""
+        return Wait("", "", "", timezone=timezone_name(self)).tz
 
     def _trigger_arguments(self) -> dict[str, Any]:
-        zone = Wait("", "", "", timezone=timezone_name(self)).tz
+        zone = self._zone
         return {
             "listener": reference.refer(self.listener),
             "listener_args": serde.localized(serde.simple(self.listener_args), zone),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions.xcom_arg import XComArg
 from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException
-from airflow_events.listeners.base import EventListener, Wait, check_arguments, check_listener
+from airflow_events.listeners.base import EventListener, check_arguments, check_listener
 from airflow_events.listeners.support import serde
 from airflow_events.operators.placement import resolves_at_run_time
 from airflow_events.operators.wait_for_event import (
@@ -17,7 +17,6 @@ from airflow_events.operators.wait_for_event import (
     OfTask,
     WaitForEventOperator,
     check_names,
-    timezone_name,
 )
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls, packed
@@ -132,7 +131,7 @@ class WaitForEventsOperator(WaitForEventOperator):
     @property
     def _calls(self) -> Calls:
         if self._made is None or self._made[0] is not self.arguments:
-            zone = Wait("", "", "", timezone=timezone_name(self)).tz
+            zone = self._zone
             arguments = serde.localized(serde.simple(_listed(self.arguments)), zone)
             assert isinstance(self.listener_kwargs, Mapping), "rendered by now"
             calls = Calls(arguments, serde.localized(serde.simple(dict(self.listener_kwargs)), zone))

@@ -22,7 +22,6 @@ import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time, timedelta
 from typing import Any
 
 import greenback
@@ -30,6 +29,7 @@ from airflow_events import metrics
 from airflow_events.errors import CommitFailed, EventLost, EventUndecodable
 from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status, Told
 from airflow_events.listeners.base import EventListener, Wait
+from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.commit import acknowledge, inherit_portal, recorded, release, tags
 from airflow_events.listeners.support.shared import background, woken
 from airflow_events.triggers import reference
@@ -403,8 +403,5 @@ def shapes(value: Any) -> Any:
         return sorted((shapes(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
     if isinstance(value, (list, tuple)):
         return [shapes(item) for item in value]
-    if isinstance(value, (date, time)):  # a datetime is a date
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
+    value = serde.as_json_has_it(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

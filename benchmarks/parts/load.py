@@ -38,12 +38,13 @@ class Clients:
 
 
 _READ = Clients(READERS, "/events/api/waits?stage=open&limit=50", LOOKS)
+_SEND = "/events/keys/"
 LOADS: dict[str, list[Clients]] = {
     "none": [],
     "peer": [Clients(READERS, "/api/v2/dags/~/dagRuns?limit=50", LOOKS)],
     "readers": [_READ],
-    "seldom": [_READ, Clients(SENDERS, "/events/keys/{}", SELDOM)],
-    "often": [_READ, Clients(SENDERS, "/events/keys/{}", OFTEN)],
+    "seldom": [_READ, Clients(SENDERS, _SEND, SELDOM)],
+    "often": [_READ, Clients(SENDERS, _SEND, OFTEN)],
 }
 NAMES = {
     "none": "nobody else",
@@ -73,7 +74,7 @@ def load(stage: Stage) -> Rows:
     found: Rows = []
     for name, clients in LOADS.items():
         # A part of the keys is waited for; whatever comes to the others is kept.
-        sends = name in ("seldom", "often")
+        sends = any(each.path == _SEND for each in clients)
         mine = [keys.pop() for _ in range(min(len(keys), count // IN_RUN // 2))] if sends else []
         with _others(airflow, clients, mine) as answers:
             times = _times(airflow, beat)
@@ -137,9 +138,9 @@ async def _ask_until_told(url: str, token: str, clients: list[Clients], keys: li
         await asyncio.sleep(first)
         while True:
             try:
-                if "{}" in path:
+                if path == _SEND:
                     key = keys.pop() if keys else f"nobody-{next(others)}"
-                    answer = await client.post(path.format(key), json={"order": 1})
+                    answer = await client.post(f"{path}{key}", json={"order": 1})
                 else:
                     answer = await client.get(path)
                 answers[str(answer.status_code)] += 1

@@ -231,7 +231,7 @@ def _client(name: str, conf: dict[str, Any]) -> Any:
         except SchemaRegistryError as error:
             if error.http_status_code in (401, 403):
                 raise SourceMisconfigured(f"{name} refuses its user: authentication failed: {error}") from error
-            # Of an id that is none, or that it knows no ids of that kind, a registry may say a bare 404, too.
+            # Of an invalid id, or a kind of ids that it does not know, a registry may say a bare 404, too.
             if error.error_code in _UNKNOWN or (error.http_status_code == 404 and is_there()):
                 raise
             raise BrokerUnavailable(f"{name} does not answer as it should: {error}") from error

@@ -227,15 +227,14 @@ def _startup_nodes(found: Connection, told: dict[str, Any]) -> list[Endpoint]:
     if isinstance(nodes, str):
         return hosts(found, nodes)
     try:
-        texts = [node if isinstance(node, str) else _at(node["host"], node.get("port", _PORT)) for node in nodes]
+        texts = [
+            node if isinstance(node, str) else Endpoint("", node["host"], None).address(node.get("port", _PORT))
+            for node in nodes
+        ]
     except (AttributeError, KeyError, TypeError):
         wanted = "'host:port,host:port', or a list of such texts or of {'host': …, 'port': …}"
         raise misconfigured(found, f"has the extra startup_nodes={nodes!r}, where {wanted} is needed") from None
     return hosts(found, ",".join(texts))
-
-
-def _at(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _database(found: Connection, told: dict[str, Any]) -> int:

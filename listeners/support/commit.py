@@ -56,12 +56,8 @@ async def commit(
         except SystemExit as error:  # which would end the triggerer
             raise RuntimeError(f"event_checkpointed called sys.exit({error.code!r})") from None
 
-    attempts_made = 0
-
     async def once() -> None:
-        nonlocal attempts_made
-        attempts_made += 1
-        if check is not None and attempts_made > 1:
+        if check is not None and attempts.statistics["attempt_number"] > 1:
             await check()
         # In a task of its own, so that what the listener awaits, and is cancelled, is no cancellation of this.
         task = asyncio.ensure_future(checkpoint())

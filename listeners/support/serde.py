@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta, timezone, tzinfo
+from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from enum import Enum
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -203,6 +203,13 @@ def simple(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, range, list, tuple)):
         return [simple(item) for item in value]
     return value
+
+
+def as_json_has_it(value: Any) -> Any:
+    """Return a date, a time or a datetime in ISO 8601, and a timedelta in seconds; anything else as it is."""
+    if isinstance(value, (date, time)):  # a datetime is a date
+        return value.isoformat()
+    return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 def classes(value: Any) -> Iterator[tuple[str, type[Any]]]:

@@ -268,7 +268,7 @@ def _trigger(ti: TaskInstance, row: EventWait | None) -> dict[str, Any] | None:
 
 def _wants(operator: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:
     """
-    Return what a wait says of itself, or None if it is none.
+    Return what a wait says of itself; None of another task.
 
     Whatever it is made of, once it has begun its trigger has the arguments as they are.
     """

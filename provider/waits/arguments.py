@@ -66,19 +66,23 @@ def read(encrypted_kwargs: str, *, in_full: bool = True) -> Arguments | None:
 
 
 def _of_many(listener: str, told: dict[str, Any], in_full: bool) -> Arguments:
-    call = told.get("shown") or f"{listener}, {told['count']:,} times"
-    if in_full and not told.get("shown"):
-        calls = Calls.decode(told["calls"])
-        arguments, common = masked(calls.arguments[:_MOST_SHOWN], redact), masked(dict(calls.common), redact)
-        call = f"{call}, the first of them {Calls(arguments, common).describe(listener, others=False)}"
     return Arguments(
         listener=listener,
-        call=call,
+        call=told.get("shown") or _call_of_many(listener, told, in_full),
         deadline=utc(told.get("deadline")),
         timeout=told.get("timeout"),
         on_worker_because=why_on_worker(told.get("finish_on_worker")),
         wanted=told.get("first") or told["count"],
     )
+
+
+def _call_of_many(listener: str, told: dict[str, Any], in_full: bool) -> str:
+    call = f"{listener}, {told['count']:,} times"
+    if not in_full:
+        return call
+    calls = Calls.decode(told["calls"])
+    arguments, common = masked(calls.arguments[:_MOST_SHOWN], redact), masked(dict(calls.common), redact)
+    return f"{call}, the first of them {Calls(arguments, common).describe(listener, others=False)}"
 
 
 def kwargs_of(encrypted: str) -> Any:
