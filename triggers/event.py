@@ -52,10 +52,17 @@ from airflow_events.inbox.entries import (
 )
 from airflow_events.listeners.base import EventListener, Wait, commits, describe, releases, working_for
 from airflow_events.listeners.support import serde
-from airflow_events.listeners.support.commit import Superseded, acknowledge, delivered, recorded, release, tags
+from airflow_events.listeners.support.commit import (
+    Superseded,
+    acknowledge,
+    delivered,
+    recorded,
+    release,
+    release_later,
+    tags,
+)
 from airflow_events.listeners.support.masking import masked, masked_call
 from airflow_events.listeners.support.queue import QueueListener
-from airflow_events.listeners.support.shared import background
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
@@ -76,10 +83,8 @@ GRACE = 300.0
 # Seconds. What comes before them is waited for here: it is over before Airflow has seen that a wait is parked.
 _SOON = 5.0
 
-# Seconds for which an event that another wait has is acknowledged in its place; and those after which it is given
-# back if its source does not take that, to be tried once more.
+# Seconds for which an event that another wait has is acknowledged in its place.
 _LONGEST_TO_SETTLE = 10.0
-_SETTLED_AGAIN_AFTER = 300.0
 
 # Clocks that are no further apart are taken to agree, but for the time that an answer takes.
 _CLOCKS_APART = timedelta(seconds=2)
@@ -456,7 +461,13 @@ class EventTrigger(BaseTrigger):
         # Should this be cancelled meanwhile, `on_kill` finds out what became of it.
         self._recording = asyncio.ensure_future(Inbox.of_loop().ask(entry))
         try:
-            answer = await asyncio.shield(self._recording)
+            answer = await answer_to_record(listener, wait, event, self._recording)
+        except EventUndecodable as error:
+            self._recording = self._poll = None
+            release_later(listener, wait, event, self.listener_args, self.listener_kwargs)
+            if await fails_for(error, self._scope(listener), self._ask, self._entry):
+                raise
+            return False
         except Exception:
             self._recording = None
             await self._give_back(listener, wait, event)
@@ -486,7 +497,7 @@ class EventTrigger(BaseTrigger):
 
     async def _give_back(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
         """Give back an event that is not recorded; one without an id may be held for the wait, and is kept."""
-        if listener().event_id(event) is None:
+        if id_of(listener, wait, event) is None:
             self._left_over.append(event)  # should the wait be this trigger's again
         else:
             await self._release(listener, wait, event)
@@ -674,7 +685,7 @@ class EventTrigger(BaseTrigger):
     async def _let_go_of_recorded(self, listener: type[EventListener], wait: Wait) -> None:
         """Have an event delivered again that is recorded and not acknowledged: by its id it is known then."""
         event = None if self._poll is None else self._poll.event
-        if event is not None and commits(listener) and listener().event_id(event) is not None:
+        if event is not None and commits(listener) and id_of(listener, wait, event) is not None:
             await self._release(listener, wait, event)
 
     async def _release(self, listener: type[EventListener], wait: Wait, event: Any) -> None:
@@ -805,6 +816,39 @@ def recording(listener: type[EventListener], scope: str, wait: Wait, event: Any)
     }
 
 
+async def answer_to_record(
+    listener: type[EventListener], wait: Wait, event: Any, asked: asyncio.Future[Answer]
+) -> Answer:
+    """
+    Return the answer to the `Record` of an event; what was asked goes on if this is cancelled.
+
+    :raises EventUndecodable: no wait can record the event, since it is larger than the API server or its database
+        takes, say; it has an id, and must not stop its queue.
+    :raises InboxRefused: likewise, of an event that has none.
+    """
+    try:
+        answer = await asyncio.shield(asked)
+        if answer.status != Status.INVALID:
+            return answer
+        reason, refused = answer.message, None
+    except InboxRefused as error:
+        reason, refused = str(error), error
+    event_id = id_of(listener, wait, event) if commits(listener) else None
+    if event_id is not None:
+        undecodable = EventUndecodable(event_id, "storable", reason, b"")
+        undecodable.event_id = event_id
+        raise undecodable
+    if refused is not None:
+        raise refused
+    return answer
+
+
+def id_of(listener: type[EventListener], wait: Wait, event: Any) -> str | None:
+    """Return what tells an event from every other; None if nothing does."""
+    with working_for(wait):
+        return listener().event_id(event)
+
+
 def identity(scope: str, event_id: str) -> str:
     """Return the digest under which the inbox knows an event, in hex; it is frozen."""
     return _digest([scope, event_id])
@@ -855,17 +899,10 @@ async def settle(
         return
     except CommitFailed as failed:  # this wait waits on for one of its own
         log.warning("It cannot be acknowledged now, and will be delivered once more: %s", failed)
-        background(_release_later(listener, wait, event, arguments), f"giving back what {wait.id} was given")
+        release_later(listener, wait, event, *arguments)
         return
     if is_confirmed:
         await ask(Settle(entry.ti, identity=entry.identity or "", content=entry.content))
-
-
-async def _release_later(
-    listener: type[EventListener], wait: Wait, event: Any, arguments: tuple[Any, Any]
-) -> None:
-    await asyncio.sleep(_SETTLED_AGAIN_AFTER)
-    await release(listener, wait, event, *arguments)
 
 
 def _knows_by_id(listener: type[EventListener]) -> bool:

@@ -32,11 +32,18 @@ from airflow_events.inbox.entries import (
 from airflow_events.listeners.base import EventListener, Wait, commits, foresees, releases, working_for
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.clock import Clock
-from airflow_events.listeners.support.commit import acknowledge, inherit_portal, recorded, release, tags
+from airflow_events.listeners.support.commit import (
+    acknowledge,
+    inherit_portal,
+    recorded,
+    release,
+    release_later,
+    tags,
+)
 from airflow_events.listeners.support.queue import InHand
 from airflow_events.listeners.support.turns import Turns
 from airflow_events.triggers.calls import Calls
-from airflow_events.triggers.event import checked, fails_for, recording, settle
+from airflow_events.triggers.event import answer_to_record, checked, fails_for, id_of, recording, settle
 from airflow_events.triggers.polling import BeginAgain, blocking_threshold, foreseen_by, poll_once
 
 log = logging.getLogger(__name__)
@@ -275,10 +282,11 @@ class Gathering:
             for index, answer in zip(self._asked, answers, strict=True)
             if isinstance(answer, Answer) and answer.status in has
         }
-        held = self.missing if ended else [index for index in self._polled if self._has_id(index)]
+        of_polled = {index: event for index, (event, _) in self._polled.items()}
+        held = self.missing if ended else self._with_id(of_polled)
         left = [index for index in held if index not in settled | self._uncommitted.keys()]
         # What is recorded stays its place's; delivered again, to whoever waits, it is acknowledged.
-        known = {index: of.event for index, of in self._uncommitted.items() if self._id_of(of.event) is not None}
+        known = self._with_id({index: of.event for index, of in self._uncommitted.items()})
         todo = iter([*left, *known])
 
         async def some() -> None:
@@ -298,11 +306,13 @@ class Gathering:
                 _LONGEST_RELEASE,
             )
 
-    def _has_id(self, index: int) -> bool:
-        return self._id_of(self._polled[index][0]) is not None
-
-    def _id_of(self, event: Any) -> str | None:
-        return self.listener().event_id(event)
+    def _with_id(self, events: dict[int, Any]) -> dict[int, Any]:
+        """Return those that are told from every other, by their places."""
+        return {
+            index: event
+            for index, event in events.items()
+            if id_of(self.listener, self._wait_of(index), event) is not None
+        }
 
     def _wait_of(self, index: int) -> Wait:
         return dataclasses.replace(self.wait, index=index, after=self._lost.get(index, ""))
@@ -327,8 +337,7 @@ class Gathering:
                     with working_for(self._wait_of(index)):
                         event = await self._poll(index)
                 except EventUndecodable as error:
-                    entry = functools.partial(self._entry, place=index)
-                    if await fails_for(error, self._held.scope, self._held.ask, entry):
+                    if await self._fails_for(index, error):
                         raise
                     continue
                 self._polled[index] = event, time.time()
@@ -382,7 +391,14 @@ class Gathering:
         )
         # Should this be cancelled meanwhile, `release` finds out what became of it.
         asked = self._asked[index] = asyncio.ensure_future(self._held.ask(entry))
-        answer = checked(entry, await asyncio.shield(asked))
+        try:
+            answer = checked(entry, await answer_to_record(self.listener, wait, event, asked))
+        except EventUndecodable as error:
+            del self._asked[index], self._polled[index]
+            release_later(self.listener, wait, event, *self.calls.of(index))
+            if await self._fails_for(index, error):
+                raise
+            return False
         del self._asked[index]
         if answer.status == Status.TAKEN:
             await settle(self.listener, wait, event, self.calls.of(index), entry, answer, self._held.ask)
@@ -397,6 +413,11 @@ class Gathering:
             self._uncommitted[index] = _Recorded(record_id, event, wait.after)
         del self._polled[index]
         return True
+
+    async def _fails_for(self, index: int, error: EventUndecodable) -> bool:
+        """As `fails_for` says."""
+        entry = functools.partial(self._entry, place=index)
+        return await fails_for(error, self._held.scope, self._held.ask, entry)
 
     async def _lose(self, place: Place) -> None:
         """Give up an event that had nothing to commit, and was recorded for other arguments."""

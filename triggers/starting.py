@@ -30,7 +30,14 @@ from airflow_events.errors import CommitFailed, EventLost, EventUndecodable
 from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status, Told
 from airflow_events.listeners.base import EventListener, Wait
 from airflow_events.listeners.support import serde
-from airflow_events.listeners.support.commit import acknowledge, inherit_portal, recorded, release, tags
+from airflow_events.listeners.support.commit import (
+    acknowledge,
+    inherit_portal,
+    recorded,
+    release,
+    release_later,
+    tags,
+)
 from airflow_events.listeners.support.shared import background, woken
 from airflow_events.triggers import reference
 from airflow_events.triggers.event import recording
@@ -291,6 +298,11 @@ class Starts:
         self.wanting -= 1
         if key is not None and answer.status in (Status.BUSY, Status.FULL):
             return False
+        if answer.status in (Status.REJECTED, Status.INVALID) and len(held) > 1:  # it may be for one of them
+            for some in (held[: len(held) // 2], held[len(held) // 2 :]):
+                self.wanting += 1
+                await self._taken(listener, some, key)
+            return True
         await self._end(listener, held, told, answer)
         return True
 
@@ -314,12 +326,17 @@ class Starts:
                 *(self._acknowledge(listener, one, of) for one, of in zip(held, told, strict=True))
             )
             return
-        if answer.status == Status.REJECTED:  # they stay at their source, and others go on
-            log.error("%s: left at their source, as no run can have them: %s", self._name(), answer.message)
+        if answer.status not in (Status.REJECTED, Status.INVALID):
+            self._let_go(listener, held)
             return
-        if answer.status == Status.INVALID:
-            self._has_failed(RuntimeError(f"given back, as nothing can be made of them: {answer.message}"))
-        self._let_go(listener, held)
+        # Others go on, though not at once: it may be for what all of them have.
+        log.error(
+            "%s: one stays at its source, and is tried again in some minutes, as no run can have it: %s",
+            self._name(),
+            answer.message,
+        )
+        self._pause_for_failure()
+        self._let_go_later(listener, held)
 
     def _told(self, listener: type[EventListener], held: Held) -> Told:
         told = recording(listener, reference.scope(self._what.reference, listener), held.wait, held.event)
@@ -341,7 +358,7 @@ class Starts:
                 self._name(),
                 failed,
             )
-            self._let_go(listener, [held])
+            self._let_go_later(listener, [held])
             return
         metrics.count(metrics.COMMITTED, **tags(listener, held.wait))
         if is_confirmed and told is not None and told.identity:
@@ -356,6 +373,10 @@ class Starts:
                 await release(listener, one.wait, one.event, self._what.args, self._what.kwargs)
 
         background(give_back(), f"giving back of {self._name()}")
+
+    def _let_go_later(self, listener: type[EventListener], held: Sequence[Held]) -> None:
+        for one in held:
+            release_later(listener, one.wait, one.event, self._what.args, self._what.kwargs)
 
     async def _cannot_read(self, error: EventUndecodable) -> None:
         """Say so once; the source keeps the message, and others go on."""
@@ -372,10 +393,14 @@ class Starts:
         """Pause, longer each time, and say why, once for all that failed together."""
         if self._fails:
             return
-        pause = min(_FIRST_PAUSE * 2 ** min(self._failures, 10), _LONGEST_PAUSE)
-        self._failures += 1
-        self._fails_until = self._now() + pause
-        log.error("%s: tried again in %.0f s", self._name(), pause, exc_info=error)
+        self._pause_for_failure()
+        log.error("%s: tried again in %.0f s", self._name(), self._fails_until - self._now(), exc_info=error)
+
+    def _pause_for_failure(self) -> None:
+        if not self._fails:
+            pause = min(_FIRST_PAUSE * 2 ** min(self._failures, 10), _LONGEST_PAUSE)
+            self._failures += 1
+            self._fails_until = self._now() + pause
 
     @property
     def _fails(self) -> bool:

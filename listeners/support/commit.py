@@ -11,6 +11,7 @@ import greenback
 from airflow_events import metrics, settings
 from airflow_events.errors import AtRedelivery, CommitFailed, EventLost
 from airflow_events.listeners.base import EventListener, Wait, releases, working_for
+from airflow_events.listeners.support.shared import background
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
 
@@ -25,6 +26,8 @@ class Superseded(Exception):
 _ANSWERS = (AtRedelivery, EventLost, Superseded)
 # Seconds that a commit which takes too long has to end.
 _LONGEST_GOODBYE = 5.0
+# Seconds after which an event is given back that nothing can be done with now.
+_LATER = 300.0
 
 
 async def commit(
@@ -156,6 +159,18 @@ async def inherit_portal(has_portal: bool) -> None:
     """
     if has_portal:
         await greenback.ensure_portal()
+
+
+def release_later(listener: type[EventListener], wait: Wait, event: Any, args: Any, kwargs: Any) -> None:
+    """Give back, five minutes from now, an event that nothing can be done with: others get what is behind it."""
+
+    async def wait_and_release() -> None:
+        await inherit_portal(has_portal)
+        await asyncio.sleep(_LATER)
+        await release(listener, wait, event, args, kwargs)
+
+    has_portal = greenback.has_portal()
+    background(wait_and_release(), f"giving back later what {wait.id} was given")
 
 
 async def release(listener: type[EventListener], wait: Wait, event: Any | None, args: Any, kwargs: Any) -> None:

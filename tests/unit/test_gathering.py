@@ -39,6 +39,7 @@ from airflow_events.inbox.entries import (
     Lose,
     Places,
     Record,
+    Status,
     answer_of,
     as_json,
     entry_of,
@@ -635,6 +636,39 @@ async def test_for_what_cannot_be_read_one_try_fails_and_the_next_passes_over_it
     assert await ended(airflow, ti, airflow.trigger(ti, Poisoned, [[]])) == "success"
     assert airflow.value(ti) == ["good"]
     assert [row.set_aside is not None for row in _taken(airflow)].count(True) == 1
+
+
+class InHand(Queue):
+    """What it has delivered, it delivers again only when it is given back."""
+
+    async def poll_for_event(self, *_):
+        event = await super().poll_for_event()
+        type(self).sent.remove(event)
+        return event
+
+    async def event_checkpointed(self, event):
+        self.commits.append(event)
+
+
+async def test_for_what_cannot_be_recorded_one_try_fails_and_the_next_passes_over_it(airflow, monkeypatch):
+    async def ask(inbox, entry):
+        if isinstance(entry, Record) and "bad" in entry.event:
+            return Answer(Status.INVALID, "it is longer than max_allowed_packet")
+        return await known(inbox, entry)
+
+    known = Inbox.ask
+    monkeypatch.setattr(Inbox, "ask", ask)
+    InHand.reset()
+    InHand.served = {}
+    InHand.sent += ["bad", "good"]
+    ti = airflow.deferred()
+    with pytest.raises(EventUndecodable, match="bad is not storable: it is longer"):
+        await ended(airflow, ti, airflow.trigger(ti, InHand, [[]]))
+    InHand.sent.insert(0, "bad")  # as of another triggerer
+    InHand.served = {}
+    ti = airflow.again(ti)
+    assert await ended(airflow, ti, airflow.trigger(ti, InHand, [[]])) == "success"
+    assert airflow.value(ti) == ["good"]
 
 
 class Unfinished(Queue):

@@ -16,6 +16,7 @@ from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, St
 from airflow_events.listeners.base import current_wait
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
+from airflow_events.listeners.support import commit
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.triggers import starting
 from airflow_events.triggers.inbox import Inbox
@@ -138,6 +139,7 @@ class Room:
     def __init__(self):
         self.room, self.answers, self.asked, self.looks = 0, {}, [], 0
         self.settled, self.entries = [], []
+        self.poison = {}  # what is answered to whatever has a file of that name
         self.of_room = Status.DONE
         self.hold = None  # until when answers are held back
 
@@ -155,6 +157,7 @@ class Room:
         if self.hold is not None:
             await self.hold.wait()
         status = self.answers.get(names[0], Status.DONE)
+        status = next((self.poison[name] for name in names if name in self.poison), status)
         self.room -= status == Status.DONE
         return Answer(status, "why", room=self.room, dags=("order",))
 
@@ -260,7 +263,7 @@ async def test_what_is_taken_already_is_acknowledged(inbox, drops, trigger):
     assert archived(drops) == ["a"]
 
 
-@pytest.mark.parametrize("status", [Status.FULL, Status.INVALID, Status.OUTLIVED])
+@pytest.mark.parametrize("status", [Status.FULL, Status.OUTLIVED])
 async def test_what_is_not_taken_is_given_back_and_comes_again(inbox, drops, trigger, status):
     inbox.room = 10
     inbox.answers["a"] = status
@@ -283,14 +286,39 @@ async def test_a_trigger_that_is_nobodys_for_a_while_leaves(inbox, running, monk
     await until(one.cancelled)
 
 
-async def test_what_the_params_refuse_stays_and_others_go_on(inbox, drops, trigger):
+@pytest.mark.parametrize("status", [Status.REJECTED, Status.INVALID])
+async def test_what_no_run_can_have_stays_and_others_go_on(inbox, drops, trigger, monkeypatch, status):
+    """Its params refuse it, or the database does; some while later that may be mended."""
+    monkeypatch.setattr(commit, "_LATER", 2.0)
     inbox.room = 10
-    inbox.answers["a"] = Status.REJECTED
+    inbox.answers["a"] = status
     drop(drops, "a")
     await until(lambda: "a" in inbox.asked)
     drop(drops, "b")
     await until(lambda: archived(drops) == ["b"])
     assert (drops / "a").exists() and inbox.asked.count("a") == 1
+    inbox.answers.clear()
+    await until(lambda: archived(drops) == ["a", "b"])
+
+
+async def test_what_cannot_be_acknowledged_is_in_nobodys_way(inbox, drops, trigger, monkeypatch):
+    """A message whose deletion its source refuses must not take the place of those behind it again and again."""
+
+    async def fails(self, event):
+        if event["name"] == "a":
+            failures.append(event)
+            raise OSError("its source refuses it")
+        await checkpointed(self, event)
+
+    failures, checkpointed = [], DirectoryListener.event_checkpointed
+    monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "0.1")
+    monkeypatch.setattr(DirectoryListener, "event_checkpointed", fails)
+    inbox.room = 10
+    drop(drops, "a")
+    await until(lambda: failures)
+    drop(drops, "b")
+    await until(lambda: archived(drops) == ["b"])
+    assert inbox.asked.count("a") == 1
 
 
 async def test_what_has_begun_goes_on_when_the_trigger_is_cancelled(inbox, drops, trigger):
@@ -329,6 +357,16 @@ async def test_what_does_not_match_is_acknowledged_and_starts_nothing(inbox, dro
     assert inbox.asked == ["a.csv"]
     await until(lambda: len(inbox.settled) == 1)
     assert inbox.settled == [inbox.entries[0].events[0].identity]
+
+
+@pytest.mark.parametrize("status", [Status.REJECTED, Status.INVALID])
+async def test_one_that_no_run_can_have_keeps_no_others_of_its_batch(inbox, drops, running, status):
+    inbox.room = 10
+    batches(running, batch=4)
+    inbox.poison = {"c": status}
+    drop(drops, "a", "b", "c", "d")
+    await until(lambda: archived(drops) == ["a", "b", "d"])
+    assert (drops / "c").exists() and {len(names) for names in inbox.asked} == {4, 2, 1}
 
 
 async def test_a_batch_is_of_what_matches(inbox, drops, running):

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import greenback
 import pytest
 from airflow.models.trigger import Trigger
-from airflow_events.errors import ListenerUnavailable
+from airflow_events.errors import EventUndecodable, InboxRefused, ListenerUnavailable
 from airflow_events.inbox import transactions
 from airflow_events.inbox.entries import Answer, Record, Status
 from airflow_events.inbox.models import EventHost, EventWait
 from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.support import commit
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
 from airflow_events.triggers.host import HostTrigger
@@ -253,18 +254,24 @@ async def test_what_is_recorded_and_cannot_be_committed_is_given_back_as_the_try
         await until(lambda: len(Queue.released) == 1)
 
 
+@pytest.mark.parametrize("by", ["the database", "the API server"])
 @pytest.mark.parametrize("hosted", [True, False])
-async def test_an_event_that_the_inbox_cannot_record_fails_the_try(queues, monkeypatch, hosted):
-    """One that is longer than the database takes, say; asked for ever, it would stop the queue."""
+async def test_an_event_that_the_inbox_cannot_record_fails_one_try_and_is_left_aside(
+    queues, monkeypatch, hosted, by
+):
+    """One that is longer than the database takes, say; asked for ever, or by each, it would stop the queue."""
     ask, asked = queues.waits.ask, []
 
     async def refusing(entry):
         if isinstance(entry, Record):
             asked.append(entry)
+            if by == "the API server":
+                raise InboxRefused("record", "413, and max_allowed_packet does not matter")
             return Answer(Status.INVALID, "it is longer than max_allowed_packet")
         return await ask(entry)
 
     monkeypatch.setattr(queues.waits, "ask", refusing)
+    monkeypatch.setattr(commit, "_LATER", 0.5)
     if hosted:
         ti = await queues.wait("q")
         async with queues.running():
@@ -275,10 +282,33 @@ async def test_an_event_that_the_inbox_cannot_record_fails_the_try(queues, monke
         trigger = queues.waits.trigger(
             queues.waits.deferred(**queues._trigger()), listener="m:Queue", listener_args=["q"]
         )
-        with pytest.raises(RuntimeError, match="could not carry out 'record': it is longer"):
+        with pytest.raises(EventUndecodable, match=r"not storable: .*max_allowed_packet"):
             await anext(trigger.run())
+    assert not Queue.released
     await until(lambda: len(Queue.released) == 1)
     assert len(asked) == 1
+
+
+async def test_another_wait_passes_over_what_one_has_failed_for(queues, monkeypatch):
+    """It is given the same message, which another triggerer had in hand; and then one that can be recorded."""
+    ask = queues.waits.ask
+
+    async def refusing(entry):
+        if isinstance(entry, Record) and "poison" in entry.event:
+            return Answer(Status.INVALID, "it is longer than max_allowed_packet")
+        return await ask(entry)
+
+    async def poll(self, queue):
+        return {"id": next(ids)}
+
+    ids = iter(["poison", "poison", "good"])
+    monkeypatch.setattr(queues.waits, "ask", refusing)
+    monkeypatch.setattr(Queue, "poll_for_event", poll)
+    first, second = await queues.wait("q"), await queues.wait("q")
+    async with queues.running():
+        await until(lambda: Queue.committed == ["good"])
+        await until(lambda: sum(queues.waits.state(ti).next_method == "__fail__" for ti in (first, second)) == 1)
+    assert sorted(map(str, phases(queues, first, second))) == ["None", "committed"]
 
 
 @pytest.fixture
