@@ -21,6 +21,7 @@ from airflow_events import inbox_token, settings
 from airflow_events.api.requests import parse, read
 from airflow_events.errors import InboxKeyMissing, InboxTokenRefused
 from airflow_events.inbox.carrying_out import carry_out_each
+from airflow_events.inbox.database import lacks_tables
 from airflow_events.inbox.entries import Entry, as_json, entry_of
 from airflow_events.provider_info import VERSION
 from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, status
@@ -40,9 +41,6 @@ _LONGEST_TURN = 25.0  # seconds until a batch is begun; who asks gives up soon a
 
 _threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="airflow-events-inbox")
 _room = threading.BoundedSemaphore(_AT_ONCE + _WAITING)
-
-# How PostgreSQL and MySQL say that a table or a column is not there.
-_UNDEFINED = frozenset({"42P01", "42703", 1146, 1054})
 
 
 async def asker(authorization: Annotated[str | None, Header()] = None) -> str:
@@ -82,7 +80,7 @@ def _answers(raw: bytes) -> bytes:
     try:
         answers = carry_out_each(entries)
     except DBAPIError as error:
-        if _lacks_tables(error):
+        if lacks_tables(error):
             log.error(
                 "The inbox lacks a table, or a column of one: `airflow db migrate` makes them", exc_info=error
             )
@@ -121,15 +119,6 @@ def _tables() -> str:
     with create_session(scoped=False) as session:
         manager = InboxDBManager(session)
         return manager.get_current_revision() or ""
-
-
-def _lacks_tables(error: DBAPIError) -> bool:
-    cause = error.orig
-    said = cause.args[0] if cause is not None and cause.args else None
-    codes = {getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None), said}
-    return bool(codes & _UNDEFINED) or str(said).startswith(
-        ("no such table", "no such column")
-    )  # as SQLite says it
 
 
 async def _in_turn(work: Callable[[], _T]) -> _T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -19,10 +20,12 @@ from airflow.utils.platform import getuser
 from airflow.utils.providers_configuration_loader import providers_configuration_loaded
 from airflow.utils.session import create_session
 from airflow_events import waits
+from airflow_events.inbox.database import in_transaction, lacks_tables
 from airflow_events.inbox.rotation import rotate
 from airflow_events.listeners.base import Wait
 from airflow_events.waits import Detail, Order, Stage, Summary
 from rich.markup import escape
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 _T = TypeVar("_T")
@@ -34,8 +37,30 @@ _LONGEST_CALL = 100
 """Characters of a call in a list for people; ``show`` has all of them."""
 
 
+def _in_one_line(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Let a command say in one line what is wrong with where it was typed, or with the database."""
+
+    @functools.wraps(command)
+    def run(args: argparse.Namespace) -> None:
+        try:
+            command(args)
+        except EOFError:
+            print("There is nobody to answer the question: give --yes", file=sys.stderr)
+            raise SystemExit(2) from None
+        except DBAPIError as error:
+            if lacks_tables(error):
+                raise SystemExit(
+                    "The inbox has no tables, or of another version: run `airflow db migrate`"
+                ) from None
+            reason = " ".join(str(error.orig).split())
+            raise SystemExit(f"Airflow's database does not carry it out: {reason}") from None
+
+    return run
+
+
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def list_waits(args: argparse.Namespace) -> None:
     """List the waits of a stage."""
     with create_session() as session:
@@ -61,6 +86,7 @@ def list_waits(args: argparse.Namespace) -> None:
 
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
 @providers_configuration_loaded
+@_in_one_line
 def rotate_fernet_key(args: argparse.Namespace) -> None:
     """Encrypt with the first Fernet key what waits without a trigger keep."""
     done = rotate()
@@ -71,6 +97,7 @@ def rotate_fernet_key(args: argparse.Namespace) -> None:
 
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def list_starts(args: argparse.Namespace) -> None:
     """List what starts runs."""
     with create_session() as session:
@@ -93,6 +120,7 @@ def list_starts(args: argparse.Namespace) -> None:
 
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def show_wait(args: argparse.Namespace) -> None:
     """Show one wait."""
     with create_session() as session:
@@ -108,6 +136,7 @@ def show_wait(args: argparse.Namespace) -> None:
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def forget_event(args: argparse.Namespace) -> None:
     """Forget the record of a wait, after a question."""
     question = f"Forget the event of {_name(args)}? A clear of the task then takes another event. [y/n]"
@@ -124,6 +153,7 @@ def forget_event(args: argparse.Namespace) -> None:
 
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def list_kept(args: argparse.Namespace) -> None:
     """List the events that are kept for waits that have not begun."""
     with create_session() as session:
@@ -150,6 +180,7 @@ def list_kept(args: argparse.Namespace) -> None:
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def drop_kept(args: argparse.Namespace) -> None:
     """Drop a kept event, after a question."""
     if not args.yes and not ask_yesno(f"Drop the kept event {args.event_id}? No wait gets it then. [y/n]"):
@@ -162,6 +193,7 @@ def drop_kept(args: argparse.Namespace) -> None:
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def send_event(args: argparse.Namespace) -> None:
     """Send an event to a wait."""
     from airflow_events.api import sending
@@ -189,6 +221,7 @@ def send_event(args: argparse.Namespace) -> None:
 @cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
+@_in_one_line
 def reject_wait(args: argparse.Namespace) -> None:
     """Fail a wait."""
     from airflow_events.api import sending
@@ -199,7 +232,6 @@ def reject_wait(args: argparse.Namespace) -> None:
 
 def _in_inbox(work: Callable[[Session], _T]) -> _T:
     from airflow_events.api.refusals import Refusal
-    from airflow_events.inbox.database import in_transaction
 
     try:
         return in_transaction(work)

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 # column.
 _VALUES_OF_MYSQL = (1153, 1264, 1267, 1292, 1366, 1406, 3140, 3141, 3151, 3157, 3854)
 
+# What PostgreSQL and MySQL say of a table, and of a column, that they do not know.
+_UNDEFINED = frozenset({"42P01", "42703", 1146, 1054})
+
 _T = TypeVar("_T")
 _LATER = "airflow_events.once_committed"
 
@@ -49,6 +52,14 @@ def is_of_a_value(error: DBAPIError) -> bool:
     cause = error.orig
     code = cause.args[0] if cause is not None and cause.args else None
     return isinstance(error, DataError) or code in _VALUES_OF_MYSQL
+
+
+def lacks_tables(error: DBAPIError) -> bool:
+    """Whether the database knows no such table, or no such column of one: it is not migrated."""
+    cause = error.orig
+    said = cause.args[0] if cause is not None and cause.args else None
+    codes = {getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None), said}
+    return bool(codes & _UNDEFINED) or str(said).startswith(("no such table", "no such column"))  # as SQLite says
 
 
 def once_committed(session: Session, work: Callable[[], object]) -> None:

@@ -13,6 +13,8 @@ from airflow_events.cli.definition import get_events_cli_commands
 from examples import of_examples
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
 [EVENTS] = get_events_cli_commands()
 COMMANDS = [command for command in EVENTS.subcommands if command.name != "doctor"]
@@ -62,7 +64,6 @@ def database(server):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AIRFLOW__DATABASE__CHECK_MIGRATIONS", "False")
         patch.setattr("sys.stdin", io.StringIO(""))
-        patch.setattr("airflow_events.cli.commands.ask_yesno", lambda question: False)
         server.waits.add("key")
         server.session.commit()
         yield
@@ -108,11 +109,33 @@ def test_what_is_wrong_is_said_in_a_line_with_exit_code_2(line, said):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_what_cannot_be_done_now_is_another_exit_code():
+@pytest.mark.parametrize("line", [["drop", "no-such"], ["forget", "shop", "run_1", "wait_1"]])
+def test_a_question_that_nobody_can_answer_is_said_so(line):
+    """In a pipe, or in cron."""
+    assert typed(["events", *line]) == (2, "There is nobody to answer the question: give --yes\n")
+
+
+def test_what_the_database_says_is_one_line(monkeypatch):
+    empty = create_engine("sqlite://")
+    monkeypatch.setattr("airflow_events.cli.commands.create_session", lambda: Session(empty))
+    code, error = typed(["events", "list"])
+    assert (code, error.strip()) == (
+        1, "The inbox has no tables, or of another version: run `airflow db migrate`"
+    )  # fmt: skip
+    unreachable = create_engine("sqlite:////no/such/folder/airflow.db")
+    monkeypatch.setattr("airflow_events.cli.commands.create_session", lambda: Session(unreachable))
+    code, error = typed(["events", "list"])
+    assert code == 1 and error.strip() == (
+        "Airflow's database does not carry it out: unable to open database file"
+    )  # fmt: skip
+
+
+def test_what_cannot_be_done_now_is_another_exit_code(monkeypatch):
     code, error = typed(["events", "send", "shop", "no", "such", "--payload", "1"])
     assert (code, error.strip()) == (1, "there is no task instance shop/no/such/-1")
     code, error = typed(["events", "drop", "no-such", "--yes"])
     assert (code, error.strip()) == (1, "no event no-such is kept: a wait may have it, or it has expired")
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     code, error = typed(["events", "drop", "no-such"])
     assert (code, error.strip()) == (1, "Nothing was dropped")
     code, error = typed(["events", "reject", "shop", "run_1", "wait_1", "--reason", " "])
