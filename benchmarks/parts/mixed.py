@@ -76,11 +76,24 @@ def mixed(stage: Stage) -> Rows:
     absent = [(next(turn).run_id, "watch") for _ in range(min(IN_ABSENCE, len(runs) // 4))]
     found["after_kill"] = _after_kill(stage, absent)
     rest = [(run.run_id, "watch") for run in turn][:AT_ONCE]
-    begin = datetime.now(timezone.utc)
-    _send(broker, rest)
-    found["at_once"] = _ends(stage, rest, begin)
-    print(found["at_once"][0], found["at_once"][-1], flush=True)
+    half = len(rest) // 2
+    # Of a paused DAG no task follows, whose process would take the cores that the waits end with.
+    found["at_once"] = _at_once(stage, rest[:half], paused=True)
+    found["followed"] = _at_once(stage, rest[half:], paused=False)
     return [found]
+
+
+def _at_once(stage: Stage, waits: Sequence[tuple[str, str]], *, paused: bool) -> dict[str, float]:
+    """Send a message to each of the waits; return how many they are, and when first, median and last had ended."""
+    airflow = stage.airflow
+    airflow.api("PATCH", f"/dags/mixed_{IN_RUN}", {"is_paused": paused})
+    settle()
+    begin = datetime.now(timezone.utc)
+    _send(stage.brokers[KAFKA[1]], waits)
+    ends = _ends(stage, waits, begin)
+    found = {"count": len(ends), "first": ends[0], "median": statistics.median(ends), "last": ends[-1]}
+    print(f"paused: {paused}", found, flush=True)
+    return found
 
 
 def _alone(stage: Stage, run: Any, task: str) -> list[float]:
@@ -155,7 +168,7 @@ def _count(stage: Stage, query: str) -> int:
 
 def table(rows: Rows) -> str:
     [row] = rows
-    count, at_once = row["waits"], row["at_once"]
+    count = row["waits"]
     to_success, to_queued = zip(*row["alone"], strict=True)
     http_success, http_queued = zip(*row["http"], strict=True)
     lines = [
@@ -175,8 +188,10 @@ def table(rows: Rows) -> str:
         "| the triggerer is killed, and one started, to which Airflow gives the dead one's triggers after 30 s: "
         f"the last of {len(row['after_kill'])} messages sent meanwhile has ended its wait, from the kill | "
         f"{row['after_kill'][-1]:.1f} s |",
-        f"| {len(at_once):,} messages at once, for a wait each: first, median, last success | {at_once[0]:.1f} s, "
-        f"{statistics.median(at_once):.1f} s, {at_once[-1]:.1f} s: {len(at_once) / at_once[-1]:.0f} a second |",
+        "| messages at once, for a wait each, with the DAG paused, so that no task follows: first, median, last "
+        f"success | {_burst(row['at_once'])} |",
+        "| as many more, each followed by a task in a process of its own, on the same cores | "
+        f"{_burst(row['followed'])} |",
     ]
     return "\n".join(
         [
@@ -185,6 +200,13 @@ def table(rows: Rows) -> str:
             f"One triggerer. Runs of a DAG with {IN_RUN} waits. PSS after a collection; at rest is over "
             f"{row['look']:g} s. Median (least to most) of {len(row['alone'])}, one after another.",
         ]
+    )
+
+
+def _burst(found: dict[str, float]) -> str:
+    return (
+        f"{found['count']:,} messages: {found['first']:.1f} s, {found['median']:.1f} s, {found['last']:.1f} s; "
+        f"{found['count'] / found['last']:,.0f} a second"
     )
 
 
