@@ -67,9 +67,9 @@ class GroupHub(QueueHub):
         with refusals(self._source):
             if self._require_persistence:
                 await _check_persistence(self._client, self._source)
-            with contextlib.suppress(exceptions.NoPermissionError):  # if it is there, nothing need be made
-                await self._make_group(self._start)
-        self._start = "0"  # whatever is added while it is gone is new
+            # If it is there, nothing need be made; and a server without memory lets what is there be read.
+            with contextlib.suppress(exceptions.NoPermissionError, exceptions.OutOfMemoryError):
+                await self._make_group()
 
     async def disconnect(self) -> None:
         if self._client is not None:
@@ -86,11 +86,12 @@ class GroupHub(QueueHub):
                 found: Any = await self.client.xreadgroup(
                     group, _CONSUMER, {stream: ">"}, count=self.wanted, block=BLOCK
                 )
+                self._start = "0"  # the group is there, and whatever is added while it is gone is new
             except exceptions.ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
-                # Stream or group were deleted: what has been added since is all new.
-                await self._make_group("0")
+                # Stream or group were deleted: what has been added since is all new. Or none could be made before.
+                await self._make_group()
                 return
         for _, entries in found or ():
             for entry, fields in entries:
@@ -132,12 +133,13 @@ class GroupHub(QueueHub):
                 self._source.stream, self._source.group, _CONSUMER, 0, entries, idle=idle, justid=True
             )
 
-    async def _make_group(self, start: str) -> None:
+    async def _make_group(self) -> None:
         try:
-            await self.client.xgroup_create(self._source.stream, self._source.group, start, mkstream=True)
+            await self.client.xgroup_create(self._source.stream, self._source.group, self._start, mkstream=True)
         except exceptions.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
+        self._start = "0"
 
 
 def _entries(deliveries: Mapping[str, Delivery]) -> list[Any]:

@@ -142,6 +142,20 @@ async def test_a_user_with_what_a_consumer_needs(broker, waits, monkeypatch):
     assert broker.unacknowledged() == 0
 
 
+async def test_a_server_without_memory_lets_its_entries_be_read(broker, waits):
+    """It refuses to make a group, which is there; reading and acknowledging is what frees its memory."""
+    broker.send("a")
+    with broker.client as client:
+        client.xgroup_create(broker.queue, "airflow", "0")
+        client.config_set("maxmemory", 1)
+    try:
+        await waits.commit(await soon(waits.poll()))
+    finally:
+        with broker.client as client:
+            client.config_set("maxmemory", 0)
+    assert broker.unacknowledged() == 0
+
+
 async def test_groups_are_independent_and_may_begin_at_the_end(broker, waits):
     broker.send("a")
     assert (await soon(waits.poll(1, group="one")))["value"] == "a"
