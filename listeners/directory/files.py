@@ -118,18 +118,28 @@ class Drops:
         See that the directory is there, and that files can be moved to the archive by a rename.
 
         :raises FileNotFoundError: it is not there.
-        :raises ValueError: the archive is on another file system.
+        :raises ValueError: the archive is on another file system, or nothing can be moved to it.
         """
         if not self.root.is_dir():
             raise FileNotFoundError(errno.ENOENT, "there is no such directory to watch", str(self.root))
         if self.archive is None:
             return
-        self.archive.mkdir(parents=True, exist_ok=True)
+        try:
+            self.archive.mkdir(parents=True, exist_ok=True)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"{self.archive}, where committed files are moved, cannot be made: {error.strerror}"
+            ) from error
         if self.archive.stat().st_dev != self.root.stat().st_dev:
             raise ValueError(
                 f"{self.archive} is on another file system than {self.root}; "
                 "a file can be moved there only by copying, which is not exactly once"
             )
+        for folder in (self.root, self.archive):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise ValueError(
+                    f"files cannot be moved to {self.archive}: this process may not write to {folder}"
+                )
 
     def path_of(self, name: str, identity: str) -> str | None:
         """Return where a file is once it is committed; None if it is deleted then."""

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import unicodedata
@@ -412,6 +413,24 @@ async def test_names_that_airflow_cannot_store_are_passed_over(drops):
     assert (await soon(task))["name"] == "good"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_a_directory_that_may_not_be_written_to_is_named():
+    """What was recorded could never be committed."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "archive").mkdir(mode=0o777)
+        root.chmod(0o755)
+        if not (child := os.fork()):
+            said = ""
+            try:
+                os.setuid(65534)
+                files.Drops(root, root / "archive").check()
+            except Exception as error:
+                said = str(error)
+            os._exit(0 if said.endswith(f"this process may not write to {root}") else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -420,6 +439,8 @@ async def test_names_that_airflow_cannot_store_are_passed_over(drops):
         ({"pattern": "a/*"}, "names in the directory itself, not 'a/\\*'"),
         ({"on_commit": "burn"}, "'archive' or 'delete', not 'burn'"),
         ({"archive": "/proc"}, "on another file system"),
+        ({"archive": "/etc/hostname"}, "where committed files are moved, cannot be made: File exists"),
+        ({"archive": "/etc/hostname/archive"}, "where committed files are moved, cannot be made: Not a directory"),
     ],
 )
 async def test_arguments_that_will_not_do_are_named(drops, kwargs, message):
