@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -663,10 +664,11 @@ class EventTrigger(BaseTrigger):
             return
         listener, wait = reference.load(self.listener), dataclasses.replace(Wait(**self.wait), after=self._after)
         if self._recording is not None:  # what is recorded stays the wait's, for a clear
-            answer = await self._recording
-            if answer.status in (Status.DONE, Status.TAKEN):
-                await self._let_go_of_recorded(listener, wait)
-                return
+            with contextlib.suppress(InboxRefused):  # it is larger than the API server takes, and given back
+                answer = await self._recording
+                if answer.status in (Status.DONE, Status.TAKEN):
+                    await self._let_go_of_recorded(listener, wait)
+                    return
         event = None
         if self._poll is not None:
             await self._poll.end()

@@ -289,6 +289,30 @@ async def test_an_event_that_the_inbox_cannot_record_fails_one_try_and_is_left_a
     assert len(asked) == 1
 
 
+async def test_what_the_api_server_refuses_after_the_trigger_was_cancelled_is_given_back(queues, monkeypatch):
+    asked, may_answer = [], asyncio.Event()
+    ask = queues.waits.ask
+
+    async def refusing(entry):
+        if not isinstance(entry, Record):
+            return await ask(entry)
+        asked.append(entry)
+        await may_answer.wait()
+        raise InboxRefused("record", "413")
+
+    monkeypatch.setattr(queues.waits, "ask", refusing)
+    monkeypatch.setattr(Queue, "hosted", False)
+    ti = queues.waits.deferred(**queues._trigger())
+    trigger = queues.waits.trigger(ti, listener="m:Queue", listener_args=["q"])
+    task = asyncio.ensure_future(anext(trigger.run()))
+    await until(lambda: asked)
+    task.cancel()
+    await asyncio.wait({task})
+    may_answer.set()
+    await trigger.on_kill()
+    assert len(Queue.released) == 1
+
+
 async def test_another_wait_passes_over_what_one_has_failed_for(queues, monkeypatch):
     """It is given the same message, which another triggerer had in hand; and then one that can be recorded."""
     ask = queues.waits.ask
