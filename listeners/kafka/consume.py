@@ -220,6 +220,9 @@ class GroupHub(QueueHub):
     async def _follow_up(self) -> None:
         while (group := self._group) is not None and (offsets := self._behind()):
             if await self._asker.do(group.commit, offsets):
+                # Another triggerer's may have come before, and been further on: whoever is last learns of it.
+                for name in {name for name, _ in offsets}:
+                    await self._exchange(name, {})
                 continue
             for name, number in offsets:
                 self._topics[name].partitions[number].told = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 
 import kafka_server
 import pytest
 from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
-from airflow_events.listeners.kafka import consume, watch
+from airflow_events.listeners.kafka import consume, group, watch
 from airflow_events.listeners.support.positions import Positions
 from broker import nothing, running, soon, until_told
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
@@ -433,6 +434,36 @@ async def test_each_triggerer_reads_everything_and_the_inbox_decides(broker, wai
     assert sorted(values) == list(range(count))
     for partition in range(3):
         await until_offset(broker, count // 3, partition)
+
+
+async def test_a_commit_that_comes_late_does_not_hide_what_another_triggerer_committed(
+    broker, waits, second, monkeypatch
+):
+    commit, held, release = group.Group.commit, threading.Event(), threading.Event()
+
+    def late(asked, offsets):
+        if not held.is_set():
+            held.set()
+            assert release.wait(30)
+        return commit(asked, offsets)
+
+    monkeypatch.setattr(group.Group, "commit", late)
+    first, other = waits.poll(), waits.poll(1, **second)
+    await asyncio.sleep(1)  # both hubs are there, and look at what is settled again after 10 s
+    broker.send("a")
+    await waits.commit(await soon(first))
+    assert await asyncio.to_thread(held.wait, 30)
+    broker.send("b")
+    event = await soon(other)
+    if event["value"] == "a":
+        await waits.commit(event, 1)
+        event = await soon(waits.poll(2, **second))
+    assert event["value"] == "b"
+    await waits.commit(event, 2)
+    await until_offset(broker, 2)
+    release.set()
+    await asyncio.sleep(1)
+    await until_offset(broker, 2)
 
 
 async def test_what_another_triggerer_settled_is_not_offered(broker, waits, second, often):
