@@ -69,6 +69,7 @@ class ConsumerHub(QueueHub):
         self._again: tuple[str, int] | None = None  # where another consumer would go on, should this be deleted
         self._connecting = asyncio.Lock()
         self._looked = 0.0
+        self._is_edited = False
         self.keep_every = SHORTEST / 4
         super().__init__(str(source))
 
@@ -84,8 +85,10 @@ class ConsumerHub(QueueHub):
             await server.listen()
         if self._consumer is not None and self._consumer.made != consumer.made:
             self.connection_lost()
-        self._consumer, self.keep_every = consumer, consumer.again_after / 4
+        self._consumer = consumer
+        self.keep_each(consumer.again_after / 4)
         self._again = consumer.stream_made, consumer.acknowledged_to
+        self._is_edited = False
         self._looked = time.monotonic()
 
     async def disconnect(self) -> None:
@@ -115,15 +118,18 @@ class ConsumerHub(QueueHub):
         with refusals(self._source):
             most = min(self.wanted, self.consumer.max_batch or _MOST, _MOST)
             pulled = await server.pull(self._source.stream, self._source.durable, most) if most else []
-            if pulled and await self._same(server) is None:
-                await _tell(server, b"-NAK", (message.reply for message in pulled))
-                raise ConnectionError(f"the consumer of {self._source} was deleted, or recreated")
-            if pulled:
+            if pulled or time.monotonic() - self._looked >= _LOOK_EVERY:
+                about = await self._same(server)
+                if about is None:
+                    await _tell(server, b"-NAK", (message.reply for message in pulled))
+                    raise ConnectionError(f"the consumer of {self._source} was deleted, or recreated")
+                if not pulled:
+                    self._tell_of_a_stall(about)
                 self._looked = time.monotonic()
-            elif time.monotonic() - self._looked >= _LOOK_EVERY:
-                await self._look_for_a_stall(server)
         for message in pulled:
             self._offer(message)
+        if self._is_edited:
+            raise ConnectionError(f"the consumer of {self._source} was edited")  # it is checked when we connect
 
     def _offer(self, message: Msg) -> None:
         stored, created = stored_of(message), self.consumer.stream_made
@@ -163,16 +169,17 @@ class ConsumerHub(QueueHub):
         if about["created"] != self.consumer.made:
             return None
         self._again = self.consumer.stream_made, about["ack_floor"]["stream_seq"]
+        self._is_edited = about["config"] != self.consumer.config
         return about
 
-    async def _look_for_a_stall(self, server: Server) -> None:
-        about = await info(server, self._source)
+    def _tell_of_a_stall(self, about: Mapping[str, Any]) -> None:
         pending, most = about["num_ack_pending"], about["config"].get("max_ack_pending", -1)
-        if 0 < most <= pending:
+        if about.get("paused"):
+            until = about["config"].get("pause_until")
+            self._tell_all(logging.WARNING, "%s delivers nothing: it is paused until %s", self._source, until)
+        elif 0 < most <= pending:
             message = "%s delivers nothing, since %d messages are unacknowledged, its max_ack_pending"
-            for seeker in list(self.seekers):
-                seeker.tell(logging.WARNING, message, self._source, pending)
-        self._looked = time.monotonic()
+            self._tell_all(logging.WARNING, message, self._source, pending)
 
 
 def _is_delivered(about: dict[str, Any], sequence: int) -> bool:

@@ -50,11 +50,15 @@ class Wanted:
 
 
 class Consumer:
-    """A consumer as JetStream describes it, and its stream."""
+    """
+    A consumer as JetStream describes it, and its stream.
+
+    :ivar config: as it was when it was checked.
+    """
 
     def __init__(self, stream: dict[str, Any], about: dict[str, Any]) -> None:
         self._stream = stream
-        self._config: dict[str, Any] = about["config"]
+        self.config: dict[str, Any] = about["config"]
         self.stream_made: str = stream["created"]
         self.made: str = about["created"]
         self.acknowledged_to: int = about["ack_floor"]["stream_seq"]
@@ -62,19 +66,17 @@ class Consumer:
     @property
     def filters(self) -> list[str]:
         """The subjects that it delivers."""
-        return self._config.get("filter_subjects") or [self._config.get("filter_subject") or ">"]
+        return self.config.get("filter_subjects") or [self.config.get("filter_subject") or ">"]
 
     @property
     def again_after(self) -> float:
         """After how many seconds JetStream delivers again what nobody keeps."""
-        return float(
-            min([self._config.get("ack_wait", 30 * SECOND), *(self._config.get("backoff") or ())]) / SECOND
-        )
+        return float(min([self.config.get("ack_wait", 30 * SECOND), *(self.config.get("backoff") or ())]) / SECOND)
 
     @property
     def max_batch(self) -> int | None:
         """How many messages may be pulled at once; None if there is no limit."""
-        return self._config.get("max_batch") or None
+        return self.config.get("max_batch") or None
 
     def delivers(self, subject: str) -> bool:
         """Whether it would deliver what is published to ``subject``."""
@@ -87,7 +89,7 @@ class Consumer:
 
         :raises SourceMisconfigured: it would lose events, or keep them from the waits.
         """
-        config, filters = self._config, self.filters
+        config, filters = self.config, self.filters
         pending = config.get("max_ack_pending", -1)
         again, again_by = timedelta(seconds=self.again_after), "backoff" if config.get("backoff") else "ack_wait"
         if wanted.persistent:

@@ -262,6 +262,13 @@ class QueueHub(Hub[Seeker]):
     def _fresh(self, ids: list[str]) -> dict[str, Delivery]:
         return {id: self.in_hand[id] for id in ids if id in self.in_hand and not self.in_hand[id].is_stale}
 
+    def keep_each(self, seconds: float) -> None:
+        """Set `keep_every` of a hub that has one, from now on."""
+        if seconds != self.keep_every and self._keeper is not None:
+            self._keeper.cancel()  # which may sleep for as long as it was
+            self.keep_every = seconds
+            self._keeper = background(self._keep(), f"keeping of {self.name}")
+
     async def _keep(self) -> None:
         assert self.keep_every is not None
         while True:

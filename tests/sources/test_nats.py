@@ -622,6 +622,53 @@ async def test_a_consumer_that_would_lose_events(broker, waits, consumer, config
         await soon(waits.poll())
 
 
+async def test_a_consumer_that_is_edited_while_waits_are_open_is_checked_again(broker, waits, consumer):
+    consumer(ack_wait=30)
+    first, second = waits.poll(1), waits.poll(2)
+    await asyncio.sleep(1)
+    consumer(ack_wait=30, max_deliver=2)
+    broker.send("a")
+    event = await soon(first)
+    with pytest.raises(SourceMisconfigured, match="max_deliver is '2'; needed: -1"):
+        await soon(second)
+    consumer(ack_wait=30)
+    await waits.commit(event, 1)
+    broker.send("b")
+    assert (await soon(waits.poll(3)))["value"] == "b"
+
+
+async def test_what_is_in_hand_is_kept_for_as_long_as_the_consumer_says_now(broker, waits, consumer):
+    consumer(ack_wait=30)
+    first, second = waits.poll(1), waits.poll(2)
+    await asyncio.sleep(1)
+    consumer(ack_wait=2)
+    broker.send("a")
+    event = await soon(first)
+    await asyncio.sleep(5)
+    assert (
+        broker.ask(lambda client: client.jetstream().consumer_info(broker.queue, "airflow")).num_redelivered == 0
+    )
+    await waits.commit(event, 1)
+    broker.send("b")
+    assert (await soon(second))["value"] == "b"
+
+
+async def test_a_paused_consumer_is_told(broker, waits, consumer, caplog, monkeypatch):
+    monkeypatch.setattr(consume, "_LOOK_EVERY", 0.5)
+    consumer(ack_wait=30)
+    task = waits.poll()
+    await asyncio.sleep(1)
+    pause = lambda until: broker.ask(  # noqa: E731
+        lambda client: client.jetstream().pause_consumer(broker.queue, "airflow", until)
+    )
+    pause("2999-01-01T00:00:00Z")
+    await until_told(caplog, "delivers nothing: it is paused until 2999-01-01T00:00:00Z")
+    broker.send("a")
+    await nothing(task)
+    broker.ask(lambda client: client.jetstream().resume_consumer(broker.queue, "airflow"))
+    assert (await soon(task))["value"] == "a"
+
+
 async def test_a_stream_in_memory_is_a_matter_of_choice(broker, waits):
     broker.ask(lambda client: client.jetstream().delete_stream(broker.queue))
     broker.make_stream(storage="memory")
