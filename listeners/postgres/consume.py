@@ -121,7 +121,7 @@ class TableHub(LookingHub):
             with refusals(self.name):
                 try:
                     await self._look(self._connection, self._origin)
-                except errors.UndefinedTable as error:
+                except errors.ProgrammingError as error:  # it was altered, and is checked when we connect again
                     raise errors.OperationalError(str(error)) from error
         else:
             await self._until_something_comes(self._connection, min(left, LONGEST_PAUSE))
@@ -137,6 +137,8 @@ class TableHub(LookingHub):
 
     async def _look(self, connection: AsyncConnection[Any], origin: Origin) -> None:
         self._next_look = time.monotonic() + self._looks.interval
+        if self._value_type != "jsonb" and any(wanted is not None for wanted in self.waiting):
+            await self._check(connection)  # it may be by now
         waiting = self._open_seekers()
         if not waiting:
             return
