@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from airflow_events.listeners.directory.files import Drops, commit, coordinates
 from airflow_events.listeners.directory.hub import DirectoryHub, File, FileSeeker, Wanted
 from airflow_events.listeners.support.queue import FinalIdListener, receive
 from airflow_events.listeners.support.shared import shared
+from airflow_events.listeners.support.timestamps import of_epoch
 
 # Seconds after which a file system that does not answer is the hub's to tell of.
 _LONGEST_CHECK = 5.0
@@ -32,9 +33,9 @@ class DirectoryListener(FinalIdListener):
     says where the file will be from the commit on, so downstream tasks open ``event["path"]``:
 
     ``{"name", "path", "directory", "size", "modified", "id", "marker"}``; ``size`` in bytes, ``modified`` a
-    datetime in UTC, ``path`` None if the file is deleted, ``id`` an identity that survives every rename,
-    ``marker`` the name of the file that marked it as complete, or None. Directory, name and id are what tells the
-    event from every other.
+    datetime in UTC, or None after the year 9999, ``path`` None if the file is deleted, ``id`` an identity that
+    survives every rename, ``marker`` the name of the file that marked it as complete, or None. Directory, name and
+    id are what tells the event from every other.
 
     The file stays where it is until the event is recorded. If it is written to again before it was moved, the
     event was of half a file: it is dropped, and the wait goes on until the file has settled again.
@@ -147,6 +148,6 @@ def _describe(root: Path, file: File) -> dict[str, Any]:
         "name": file.name,
         "directory": str(root),
         "size": file.attributes.size,
-        "modified": datetime.fromtimestamp(file.attributes.modified / 10**9, timezone.utc),
+        "modified": of_epoch(file.attributes.modified / 10**6),
         "id": file.attributes.identity,
     }

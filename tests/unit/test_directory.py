@@ -353,6 +353,19 @@ async def test_watching_takes_nothing(drops):
     assert not (drops / ".airflow-events").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system that has such times")
+async def test_a_file_of_a_year_that_no_datetime_has():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        drops = Path(folder)
+        (drops / "late").write_text("here")
+        os.utime(drops / "late", (300_000_000_000,) * 2)
+        assert (await soon(poll(drops, listener=DirectoryWatchListener)))["modified"] is None
+        event = await soon(poll(drops))
+        assert event["modified"] is None
+        await commit(event)
+        assert left(drops) == []
+
+
 async def test_a_cancelled_wait_takes_no_file_from_others(drops):
     first = poll(drops, 0)
     second = poll(drops, 1)
