@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -34,10 +36,28 @@ FINISHED = ("success", "failed")
 
 
 def free_port() -> int:
-    """Return a port on 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """
+    Return a port on 127.0.0.1 that was free a moment ago.
+
+    It is none that the system gives to who connects: a server that is killed and started again would now and then
+    find its own taken.
+    """
+    low = _first_of_clients()
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randrange(10_000, low) if low > 20_000 else 0))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+
+
+@functools.cache
+def _first_of_clients() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 0
 
 
 def until(condition: Callable[[], _T], what: str, timeout: float = 90, pause: float = 0.1) -> _T:

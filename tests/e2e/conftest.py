@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from airflow.models.taskinstance import TaskInstance
 from airflow_events.inbox.models import EventWait
 from cells import Stage
 from proof import SETTINGS, furnish, served
@@ -93,6 +94,31 @@ def airflow(request, database_server, receiver):
         yield deployment
         if keep:
             print(f"\nkept: {home}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Say of a test that failed what Airflow has of its run, and what its components wrote last."""
+    report = yield
+    deployment, run = (getattr(item, "funcargs", {}).get(name) for name in ("airflow", "run"))
+    if report.failed and report.when == "call" and deployment is not None:
+        if run is not None:
+            report.sections.append((f"what {run.dag_id} {run.run_id} has", "\n".join(rows_of(deployment, run))))
+        for name, component in deployment.components.items():
+            lines = component.log.read_text(errors="replace").splitlines()
+            report.sections.append((f"{name}, {component.process.poll()}", "\n".join(lines[-40:])))
+    return report
+
+
+def rows_of(deployment, run):
+    engine = create_engine(deployment.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
+    of_instance = TaskInstance.task_id, TaskInstance.state, TaskInstance.try_number, TaskInstance.trigger_id
+    of_wait = EventWait.task_id, EventWait.generation, EventWait.clears, EventWait.phase, EventWait.host
+    with engine.connect() as connection:
+        for table, columns in ((TaskInstance, of_instance), (EventWait, of_wait)):
+            for row in connection.execute(select(*columns).where(table.run_id == run.run_id)):
+                yield f"{table.__tablename__} {dict(row._mapping)}"
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")

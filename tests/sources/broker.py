@@ -53,6 +53,11 @@ class Broker(ABC):
         self.queue = ""
         self._count = 0
 
+    @property
+    def servers(self) -> list[servers.Server]:
+        """Every process of it, for whoever kills them."""
+        return [self.server]
+
     @classmethod
     @abstractmethod
     def make(cls) -> Broker | None:

@@ -41,6 +41,20 @@ def pytest_xdist_make_scheduler(config, log):
     return ByBroker(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Say of a test that failed how the servers of its broker are, and what they wrote last."""
+    report = yield
+    broker = getattr(item, "funcargs", {}).get("broker")
+    if report.failed and report.when == "call" and broker is not None:
+        for server in broker.servers:
+            about = f"the server at {server.port}, {server.process and server.process.poll()}"
+            for log in sorted(server.folder.glob("*.log")):
+                lines = log.read_text(errors="replace").splitlines()
+                report.sections.append((f"{about}: {log.name}", "\n".join(lines[-20:])))
+    return report
+
+
 @pytest.fixture(scope="session", params=BROKERS, ids=lambda broker: broker.name)
 def server(request):
     broker = request.param.make()

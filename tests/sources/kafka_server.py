@@ -24,6 +24,8 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 <packaging>pom</packaging>
 <dependencies><dependency>
 <groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{VERSION}</version>
+</dependency><dependency>
+<groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>1.7.36</version>
 </dependency></dependencies>
 </project>
 """
@@ -31,7 +33,7 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
 
 def jars() -> Path | None:
     """Return the folder with Kafka's jars, fetched once; None without Java or Maven."""
-    return maven.fetched(f"kafka-{VERSION}", _fetch)
+    return maven.fetched(f"kafka-{VERSION}-with-log", _fetch)
 
 
 def _fetch(folder: Path) -> None:
@@ -52,7 +54,9 @@ def server(cluster: str | None = None, **settings: Any) -> servers.Server | None
         return None
     java = [
         "java", "-Xmx400m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData",
-        "-cp", f"{folder}/*",
+        "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true",
+        "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss",
+        "-Dorg.slf4j.simpleLogger.log.org.apache.kafka.clients.NetworkClient=error", "-cp", f"{folder}/*",
     ]  # fmt: skip
 
     def command(server: servers.Server) -> list[str]:

@@ -45,15 +45,12 @@ class Kafka(Broker):
     def bootstrap(self) -> dict[str, Any]:
         return {"bootstrap.servers": f"127.0.0.1:{self.server.port}", "log_level": 0}
 
-    @property
-    def servers(self) -> list[servers.Server]:
-        """Every process of it, for whoever kills them."""
-        return [self.server]
-
     def fresh(self) -> None:
         super().fresh()
-        if self.server.process is not None and self.server.process.poll() is not None:
-            self.server.start()
+        for server in self.servers:
+            if server.process is not None and server.process.poll() is not None:
+                server.begin()
+            server.wait(120)
         self.make_topic()
 
     def make_topic(self, partitions: int = 1, on: int | None = None, **config: Any) -> None:
