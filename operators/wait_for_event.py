@@ -130,11 +130,20 @@ class WaitForEventOperator(BaseOperator):
         # Of the fields that are templates Airflow wants the value of the constructor, or one equal to it.
         self.listener_args = _positional(listener_args)
         self.listener_kwargs = _by_name(listener_kwargs)
-        self.timeout = _positive(timeout)
+        self.timeout = timeout
         inherited = kwargs.get("default_args") or {}
         self.soft_fail, self.default = _when_time_is_over(timeout, soft_fail, default, inherited)
         self.replay = _switch("replay", replay)
         self._check_arguments()
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long to wait in all; a cluster policy may set it as the constructor takes it."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, timeout: timedelta | float | None) -> None:
+        self._timeout = _positive(timeout)
 
     @property
     def has_default(self) -> bool:

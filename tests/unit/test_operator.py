@@ -253,6 +253,15 @@ def test_default_arguments_of_the_dag_that_are_for_other_tasks_harm_no_wait():
         assert wait_for_event.override(timeout=5, default=1)(TimerListener, 1).operator.default == 1
 
 
+def test_a_timeout_that_a_cluster_policy_sets_is_taken_as_the_constructor_takes_it(dag):
+    operator = wait_for_event(TimerListener, 1).operator
+    operator.timeout = 60
+    assert operator.start_trigger_args.trigger_kwargs["timeout"] == 60.0
+    assert operator.timeout == timedelta(minutes=1)
+    with pytest.raises(TypeError, match="not '1h'"):
+        operator.timeout = "1h"
+
+
 def test_a_mapped_wait_has_the_timeout_of_the_defaults_or_one_each():
     with DAG("defaults", default_args={"timeout": 5}):
         mapped = WaitForEventOperator.partial(task_id="one", listener=TimerListener, soft_fail=True)
