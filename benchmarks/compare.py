@@ -81,6 +81,10 @@ def arguments() -> argparse.Namespace:
         "--waits", type=tens, nargs="+", default=[1000],
         help="open waits, where many are; memory takes each of these, other parts the most (default: 1000)",
     )  # fmt: skip
+    parser.add_argument(
+        "--copies", type=int, default=0,
+        help="waits of the part mixed that are copies in Airflow's tables, besides those that begin (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--in-one-dag", type=int, default=300, help="waits in DAGs of 300 tasks (default: 300)")
     parser.add_argument(
         "--spread", type=float, default=24, help="seconds over which their events are spread (default: 24)"

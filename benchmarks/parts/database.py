@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import Part, Rows, Stage
+from parts.copies import copy_rows
 from parts.processes import connect, fresh_triggerer, open_waits, settle, until_open
 
 # Waits that the triggerer has itself, meanwhile.
@@ -137,31 +138,17 @@ def copy_waits(postgres: Any, run: Any, first: int, last: int) -> None:
     # Of the run's waits each has a number, by which its copies and those of its trigger find each other.
     number = f"{COPIES} + copy * {OWN} + nth"
     with connect(postgres.url) as connection:
-
-        def copy(table: str, copies: str, where: str, order: str, **changes: str) -> None:
-            query = (
-                "SELECT column_name FROM information_schema.columns "
-                "WHERE table_schema = 'public' AND table_name = %s AND is_generated = 'NEVER'"
-            )
-            columns = [name for [name] in connection.execute(query, (table,))]
-            assert changes.keys() <= set(columns), f"{table} has {columns}"
-            names = ", ".join(f'"{name}"' for name in columns)
-            values = ", ".join(changes.get(name, f'"{name}"') for name in columns)
-            connection.execute(
-                f"INSERT INTO {table} ({names}) SELECT {values} FROM {copies}, "
-                f"(SELECT *, row_number() OVER (ORDER BY {order}) - 1 AS nth FROM {table} WHERE {where}) AS one"
-            )
-
         job = "id = (SELECT max(id) FROM job WHERE job_type = 'TriggererJob')"
-        copy(
-            "job", jobs, job, "id",
+        copy_rows(
+            connection, "job", jobs, job, "id",
             id=f"{COPIES} + copy", state="'running'", end_date="NULL", latest_heartbeat="now() + interval '1 day'",
         )  # fmt: skip
-        copy("dag_run", runs, ours, "id", id=f"{COPIES} + copy", run_id="'copy' || copy")
+        copy_rows(connection, "dag_run", runs, ours, "id", id=f"{COPIES} + copy", run_id="'copy' || copy")
         waits = f"id IN (SELECT trigger_id FROM task_instance WHERE {ours})"
-        copy("trigger", runs, waits, "id", id=number, triggerer_id=f"{COPIES} + copy * {OWN} / {EACH}")
-        copy(
-            "task_instance", runs, ours, "trigger_id",
+        of_others = f"{COPIES} + copy * {OWN} / {EACH}"
+        copy_rows(connection, "trigger", runs, waits, "id", id=number, triggerer_id=of_others)
+        copy_rows(
+            connection, "task_instance", runs, ours, "trigger_id",
             id="gen_random_uuid()", run_id="'copy' || copy", trigger_id=number,
         )  # fmt: skip
         connection.execute("VACUUM ANALYZE")

@@ -10,6 +10,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.connections import sockets_of
+from parts.copies import NOBODY, copy_run
 from parts.processes import (
     busy,
     collected,
@@ -26,10 +27,11 @@ from parts.timers import spread
 # Waits in a run of the DAG, one of each kind. While they begin, Airflow sends the whole DAG for each.
 IN_RUN = 3
 # Messages that are sent one after another, those that are sent while there is no triggerer, and, of the waits that
-# are there, those that get one at the same moment.
+# are there, those that get one at the same moment: without a task that follows, and with one.
 ALONE = 20
 IN_ABSENCE = 100
 AT_ONCE = 10_000
+FOLLOWED = 1000
 # Seconds that the last of anything may take.
 LONGEST = 1200
 
@@ -53,13 +55,21 @@ def mixed(stage: Stage) -> Rows:
     until(lambda: without_trigger(stage, count), f"{count} wait", timeout=60 + count, pause=1)
     until_all_wait = time.monotonic() - began
     print(f"{count} wait after {until_all_wait:.0f} s", flush=True)
+    copied = stage.options.copies // IN_RUN
+    began = time.monotonic()
+    runs[:0] = copy_run(airflow, runs[-1], copied)
+    until(lambda: NOBODY not in _holders(stage), f"{copied} copies are polled for", timeout=LONGEST, pause=1)
+    until_polled = round(time.monotonic() - began, 1)
+    print(f"{copied} more runs after {until_polled} s", flush=True)
     for _ in range(6):
         settle()
     now = collected(airflow, triggerer)
     found: dict[str, Any] = {
-        "waits": count,
+        "waits": count + copied * IN_RUN,
+        "begun": count,
         "look": look,
         "until_all_wait": round(until_all_wait, 1),
+        "until_polled": until_polled,
         "supervisor": now[0] - memory[0],
         "runner": now[1] - memory[1],
         "files": open_files(triggerer[0]) - files,
@@ -74,12 +84,12 @@ def mixed(stage: Stage) -> Rows:
     found["http"] = [_alone(stage, next(turn), "http") for _ in range(ALONE)]
     print(found["alone"], found["http"], flush=True)
     absent = [(next(turn).run_id, "watch") for _ in range(min(IN_ABSENCE, len(runs) // 4))]
-    found["after_kill"] = _after_kill(stage, absent)
-    rest = [(run.run_id, "watch") for run in turn][:AT_ONCE]
-    half = len(rest) // 2
+    found["after_kill"], found["polled_again"] = _after_kill(stage, absent)
+    rest = [(run.run_id, "watch") for run in turn]
+    followed = min(len(rest) // 2, FOLLOWED)
     # Of a paused DAG no task follows, whose process would take the cores that the waits end with.
-    found["at_once"] = _at_once(stage, rest[:half], paused=True)
-    found["followed"] = _at_once(stage, rest[half:], paused=False)
+    found["at_once"] = _at_once(stage, rest[followed:][:AT_ONCE], paused=True)
+    found["followed"] = _at_once(stage, rest[:followed], paused=False)
     return [found]
 
 
@@ -115,15 +125,31 @@ def _alone(stage: Stage, run: Any, task: str) -> list[float]:
     return [success, round((queued - begin).total_seconds(), 3)]
 
 
-def _after_kill(stage: Stage, waits: Sequence[tuple[str, str]]) -> list[float]:
-    """Kill the triggerer, start one, send meanwhile, and return how long after the kill each wait has ended."""
+def _after_kill(stage: Stage, waits: Sequence[tuple[str, str]]) -> tuple[list[float], float]:
+    """
+    Kill the triggerer, start one, and send meanwhile.
+
+    :return: how long after the kill each wait has ended, and after how long all others are polled for again.
+    """
+    from deployment import until
+
+    before = _holders(stage)
     stage.airflow.components["triggerer"].kill()
     killed = datetime.now(timezone.utc)
     _send(stage.brokers[KAFKA[1]], waits)
     stage.airflow.start_one("triggerer")
+    until(lambda: not before & _holders(stage), "all are polled for again", timeout=LONGEST, pause=0.5)
+    polled_again = round((datetime.now(timezone.utc) - killed).total_seconds(), 1)
     ends = _ends(stage, waits, killed)
-    print(f"the last of {len(waits)} after {ends[-1]:.1f} s", flush=True)
-    return ends
+    print(f"the last of {len(waits)} after {ends[-1]:.1f} s, all polled for after {polled_again} s", flush=True)
+    return ends, polled_again
+
+
+def _holders(stage: Stage) -> set[str]:
+    """Return the processes that poll for hosted waits."""
+    query = "SELECT DISTINCT holder FROM event_wait WHERE host IS NOT NULL"
+    with connect(stage.postgres.url) as connection:
+        return {holder for (holder,) in connection.execute(query)}
 
 
 def _send(broker: Any, waits: Sequence[tuple[str, str]]) -> None:
@@ -174,7 +200,9 @@ def table(rows: Rows) -> str:
     lines = [
         f"| {count:,} open waits, a third each: `TimerListener`, `HttpListener`, `KafkaWatchListener` | |",
         "|---|---|",
-        f"| until all wait | {row['until_all_wait']:.0f} s, {count / row['until_all_wait']:.0f} a second |",
+        f"| until {row['begun']:,} that begin wait | {row['until_all_wait']:.0f} s, "
+        f"{row['begun'] / row['until_all_wait']:.0f} a second |",
+        *(_of_copies(row) if row["begun"] < count else ()),
         f"| memory of the runner, above one that has none | {row['runner'] / 1024:.0f} MB, "
         f"{row['runner'] / count:.1f} KB each |",
         f"| of its supervisor | {row['supervisor'] / 1024:.0f} MB, {row['supervisor'] / count:.1f} KB each |",
@@ -188,9 +216,10 @@ def table(rows: Rows) -> str:
         "| the triggerer is killed, and one started, to which Airflow gives the dead one's triggers after 30 s: "
         f"the last of {len(row['after_kill'])} messages sent meanwhile has ended its wait, from the kill | "
         f"{row['after_kill'][-1]:.1f} s |",
+        f"| and all others are polled for again | {row['polled_again']:.1f} s |",
         "| messages at once, for a wait each, with the DAG paused, so that no task follows: first, median, last "
         f"success | {_burst(row['at_once'])} |",
-        "| as many more, each followed by a task in a process of its own, on the same cores | "
+        "| others, each followed by a task in a process of its own, on the same cores | "
         f"{_burst(row['followed'])} |",
     ]
     return "\n".join(
@@ -201,6 +230,14 @@ def table(rows: Rows) -> str:
             f"{row['look']:g} s. Median (least to most) of {len(row['alone'])}, one after another.",
         ]
     )
+
+
+def _of_copies(row: dict[str, Any]) -> list[str]:
+    copied = row["waits"] - row["begun"]
+    return [
+        f"| until the watches of {copied:,} others are polled for, which are copies of a run in Airflow's tables, "
+        f"from when that is begun | {row['until_polled']:.0f} s |"
+    ]
 
 
 def _burst(found: dict[str, float]) -> str:

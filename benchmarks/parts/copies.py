@@ -1,0 +1,90 @@
+"""Copies of a run, in Airflow's own tables: many open waits, without the time that Airflow takes to start them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import uuid
+from typing import Any
+
+from parts.processes import connect
+
+# Runs that are copied by one statement: what joins a host is to be seen soon after the moment that it notes.
+AT_ONCE = 1000
+# Who has begun a copied wait, until a host begins it again.
+NOBODY = "nobody"
+
+
+def copy_rows(
+    connection: Any, table: str, copies: str, where: str, order: str, on: str = "true", **changes: str
+) -> None:
+    """
+    Copy rows of a table.
+
+    :param copies: what to select from, once for each copy; a row is ``one``, and its number in ``order`` ``nth``.
+    :param on: which row belongs to which copy.
+    :param changes: an SQL expression for each column that is another one in a copy.
+    """
+    query = (
+        "SELECT column_name FROM information_schema.columns "
+        "WHERE table_schema = 'public' AND table_name = %s AND is_generated = 'NEVER'"
+    )
+    columns = [name for [name] in connection.execute(query, (table,))]
+    assert changes.keys() <= set(columns), f"{table} has {columns}"
+    names = ", ".join(f'"{name}"' for name in columns)
+    values = ", ".join(changes.get(name, f'one."{name}"') for name in columns)
+    connection.execute(
+        f"INSERT INTO {table} ({names}) SELECT {values} FROM {copies}, "
+        f"(SELECT *, row_number() OVER (ORDER BY {order}) - 1 AS nth FROM {table} WHERE {where}) AS one WHERE {on}"
+    )
+
+
+def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
+    """
+    Copy a run whose waits are parked or hosted, with all that is kept of them, and return the copies.
+
+    Each is a run of its own: its id stands wherever the original's does, also in what is encrypted, and in the key
+    under which events are sent to it. Hosts find those of theirs as they find any that have joined.
+    """
+    copies = [dataclasses.replace(run, run_id=f"{run.run_id}-{number}") for number in range(count)]
+    ours = f"dag_id = '{run.dag_id}' AND run_id = '{run.run_id}'"
+    with connect(airflow.database) as connection:
+        kept = connection.execute(
+            "SELECT task_id, parked, address IS NOT NULL FROM task_instance "
+            f"LEFT JOIN event_wait USING (dag_id, run_id, task_id, map_index) WHERE {ours}"
+        ).fetchall()
+        connection.execute(
+            "CREATE TEMPORARY TABLE kept (copy text, task text, ti uuid, parked text, address bytea)"
+        )
+        of_task = {"on": "one.task_id = kept.task", "run_id": "kept.copy"}
+        for first in range(0, count, AT_ONCE):
+            connection.execute("TRUNCATE kept")
+            with connection.cursor().copy("COPY kept FROM STDIN") as rows:
+                for copy in copies[first : first + AT_ONCE]:
+                    for task, parked, has_key in kept:
+                        key = hashlib.sha256(f"{copy.run_id}-{task}".encode()).digest() if has_key else None
+                        parked = parked and _as_copy(airflow, parked, run.run_id, copy.run_id)
+                        rows.write_row((copy.run_id, task, uuid.uuid4(), parked, key))
+            runs = "(SELECT DISTINCT copy FROM kept) AS kept"
+            copy_rows(connection, "dag_run", runs, ours, "id", id="nextval('dag_run_id_seq')", run_id="kept.copy")
+            copy_rows(connection, "task_instance", "kept", ours, "id", **of_task, id="kept.ti", trigger_id="NULL")
+            copy_rows(
+                connection, "event_wait", "kept", ours, "task_id", **of_task,
+                call=f"replace(one.call, '{run.run_id}', kept.copy)",
+                address="kept.address",
+                holder=f"'{NOBODY}'",
+                parked="kept.parked",
+                parked_try="kept.ti::text",
+                wake=f"replace(replace(one.wake, '{run.run_id}', kept.copy), one.parked_try, kept.ti::text)",
+                hosted_at="CASE WHEN one.hosted_at IS NOT NULL THEN now() END",
+            )  # fmt: skip
+        connection.execute("VACUUM ANALYZE")
+    return copies
+
+
+def _as_copy(airflow: Any, parked: str, run_id: str, copy: str) -> str:
+    """Return what a copy keeps, encrypted as Airflow encrypts the arguments of triggers."""
+    from cryptography.fernet import Fernet
+
+    fernet = Fernet(airflow.environment["AIRFLOW__CORE__FERNET_KEY"])
+    return fernet.encrypt(fernet.decrypt(parked.encode()).replace(run_id.encode(), copy.encode())).decode()
