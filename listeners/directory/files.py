@@ -100,9 +100,19 @@ class Attributes(NamedTuple):
         return of_file if self.born is None else f"{of_file}-{self.born:x}"
 
 
+def check_directory(root: Path) -> None:
+    """
+    See that a directory is there.
+
+    :raises FileNotFoundError: it is not.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory to watch", str(root))
+
+
 @dataclass(frozen=True)
 class Drops:
-    """A directory of dropped files, and where those go that are committed: ``archive`` is None if nowhere."""
+    """A directory of dropped files, and where those go that are committed; where that is None they are deleted."""
 
     root: Path
     archive: Path | None = None
@@ -115,31 +125,32 @@ class Drops:
 
     def check(self) -> None:
         """
-        See that the directory is there, and that files can be moved to the archive by a rename.
+        See that the directory is there, and that files can be moved to where they go when they are committed.
 
         :raises FileNotFoundError: it is not there.
         :raises ValueError: the archive is on another file system, or nothing can be moved to it.
         """
-        if not self.root.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "there is no such directory to watch", str(self.root))
-        if self.archive is None:
-            return
+        check_directory(self.root)
+        place = self.removal if self.archive is None else self.archive
         try:
-            self.archive.mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise ValueError(
-                f"{self.archive}, where committed files are moved, cannot be made: {error.strerror}"
+                f"{place}, where committed files are moved, cannot be made: {error.strerror}"
             ) from error
-        if self.archive.stat().st_dev != self.root.stat().st_dev:
+        if place.stat().st_dev != self.root.stat().st_dev:
             raise ValueError(
-                f"{self.archive} is on another file system than {self.root}; "
+                f"{place} is on another file system than {self.root}; "
                 "a file can be moved there only by copying, which is not exactly once"
             )
-        for folder in (self.root, self.archive):
+        for folder in (self.root, place):
             if not os.access(folder, os.W_OK | os.X_OK):
-                raise ValueError(
-                    f"files cannot be moved to {self.archive}: this process may not write to {folder}"
-                )
+                raise ValueError(f"files cannot be moved to {place}: this process may not write to {folder}")
+
+    @property
+    def removal(self) -> Path:
+        """Where files are for the moment before they are deleted."""
+        return self.root / OURS / "removal"
 
     def path_of(self, name: str, identity: str) -> str | None:
         """Return where a file is once it is committed; None if it is deleted then."""
@@ -157,7 +168,7 @@ def commit(event: dict[str, Any]) -> None:
     if event["path"] is not None:
         _move(root, name, identity, marker, Path(event["path"]))
         return
-    done = root / OURS / "removal" / identity / name
+    done = Drops(root, None).removal / identity / name
     try:
         _move(root, name, identity, marker, done)
     except EventLost:

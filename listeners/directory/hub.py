@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from airflow_events import settings
-from airflow_events.listeners.directory.files import Attributes, Drops, coordinates, put_back_claims
+from airflow_events.listeners.directory.files import Attributes, check_directory, coordinates, put_back_claims
 from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import Delivery, LookingHub, Wanting
 from airflow_events.listeners.support.shared import background
@@ -168,7 +168,7 @@ class DirectoryHub(LookingHub):
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     async def connect(self) -> None:
-        await self.on_disk(Drops(self._root).check)
+        await self.on_disk(functools.partial(check_directory, self._root))
         await self.on_disk(put_back_claims, self._root)
         self._network = await self.on_disk(_network_file_system, self._root)
         self._invents_inodes = self._network is not None and bool(_INVENTS_INODES.fullmatch(self._network))
