@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from datetime import datetime
@@ -26,13 +27,13 @@ from airflow_events.errors import ListenerUnavailable
 from airflow_events.inbox.entries import Answer, Begin, Finish, Hosted, Status
 from airflow_events.listeners.base import EventListener, Wait, commits, releases
 from airflow_events.listeners.support import serde
-from airflow_events.listeners.support.commit import inherit_portal
 from airflow_events.listeners.support.hub import Troubles, shared_log
 from airflow_events.listeners.support.shared import background
 from airflow_events.triggers import reference
 from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave, storable
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
+from airflow_events.triggers.poll_steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -143,13 +144,18 @@ class HostTrigger(BaseTrigger):
             page = await self._page(after)
             for ti, kwargs, generation in page.hosted:
                 if ti not in self._waits:
-                    # In this trigger's context, and so with its log.
-                    self._waits[ti] = asyncio.create_task(self._begin(ti, kwargs, generation))
-                    self._waits[ti].add_done_callback(functools.partial(self._forget, ti))
+                    self._start(ti, kwargs, generation)
             after = page.after
             if page.next is None:
                 break
         self._after = after
+
+    def _start(self, ti: str, kwargs: str, generation: int) -> None:
+        """Let a wait go its way, in this trigger's context, and so with its log."""
+        # In steps, as a poll: a portal that is kept while nothing happens takes as much as all else of the wait.
+        steps = Steps(self._begin(ti, kwargs, generation), math.inf, log.debug, portal=self._portal)
+        self._waits[ti] = asyncio.create_task(steps)
+        self._waits[ti].add_done_callback(functools.partial(self._forget, ti))
 
     async def _let_go_of_those_that_left(self) -> None:
         """Stop polling for waits that were cleared or ended by others, whose records would be refused."""
@@ -199,7 +205,6 @@ class HostTrigger(BaseTrigger):
             return self._fail(ti, ti, generation, error)
 
     async def _serve(self, ti: str, wait: _HostedWait) -> None:
-        await inherit_portal(self._portal)
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()

@@ -32,6 +32,10 @@ def fresh_triggerer(airflow: Any) -> tuple[Any, Any]:
     triggerer = airflow.restart("triggerer")
     until(lambda: len(triggerer.family()) > 1, "the triggerer runs")
     settle()
+    return supervisor_and_runner(triggerer)
+
+
+def supervisor_and_runner(triggerer: Any) -> tuple[Any, Any]:
     supervisor, *others = triggerer.family()
     # What it starts besides, to see what is installed, is small and soon gone.
     return supervisor, max(others, key=lambda process: process.memory_info().rss)
