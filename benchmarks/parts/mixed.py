@@ -20,6 +20,7 @@ from parts.processes import (
     open_files,
     open_waits,
     settle,
+    supervisor_and_runner,
 )
 from parts.queues import KAFKA, send_at_once
 from parts.timers import spread
@@ -85,6 +86,9 @@ def mixed(stage: Stage) -> Rows:
     print(found["alone"], found["http"], flush=True)
     absent = [(next(turn).run_id, "watch") for _ in range(min(IN_ABSENCE, len(runs) // 4))]
     found["after_kill"], found["polled_again"] = _after_kill(stage, absent)
+    settle()
+    taken_over = collected(airflow, supervisor_and_runner(airflow.components["triggerer"]))
+    found["runner_again"] = taken_over[1] - memory[1]
     rest = [(run.run_id, "watch") for run in turn]
     followed = min(len(rest) // 2, FOLLOWED)
     # Of a paused DAG no task follows, whose process would take the cores that the waits end with.
@@ -217,6 +221,8 @@ def table(rows: Rows) -> str:
         f"the last of {len(row['after_kill'])} messages sent meanwhile has ended its wait, from the kill | "
         f"{row['after_kill'][-1]:.1f} s |",
         f"| and all others are polled for again | {row['polled_again']:.1f} s |",
+        f"| memory of that runner, likewise | {row['runner_again'] / 1024:.0f} MB, "
+        f"{row['runner_again'] / count:.1f} KB each |",
         "| messages at once, for a wait each, with the DAG paused, so that no task follows: first, median, last "
         f"success | {_burst(row['at_once'])} |",
         "| others, each followed by a task in a process of its own, on the same cores | "
