@@ -137,6 +137,8 @@ def _after_kill(stage: Stage, waits: Sequence[tuple[str, str]]) -> tuple[list[fl
     """
     from deployment import until
 
+    # What follows a message is a task, whose process would take the cores.
+    stage.airflow.api("PATCH", f"/dags/mixed_{IN_RUN}", {"is_paused": True})
     before = _holders(stage)
     stage.airflow.components["triggerer"].kill()
     killed = datetime.now(timezone.utc)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ def masked_call(
     :param listener: by whose ``poll_for_event`` positional arguments have names; None if it cannot be had here.
     :param redact: Airflow's masker, of which workers and API servers have one each.
     """
-    names = [] if listener is None else _positional(listener)
-    names += [None] * (len(args) - len(names))
+    names = () if listener is None else _positional(listener.poll_for_event)
+    names += (None,) * (len(args) - len(names))
     shown = [masked(value, redact, name) for value, name in zip(args, names, strict=False)]
     return shown, {name: masked(value, redact, name) for name, value in kwargs.items()}
 
@@ -56,7 +57,8 @@ def _assigned(found: re.Match[str]) -> str:
     return f"{name}{sign}{_MASK}" if should_hide_value_for_key(name) else found[0]
 
 
-def _positional(listener: type[EventListener]) -> list[str | None]:
-    parameters = list(inspect.signature(listener.poll_for_event).parameters.values())[1:]
+@functools.lru_cache(maxsize=256)
+def _positional(poll: Callable[..., Any]) -> tuple[str | None, ...]:
+    parameters = list(inspect.signature(poll).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
