@@ -8,6 +8,7 @@ import functools
 import inspect
 import types
 import typing
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -275,6 +276,10 @@ def releases(listener: type[EventListener]) -> bool:
     return listener.event_released is not EventListener.event_released
 
 
+_checked: weakref.WeakSet[type[EventListener]] = weakref.WeakSet()
+"""Listeners that keep the contract's form: each open wait asks for its own several times."""
+
+
 def check_listener(listener: object) -> type[EventListener]:
     """
     Return ``listener`` if it keeps the contract's outward form.
@@ -287,6 +292,8 @@ def check_listener(listener: object) -> type[EventListener]:
     name = listener.__qualname__
     if not issubclass(listener, EventListener):
         raise TypeError(f"a listener is a subclass of EventListener; {name} is not")
+    if listener in _checked:
+        return listener
     if missing := getattr(listener, "__abstractmethods__", None):
         raise TypeError(f"{name} does not define {', '.join(sorted(missing))}")
     try:
@@ -303,6 +310,7 @@ def check_listener(listener: object) -> type[EventListener]:
             raise TypeError(f"{name}.{method} must be an 'async def'")
     if inspect.iscoroutinefunction(listener.event_id):
         raise TypeError(f"{name}.event_id must be a 'def', and no 'async def'")
+    _checked.add(listener)
     return listener
 
 

@@ -9,7 +9,6 @@ import operator
 import os
 import pickle
 import sys
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -156,10 +155,6 @@ def _objects(listener: type[EventListener], names: Iterable[tuple[str, str]]) ->
     return tuple(found)
 
 
-_checked: weakref.WeakSet[type[EventListener]] = weakref.WeakSet()
-"""Listeners that keep the contract's form: each open wait asks for its own several times."""
-
-
 def load(reference: Any) -> type[EventListener]:
     """
     Return the listener that `name` or `by_value` described.
@@ -190,9 +185,7 @@ def _import(reference: str) -> type[EventListener]:
         found: Any = importlib.import_module(module)
         for part in qualname.split("."):
             found = getattr(found, part)
-        if found not in _checked:
-            _checked.add(check_listener(found))
-        return found  # type: ignore[no-any-return]
+        return check_listener(found)
     except Exception as error:
         raise ListenerUnavailable(f"the listener {reference} cannot be imported here: {error!r}") from error
 

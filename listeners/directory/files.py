@@ -131,7 +131,7 @@ class Drops:
         :raises ValueError: the archive is on another file system, or nothing can be moved to it.
         """
         check_directory(self.root)
-        place = self.removal if self.archive is None else self.archive
+        place = self.archive or _removal(self.root)
         try:
             place.mkdir(parents=True, exist_ok=True)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
@@ -146,11 +146,6 @@ class Drops:
         for folder in (self.root, place):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise ValueError(f"files cannot be moved to {place}: this process may not write to {folder}")
-
-    @property
-    def removal(self) -> Path:
-        """Where files are for the moment before they are deleted."""
-        return self.root / OURS / "removal"
 
     def path_of(self, name: str, identity: str) -> str | None:
         """Return where a file is once it is committed; None if it is deleted then."""
@@ -168,7 +163,7 @@ def commit(event: dict[str, Any]) -> None:
     if event["path"] is not None:
         _move(root, name, identity, marker, Path(event["path"]))
         return
-    done = Drops(root, None).removal / identity / name
+    done = _removal(root) / identity / name
     try:
         _move(root, name, identity, marker, done)
     except EventLost:
@@ -180,6 +175,11 @@ def commit(event: dict[str, Any]) -> None:
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         done.parent.rmdir()
+
+
+def _removal(root: Path) -> Path:
+    """Return where files are for the moment before they are deleted."""
+    return root / OURS / "removal"
 
 
 def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) -> None:

@@ -168,7 +168,7 @@ class DirectoryHub(LookingHub):
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     async def connect(self) -> None:
-        await self.on_disk(functools.partial(check_directory, self._root))
+        await self.on_disk(check_directory, self._root)
         await self.on_disk(put_back_claims, self._root)
         self._network = await self.on_disk(_network_file_system, self._root)
         self._invents_inodes = self._network is not None and bool(_INVENTS_INODES.fullmatch(self._network))

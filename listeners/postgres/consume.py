@@ -118,11 +118,10 @@ class TableHub(LookingHub):
                 self._next_look = 0.0
         left = self._next_look - time.monotonic()
         if left <= 0:
-            with refusals(self.name):
-                try:
-                    await self._look(self._connection, self._origin)
-                except errors.ProgrammingError as error:  # it was altered, and is checked when we connect again
-                    raise errors.OperationalError(str(error)) from error
+            try:
+                await self._look(self._connection, self._origin)
+            except errors.ProgrammingError as error:  # it was altered, and is checked when we connect again
+                raise errors.OperationalError(str(error)) from error
         else:
             await self._until_something_comes(self._connection, min(left, LONGEST_PAUSE))
 

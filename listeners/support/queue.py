@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.support.hub import Hub, Seeker
-from airflow_events.listeners.support.shared import OnePerLoop, background, shared
+from airflow_events.listeners.support.shared import OnePerLoop, background, shared, woken
 from airflow_events.listeners.support.values import checked, unreadable
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class QueueHub(Hub[Seeker]):
         self._unreadable: OrderedDict[str, None] = OrderedDict()
         self._acknowledging = _Batches(self._acknowledge)
         self._returning = _Batches(self._give_back)
+        self._keeps_otherwise = asyncio.Event()
         super().__init__(name)
         self._keeper = None if self.keep_every is None else background(self._keep(), f"keeping of {name}")
 
@@ -264,15 +265,15 @@ class QueueHub(Hub[Seeker]):
 
     def keep_each(self, seconds: float) -> None:
         """Set `keep_every` of a hub that has one, from now on."""
-        if seconds != self.keep_every and self._keeper is not None:
-            self._keeper.cancel()  # which may sleep for as long as it was
+        if seconds != self.keep_every:
             self.keep_every = seconds
-            self._keeper = background(self._keep(), f"keeping of {self.name}")
+            self._keeps_otherwise.set()
 
     async def _keep(self) -> None:
         assert self.keep_every is not None
         while True:
-            await asyncio.sleep(self.keep_every)
+            self._keeps_otherwise.clear()
+            await woken(self._keeps_otherwise, self.keep_every)
             held = {**self._fresh(list(self.in_hand)), **self.aside}
             if not held:
                 continue
