@@ -39,8 +39,8 @@ def free_port() -> int:
     """
     Return a port on 127.0.0.1 that was free a moment ago.
 
-    It is none that the system gives to who connects: a server that is killed and started again would now and then
-    find its own taken.
+    The system gives it to no client: a server that is killed and started again would now and then find its own
+    taken.
     """
     low = _first_of_clients()
     while True:

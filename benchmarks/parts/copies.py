@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import uuid
 from typing import Any
 
@@ -46,6 +45,11 @@ def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
     Each is a run of its own: its id stands wherever the original's does, also in what is encrypted, and in the key
     under which events are sent to it. Hosts find those of theirs as they find any that have joined.
     """
+    from airflow_events.listeners.http import address_of
+    from cryptography.fernet import Fernet
+
+    # As Airflow encrypts the arguments of triggers.
+    fernet = Fernet(airflow.environment["AIRFLOW__CORE__FERNET_KEY"])
     copies = [dataclasses.replace(run, run_id=f"{run.run_id}-{number}") for number in range(count)]
     ours = f"dag_id = '{run.dag_id}' AND run_id = '{run.run_id}'"
     with connect(airflow.database) as connection:
@@ -53,6 +57,7 @@ def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
             "SELECT task_id, parked, address IS NOT NULL FROM task_instance "
             f"LEFT JOIN event_wait USING (dag_id, run_id, task_id, map_index) WHERE {ours}"
         ).fetchall()
+        kept = [(task, parked and fernet.decrypt(parked.encode()), has_key) for task, parked, has_key in kept]
         connection.execute(
             "CREATE TEMPORARY TABLE kept (copy text, task text, ti uuid, parked text, address bytea)"
         )
@@ -62,9 +67,10 @@ def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
             with connection.cursor().copy("COPY kept FROM STDIN") as rows:
                 for copy in copies[first : first + AT_ONCE]:
                     for task, parked, has_key in kept:
-                        key = hashlib.sha256(f"{copy.run_id}-{task}".encode()).digest() if has_key else None
-                        parked = parked and _as_copy(airflow, parked, run.run_id, copy.run_id)
-                        rows.write_row((copy.run_id, task, uuid.uuid4(), parked, key))
+                        key = bytes.fromhex(address_of(f"{copy.run_id}-{task}")) if has_key else None
+                        of_copy = parked and parked.replace(run.run_id.encode(), copy.run_id.encode())
+                        again = of_copy and fernet.encrypt(of_copy).decode()
+                        rows.write_row((copy.run_id, task, uuid.uuid4(), again, key))
             runs = "(SELECT DISTINCT copy FROM kept) AS kept"
             copy_rows(connection, "dag_run", runs, ours, "id", id="nextval('dag_run_id_seq')", run_id="kept.copy")
             copy_rows(connection, "task_instance", "kept", ours, "id", **of_task, id="kept.ti", trigger_id="NULL")
@@ -80,11 +86,3 @@ def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
             )  # fmt: skip
         connection.execute("VACUUM ANALYZE")
     return copies
-
-
-def _as_copy(airflow: Any, parked: str, run_id: str, copy: str) -> str:
-    """Return what a copy keeps, encrypted as Airflow encrypts the arguments of triggers."""
-    from cryptography.fernet import Fernet
-
-    fernet = Fernet(airflow.environment["AIRFLOW__CORE__FERNET_KEY"])
-    return fernet.encrypt(fernet.decrypt(parked.encode()).replace(run_id.encode(), copy.encode())).decode()

@@ -41,9 +41,7 @@ def run(airflow, inbox, tmp_path, triggers):
         until(
             lambda task=task: (row := inbox(run, task)) and row.host and row.generation == 2, f"{task} is hosted"
         )
-    until(
-        lambda: set(triggers(run)) <= {*TASKS}, "the one that fails is not the anchor, nor a wait with a trigger"
-    )
+    until(lambda: set(triggers(run)) <= {*TASKS}, "the wait that fails has no trigger")
     yield run
     for task in TASKS:  # of a test that failed: the next one's would have its host
         if run.task_state(task) == "deferred":
