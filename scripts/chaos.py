@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """
-Waits under random kills: python3 scripts/chaos.py [--source redis] [--events 100] [--kills 20] [--seed 1] ...
+Random kills: python3 scripts/chaos.py [--source redis] [--starts] [--events 100] [--kills 20] [--seed 1] ...
 
 Starts an Airflow of its own, and no other can be given to it; starts one run for each event, each with a wait,
 sends the events (files that are dropped, unless told otherwise), and kills a random process with SIGKILL every
 few seconds, as the deliveries go on: a triggerer, its runner, a worker, the scheduler, the API server in which the
 inbox is. Most waits need no worker; every seventh begins on one, and every seventh ends on one, where the source
-has such waits. With ``--brokers`` the source's own servers are killed too, and started again on what they left. In
-the end every event must have been delivered by one run, and both the source, asked by a client of its own, and the
-inbox must say the same. The seed decides what is killed, in which order and at which intervals.
+has such waits. With ``--starts`` nothing waits, and each event starts a run. With ``--brokers`` the source's own
+servers are killed too, and with ``--kill-database`` Airflow's PostgreSQL; they are started again on what they
+left. In the end every event must have been delivered by one run, and both the source, asked by a client of its
+own, and the inbox must say the same. The seed decides what is killed, in which order and at which intervals.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ import bootstrap
 TARGETS = {"triggerer": 4, "trigger runner": 2, "worker": 6, "scheduler": 2, "api-server": 4, "dag-processor": 1}
 # Seconds to look for a worker to kill: there may be none at the moment.
 LOOK_FOR_A_WORKER = 5
-# Of the kills, with --brokers.
+# Of the kills, with --brokers and with --kill-database.
 BROKERS = 3
+DATABASES = 2
 # By how many kills these may be ahead of the events, or behind.
 AHEAD = 5
 # Seconds without a delivery after which kills go on anyhow, and seconds between these: what was killed has to come
@@ -42,6 +44,8 @@ AHEAD = 5
 # scheduler was killed.
 STUCK = 45
 STUCK_PAUSE = 15
+# The DAG that events start, with --starts.
+STARTED = "started_under_chaos"
 # For the DAGs: enough retries.
 ENDURING = {"MATRIX_RETRIES": "50"}
 
@@ -49,12 +53,14 @@ ENDURING = {"MATRIX_RETRIES": "50"}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Waits under random kills, in an Airflow of their own.")
     parser.add_argument("--source", default="directory", help="of tests/plugins/sources.py (default: directory)")
+    parser.add_argument("--starts", action="store_true", help="have each event start a run, instead of waits")
     parser.add_argument("--events", type=int, default=100, help="how many events, and runs (default: 100)")
     parser.add_argument("--kills", type=int, default=20, help="how many processes to kill (default: 20)")
     parser.add_argument("--every", type=float, default=2, help="mean seconds between two kills (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="replays the same kills (default: 1)")
     parser.add_argument("--triggerers", type=int, default=1, help="how many triggerers (default: 1)")
     parser.add_argument("--database", choices=("sqlite", "postgres", "mysql"), default="sqlite")
+    parser.add_argument("--kill-database", action="store_true", help="kill it, too; of postgres alone")
     parser.add_argument("--under-way", type=int, default=60, help="how many runs at a time (default: 60)")
     parser.add_argument("--brokers", type=int, help="of the source, to be killed too (default: one, which is not)")
     parser.add_argument("--partitions", type=int, help="of the queue (default: as the source has it)")
@@ -72,6 +78,7 @@ class Killer:
     every: float
     targets: dict[str, int] = field(default_factory=TARGETS.copy)
     servers: Sequence[object] = ()
+    database: object = None
     killed: Counter = field(default_factory=Counter)
     ended: Counter = field(default_factory=Counter)
     moments: list[float] = field(default_factory=list)
@@ -123,6 +130,10 @@ class Killer:
             server = self.servers[int(choice * len(self.servers))]
             server.kill()
             server.begin()  # it answers when it does: the waits have to bear that
+            return True
+        if target == "database":
+            self.database.crash()
+            self.database.start()
             return True
         kind = "triggerer" if target == "trigger runner" else target
         components = [c for name, c in self.airflow.components.items() if name.split("@")[0] == kind]
@@ -185,13 +196,19 @@ def main() -> int:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         if problem := missing(options.database):
             bootstrap.fail(problem)
+        if options.kill_database and options.database != "postgres":
+            bootstrap.fail("--kill-database takes --database postgres")
         server = stack.enter_context(serve(options.database))
         database = server.url if server else None
         settings = {**SETTINGS, "core.parallelism": "8"}
         variables = {**stack.enter_context(served(source.name)), **ENDURING}
+        if options.starts:
+            variables |= {"STARTS_BY": source.name, "STARTS_AT": str(home), "STARTS_UP_TO": str(options.under_way)}
         airflow = stack.enter_context(Deployment(home, database=database, settings=settings, variables=variables))
         airflow.prepare()
         furnish(airflow, gaps=False)
+        if options.starts:
+            airflow.add_dags(tests / "dags" / "starts_under_chaos.py")
         if not source.is_there:
             bootstrap.fail(f"the server of {source.name} is not installed: {source.missing}")
         (home / "delivered").mkdir()
@@ -199,10 +216,10 @@ def main() -> int:
         airflow.start()
         for number in range(1, options.triggerers):
             airflow.start_one("triggerer", as_name=f"triggerer@{number}")
-        airflow.wait_for_dags(*(dag_of(source, number) for number in range(7)))
-        endured = endure(options, source, airflow, home)
+        airflow.wait_for_dags(*([STARTED] if options.starts else (dag_of(source, number) for number in range(7))))
+        endured = endure(options, source, airflow, home, server if options.kill_database else None)
         if source.acknowledges_later:
-            acknowledge_the_rest(source, airflow, home)
+            acknowledge_the_rest(options, source, airflow, home)
         return judge(options, source, *endured)
 
 
@@ -214,11 +231,17 @@ def dag_of(source, number: int) -> str:
     return dag_id(source, next(path for path in PATHS if path.name == name), None)
 
 
-def endure(options, source, airflow, home: Path):
-    """Run it, and return the killer, the runs and when each event was delivered."""
+def endure(options, source, airflow, home: Path, database):
+    """
+    Run it, and return the killer, the runs and when each event was delivered.
+
+    :param database: the server of Airflow's, if it is to be killed.
+    """
     targets = {**TARGETS, **({"broker": BROKERS} if source.servers else {})}
+    if database is not None:
+        targets["database"] = DATABASES
     drawn = random.Random(options.seed)
-    killer = Killer(airflow, drawn, options.kills, options.every, targets, source.servers)
+    killer = Killer(airflow, drawn, options.kills, options.every, targets, source.servers, database)
     began = time.time()
     # The kills are in this thread, since what it starts ends with it.
     publishing = threading.Thread(target=publish, args=(killer, options, source, airflow, home), daemon=True)
@@ -263,11 +286,12 @@ def tell_what_hangs(airflow) -> None:
                 print(f"    {line[:400]}")
 
 
-def acknowledge_the_rest(source, airflow, home: Path) -> None:
+def acknowledge_the_rest(options, source, airflow, home: Path) -> None:
     """Wait once more, so that what came to processes that were killed comes again, and is acknowledged."""
     from deployment import until
 
-    insist(lambda: start(airflow, dag_of(source, 0), "the-rest", home))
+    if not options.starts:  # which goes on waiting
+        insist(lambda: start(airflow, dag_of(source, 0), "the-rest", home))
     with contextlib.suppress(TimeoutError):
         until(lambda: len(set(source.committed(home))) >= count(home), "all is acknowledged", 180, 1)
 
@@ -277,7 +301,8 @@ def publish(killer: Killer, options, source, airflow, home: Path) -> None:
     for number in range(options.events):
         while number - count(home) >= options.under_way or killer.is_behind(number / options.events):
             time.sleep(0.2)
-        insist(lambda number=number: start(airflow, dag_of(source, number), f"run{number:05}", home))
+        if not options.starts:
+            insist(lambda number=number: start(airflow, dag_of(source, number), f"run{number:05}", home))
         source.send(home, f"event{number:05}")
 
 
@@ -326,17 +351,27 @@ def contents(home: Path) -> dict[str, object]:
     return {file.name.partition(" ")[2]: json.loads(file.read_text()) for file in files}
 
 
-def in_the_inbox(source, airflow) -> dict[str, tuple[str, str]]:
-    """Return by run which event the inbox has for its wait, as the source names it, and how far that has come."""
-    from airflow_events.inbox.models import EventWait
+def in_the_inbox(options, source, airflow) -> dict[str, str]:
+    """Return by run which event the inbox has committed for it, as the source names it."""
+    from airflow.models.dagrun import DagRun
+    from airflow_events.inbox.entries import Phase
+    from airflow_events.inbox.models import EventTaken, EventWait
     from airflow_events.listeners.support import serde
-    from sqlalchemy import create_engine, select
+    from sqlalchemy import create_engine, func, select
 
     engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
     with engine.connect() as connection:
-        rows = connection.execute(select(EventWait.run_id, EventWait.event, EventWait.phase)).all()
+        if options.starts:  # of which it knows the run, and the run the event
+            taken = dict(connection.execute(select(EventTaken.wait, func.count()).group_by(EventTaken.wait)).all())
+            runs = connection.execute(select(DagRun.run_id, DagRun.conf).where(DagRun.dag_id == STARTED)).all()
+            found = {run: conf["event"] for run, conf in runs if taken.get(f"{STARTED}/{run}") == 1}
+        else:
+            rows = connection.execute(
+                select(EventWait.run_id, EventWait.event).where(EventWait.phase == Phase.COMMITTED)
+            )
+            found = {run: serde.decode(event) for run, event in rows.all() if event is not None}
     engine.dispose()
-    return {run: (source.identity(serde.decode(event)), phase) for run, event, phase in rows if event is not None}
+    return {run: source.identity(event) for run, event in found.items()}
 
 
 def judge(options, source, killer: Killer, states: Counter, cleared: int, home: Path, seconds: float) -> int:
@@ -350,10 +385,8 @@ def judge(options, source, killer: Killer, states: Counter, cleared: int, home: 
         delivered.setdefault(event, set()).add(run)
         moments.append(file.stat().st_mtime)
     committed = set(source.committed(home))
-    recorded = in_the_inbox(source, killer.airflow)
-    as_delivered = sum(
-        (event, "committed") == recorded.get(run) for event, runs in delivered.items() for run in runs
-    )
+    recorded = in_the_inbox(options, source, killer.airflow)
+    as_delivered = sum(event == recorded.get(run) for event, runs in delivered.items() for run in runs)
     books = source.books(home, contents(home)) if states["success"] == options.events else None
     twice = sum(len(runs) > 1 for runs in delivered.values())
     lost = options.events - len(delivered)
@@ -374,6 +407,7 @@ def judge(options, source, killer: Killer, states: Counter, cleared: int, home: 
         "seconds in all": round(seconds),
     }
     many = f", {options.brokers} brokers" if options.brokers else ""
+    many += ", starting runs" if options.starts else ""
     print(f"\n{source.name}{many}, seed {options.seed}, {options.database}, {options.triggerers} triggerer(s)")
     for name, value in rows.items():
         print(f"| {name} | {value} |")

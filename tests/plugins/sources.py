@@ -26,7 +26,9 @@ class Directory(Source):
 
     def send(self, base: Path, *events: str) -> None:
         for event in events:
-            (base / "drops" / event).write_text(event)
+            unfinished = base / f"{event}.unfinished"  # half of a file would be another event
+            unfinished.write_text(event)
+            unfinished.rename(base / "drops" / event)
 
     def identity(self, event: Any) -> str:
         return str(event["name"])
