@@ -26,6 +26,7 @@ TO_DELIVERY = "events.time_to_delivery"
 OPEN = "events.open_waits"
 OPEN_BY_LISTENER = "events.open_waits_by_listener"
 UNCOMMITTED = "events.uncommitted_waits"
+LAG = "events.lag"
 
 
 @functools.cache

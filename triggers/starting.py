@@ -43,6 +43,7 @@ from airflow_events.triggers import reference
 from airflow_events.triggers.event import recording
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.polling import Poll
+from airflow_events.triggers.source_state import SourceState
 from airflow_events.triggers.start_rules import NoLogicalDate, Rules
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,13 @@ class Starts:
         self._portal = False
         self._dags: tuple[str, ...] = ()
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by key
+        self._source = SourceState(f"trigger {what.trigger}")
         self.room = self.wanting = 0
 
     async def run(self) -> None:
         """Go round until the trigger is nobody's, or this is cancelled; whatever fails is tried again."""
         self._portal = greenback.has_portal()
+        self._source.begin()
         try:
             while not self._is_nobodys:
                 try:
@@ -140,6 +143,7 @@ class Starts:
                     self._has_failed(error)
                 await self._pause()
         finally:
+            self._source.end()
             for slot in self._slots.values():
                 slot.cancel()
             if self._slots:
@@ -147,7 +151,13 @@ class Starts:
 
     async def _look(self) -> None:
         """Learn how much room there is."""
-        asked = StartRoom(trigger=self._what.trigger, up_to=self._what.up_to, makes=self._what.makes)
+        asked = StartRoom(
+            trigger=self._what.trigger,
+            up_to=self._what.up_to,
+            makes=self._what.makes,
+            lag=self._source.lag,
+            trouble=self._source.trouble,
+        )
         answer = await Inbox.of_loop().ask(asked)
         self.room = answer.room
         if answer.dags:
@@ -394,7 +404,9 @@ class Starts:
         if self._fails:
             return
         self._pause_for_failure()
-        log.error("%s: tried again in %.0f s", self._name(), self._fails_until - self._now(), exc_info=error)
+        seconds = self._fails_until - self._now()
+        self._source.failed(error, seconds)
+        log.error("%s: tried again in %.0f s", self._name(), seconds, exc_info=error)
 
     def _pause_for_failure(self) -> None:
         if not self._fails:

@@ -197,6 +197,11 @@ class DirectoryHub(LookingHub):
         super().forget(id)
         self._doubted.add(json.loads(id)[1])
 
+    async def lag(self, seeker: Seeker) -> int | None:
+        assert isinstance(seeker, FileSeeker)
+        found = await self.on_disk(_scan, self._root)
+        return len(seeker.wanted.matching(found.files.keys()))
+
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         """Nothing: `files.commit` moves a file by what its event says."""
 

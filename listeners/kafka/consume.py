@@ -33,7 +33,8 @@ from airflow_events.listeners.kafka.client import (
 from airflow_events.listeners.kafka.group import About, Group, Look, partition_of, source_of
 from airflow_events.listeners.kafka.reader import Reader
 from airflow_events.listeners.kafka.schemas import Decoder, Formats
-from airflow_events.listeners.support.positions import Known, Positions, Ranges, after, union
+from airflow_events.listeners.support.hub import Seeker
+from airflow_events.listeners.support.positions import Known, Positions, Ranges, after, covered, union
 from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from airflow_events.listeners.support.shared import background, connected
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -153,7 +154,7 @@ class GroupHub(QueueHub):
             await self._worker.do(self._reader.read, 1)  # a refusal is told to who reads; nothing is assigned yet
         await self._see(look)
 
-    async def connected(self) -> None:
+    async def can_tell(self) -> None:
         """Return at once: what is acknowledged the inbox is told, over no connection to Kafka."""
 
     async def disconnect(self) -> None:
@@ -196,6 +197,13 @@ class GroupHub(QueueHub):
         committing = self._commit()
         if not all(topic.owner for topic in self._topics.values()):
             await asyncio.wait({committing})  # without an inbox nothing else outlives the process
+
+    async def lag(self, seeker: Seeker) -> int | None:
+        partitions = self._places()
+        bounds = await self._asker.do(self.reader.bounds, list(partitions))
+        return sum(
+            high - low - covered(partitions[place].settled, low, high) for place, (low, high) in bounds.items()
+        )
 
     async def give_back(self, deliveries: Mapping[str, Delivery]) -> None:
         self._free.update({id: delivery.message for id, delivery in deliveries.items()})

@@ -23,6 +23,7 @@ from airflow_events.listeners.nats.client import (
 )
 from airflow_events.listeners.nats.consumer import SHORTEST, Consumer, Wanted, consumer_of, info
 from airflow_events.listeners.nats.messages import Source, Stored, stored_of
+from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from nats import errors
 from nats.aio.msg import Msg
@@ -135,6 +136,10 @@ class ConsumerHub(QueueHub):
         stored, created = stored_of(message), self.consumer.stream_made
         id = coordinates(self._source.stream, created, self._source.durable, stored.sequence)
         self.offer(id, Received(id, created, message.reply, stored))
+
+    async def lag(self, seeker: Seeker) -> int | None:
+        about = await info(await self.server(), self._source)
+        return int(about["num_pending"]) + int(about["num_ack_pending"])
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         if not deliveries:

@@ -31,6 +31,8 @@ from psycopg import AsyncConnection, errors, sql
 
 # Rows that a look takes at most.
 _AT_ONCE = 500
+# Rows that are counted at most.
+_MOST_COUNTED = 100_000
 
 _IDS = ("smallint", "integer", "bigint", "uuid", "text", "character varying")
 _CREATED = ("timestamp with time zone",)
@@ -104,8 +106,17 @@ class TableHub(LookingHub):
         if self._connection is not None:
             await self._connection.close()
 
-    async def connected(self) -> None:
+    async def can_tell(self) -> None:
         """Do nothing: rows are acknowledged over another connection than they are read over."""
+
+    async def lag(self, seeker: Seeker) -> int | None:
+        assert self._connection is not None
+        # Of the whole table, whatever the wait wants of it.
+        count = sql.SQL("SELECT count(*) FROM (SELECT FROM {} WHERE {} LIMIT {}) AS counted").format(
+            self._source.identifier, self._unacknowledged, _MOST_COUNTED
+        )
+        [[(number,)]] = await run(self._connection, count)
+        return int(number)
 
     def look_again(self) -> None:
         self._next_look = 0.0

@@ -88,6 +88,18 @@ class Consumer(OnServer, QueueHub):
         if self._room == self.wanted:
             await self.pause(_LOOK)
 
+    async def lag(self, seeker: Seeker) -> int | None:
+        # What a consumer has, the server does not count.
+        return await within(self._waiting()) + len(self._unsettled)
+
+    async def _waiting(self) -> int:
+        assert self._server is not None
+        channel = await self._server.channel()  # which ends if the queue is gone
+        try:
+            return (await channel.queue_declare(self._source.queue, passive=True)).message_count or 0
+        finally:
+            await close(channel)
+
     @property
     def wanted(self) -> int:
         return min(super().wanted, _MOST)

@@ -18,6 +18,7 @@ from airflow_events.listeners.redis.client import (
     refusals,
     text,
 )
+from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from redis import exceptions
 from redis.asyncio import Redis
@@ -115,6 +116,12 @@ class GroupHub(QueueHub):
     def _offer(self, entry: str, fields: dict[bytes, bytes]) -> None:
         id = coordinates(self._server, self._source.stream, self._source.group, entry)
         self.offer(id, Entry(self._server, entry, fields))
+
+    async def lag(self, seeker: Seeker) -> int | None:
+        for group in await self.client.xinfo_groups(self._source.stream):
+            if text(group["name"]) == self._source.group and group.get("lag") is not None:  # from Redis 7 on
+                return int(group["lag"]) + int(group["pending"])
+        return None
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         if deliveries:

@@ -27,6 +27,7 @@ from airflow_events.listeners.sqs.client import (
     url_of,
 )
 from airflow_events.listeners.sqs.messages import Message
+from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import REASON, SOURCE, Delivery, QueueHub
 from airflow_events.listeners.support.values import seconds
 from botocore import exceptions
@@ -147,6 +148,12 @@ class SqsHub(QueueHub):
             )
         until = time.monotonic() + self._lease
         return [Message(self._arn, message, until) for message in answer.get("Messages") or ()]
+
+    async def lag(self, seeker: Seeker) -> int | None:
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        with refusals(self.source):
+            answer = await self.client.get_queue_attributes(QueueUrl=self._url, AttributeNames=names)
+        return sum(int(answer["Attributes"][name]) for name in names)
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         told = list(deliveries.values())

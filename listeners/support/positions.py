@@ -95,6 +95,11 @@ def after(ranges: Ranges, offset: int) -> int:
     return max(offset, ranges[number - 1][1]) if number else offset
 
 
+def covered(ranges: Ranges, start: int, end: int) -> int:
+    """Return how many of the offsets from ``start`` until before ``end`` are settled."""
+    return sum(max(min(end, last) - max(start, first), 0) for first, last in ranges)
+
+
 def digest(source: str) -> bytes:
     """Return the key under which the inbox has a source; it is frozen."""
     return hashlib.sha256(source.encode()).digest()

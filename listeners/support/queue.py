@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.support.hub import Hub, Seeker
+from airflow_events.listeners.support.lags import Lags
 from airflow_events.listeners.support.shared import OnePerLoop, background, shared, woken
 from airflow_events.listeners.support.values import checked, unreadable
 
@@ -99,6 +100,20 @@ class QueueHub(Hub[Seeker]):
 
     async def keep(self, deliveries: Mapping[str, Delivery]) -> None:
         """Tell the source that these are still being worked on."""
+
+    async def lag(self, seeker: Seeker) -> int | None:
+        """
+        Return how many messages nobody has acknowledged yet; None if the source does not tell.
+
+        It is asked while there is a connection, beside `serve`. What it raises counts as None.
+
+        :param seeker: of a hub that can tell messages apart, whose messages are meant; it gets none.
+        """
+        return None
+
+    async def can_tell(self) -> None:
+        """Return once messages can be acknowledged, or given back."""
+        await self.connected()
 
     @property
     def wanted(self) -> int:
@@ -247,7 +262,7 @@ class QueueHub(Hub[Seeker]):
         InHand.of_loop().forget(id, self)
 
     async def _acknowledge(self, ids: list[str]) -> None:
-        await self.connected()
+        await self.can_tell()
         if fresh := self._fresh(ids):
             await self.acknowledge(fresh)
             for id, delivery in fresh.items():
@@ -256,7 +271,7 @@ class QueueHub(Hub[Seeker]):
                     self.in_hand[id].is_acknowledged = True
 
     async def _give_back(self, ids: list[str]) -> None:
-        await self.connected()
+        await self.can_tell()
         if fresh := self._fresh(ids):
             await self.give_back(fresh)
 
@@ -448,6 +463,7 @@ async def receive(
     :param seek: says what the wait wants, of a hub that can tell messages apart.
     :raises EventUndecodable: a message cannot be read, or not be stored.
     """
+    Lags.of_loop().note(key, make, seek)
     while True:
         async with shared(key, make) as hub:
             delivery = await hub.take(seek())

@@ -1,4 +1,4 @@
-"""Tells how many waits there are, as long as the API server lives; only where Airflow sends metrics."""
+"""Tells how many waits there are, and how much is left that starts runs; only where Airflow sends metrics."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def _tell(told: set[str]) -> set[str]:
     counted = in_transaction(waits.count)
     metrics.level(metrics.OPEN, sum(counted.open.values()))
     metrics.level(metrics.UNCOMMITTED, counted.uncommitted)
+    for dag_id, lag in in_transaction(waits.lags).items():
+        metrics.level(metrics.LAG, lag, dag_id=dag_id)
     for listener in told | counted.open.keys():
         metrics.level(metrics.OPEN_BY_LISTENER, counted.open.get(listener, 0), listener=listener)
     return set(counted.open)

@@ -109,9 +109,11 @@ def list_starts(args: argparse.Namespace) -> None:
             "state": start.state,
             "active": start.active,
             "up_to": start.up_to,
+            "lag": start.lag,
             "last_event": _moment(start.last_event),
             "last_run": start.last_run,
             "triggerer": start.triggerer and start.triggerer.hostname,
+            "trouble": start.trouble,
         }
         for start in found
     ]

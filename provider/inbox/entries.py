@@ -300,13 +300,16 @@ class Positions(Entry):
 @dataclass(frozen=True)
 class StartRoom(Entry):
     """
-    How many runs an event's source may start now; of no task instance. It changes and locks nothing.
+    How many runs an event's source may start now; of no task instance. It locks nothing.
 
     :param ti: nobody's.
     :param trigger: the id of the trigger that asks: the runs are those of the DAGs that its assets start.
     :param up_to: how many runs of each of them there may be at once; None is the DAG's ``max_active_runs``.
     :param makes: what is made of events: a ``run`` of each, a run of a ``batch`` of them, or an ``asset_event`` of
         each for each of the trigger's assets.
+    :param lag: how many messages nobody has acknowledged yet at the source, for whoever looks; None if it does not
+        tell.
+    :param trouble: what is wrong with the source, empty if nothing is; likewise.
     """
 
     operation: ClassVar[str] = "start_room"
@@ -314,6 +317,8 @@ class StartRoom(Entry):
     trigger: int = 0
     up_to: int | None = None
     makes: str = "run"
+    lag: int | None = None
+    trouble: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from airflow.models.base import StringID
 from airflow.models.taskinstance import TaskInstance
 from airflow.utils.sqlalchemy import UtcDateTime
 from sqlalchemy import (
+    BigInteger,
     ForeignKeyConstraint,
     Index,
     Integer,
@@ -222,6 +223,21 @@ class EventHost(Base):
     """In whose log what it logs is found: the `Wait.id` of the anchor that it was started for, and its try."""
     trouble: Mapped[str | None] = mapped_column(Text)
     """What is wrong with the sources of its waits, as it said last; NULL if nothing is."""
+
+
+class EventStart(Base):
+    """A trigger that starts runs, and what it says of its source."""
+
+    __tablename__ = "event_start"
+
+    trigger_id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    """The row in Airflow's table. SQLite gives the number of one that is deleted to the next one."""
+    lag: Mapped[int | None] = mapped_column(BigInteger)
+    """How many messages nobody has acknowledged yet; NULL if the source does not tell."""
+    trouble: Mapped[str | None] = mapped_column(Text)
+    """What is wrong with the source; NULL if nothing is."""
+    told_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    """When it said so; it does so again while it lives, though nothing has changed."""
 
 
 class EventPosition(Base):

@@ -35,7 +35,7 @@ from airflow.utils.state import DagRunState
 from airflow.utils.types import DagRunTriggeredByType, DagRunType
 from airflow_events.inbox.database import begin_writing, once_committed
 from airflow_events.inbox.entries import RUN_ID_PREFIX, Answer, StartRoom, StartRun, Status, Told
-from airflow_events.inbox.models import EventSent
+from airflow_events.inbox.models import EventSent, EventStart
 from airflow_events.inbox.taken import Taken, key_of, taken_of, write_taken
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
@@ -45,6 +45,10 @@ log = logging.getLogger(__name__)
 
 # For how many asset events there is always room.
 _MOST_ASSET_EVENTS = 64
+
+# How many characters of what is wrong with a source are kept; and after how long it is noted that a trigger lives.
+_LONGEST = 2000
+_TELL_AGAIN = timedelta(seconds=30)
 
 # For how long a request may be repeated whose answer was lost.
 _ASKED_AGAIN = timedelta(days=1)
@@ -141,9 +145,23 @@ class _Batch:
 
 
 def room(session: Session, entries: Sequence[StartRoom]) -> list[Answer]:
-    """Answer for how many events there is room."""
+    """Answer for how many events there is room, and keep what triggers say of their sources, for whoever looks."""
     dags = _dags_of(session, {entry.trigger for entry in entries}, lock=False)
+    _note(session, {entry.trigger: entry for entry in entries if dags.get(entry.trigger)})
     return [_answer(Answer(Status.DONE), dags.get(entry.trigger), entry) for entry in entries]
+
+
+def _note(session: Session, said: Mapping[int, StartRoom]) -> None:
+    now = datetime.now(timezone.utc)
+    rows = session.scalars(select(EventStart).where(EventStart.trigger_id.in_(said)))
+    known = {row.trigger_id: row for row in rows}
+    for trigger, entry in sorted(said.items()):
+        row, trouble = known.get(trigger), entry.trouble[:_LONGEST] or None
+        if row is None:
+            if entry.lag is not None or trouble is not None:
+                session.add(EventStart(trigger_id=trigger, lag=entry.lag, trouble=trouble, told_at=now))
+        elif (row.lag, row.trouble) != (entry.lag, trouble) or row.told_at < now - _TELL_AGAIN:
+            row.lag, row.trouble, row.told_at = entry.lag, trouble, now
 
 
 def start(session: Session, entries: Sequence[StartRun]) -> list[Answer]:

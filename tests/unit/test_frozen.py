@@ -124,7 +124,7 @@ def test_what_is_asked_of_the_inbox_and_answered():
         "places": ["ti", "place", "generation", "start", "limit"],
         "look": ["ti", "place", "generation"],
         "positions": ["ti", "place", "source", "settled", "begins"],
-        "start_room": ["ti", "place", "trigger", "up_to", "makes"],
+        "start_room": ["ti", "place", "trigger", "up_to", "makes", "lag", "trouble"],
         "start_run": [
             "ti", "place", "trigger", "up_to", "makes", "record_id", "events", "key", "logical_date",
         ],

@@ -18,7 +18,7 @@ from airflow_events.listeners.directory import DirectoryListener, DirectoryWatch
 from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.support import commit
 from airflow_events.listeners.timer import TimerListener
-from airflow_events.triggers import starting
+from airflow_events.triggers import source_state, starting
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.start_rules import NoLogicalDate, Rules
 from airflow_events.triggers.starting import shapes
@@ -141,11 +141,13 @@ class Room:
         self.settled, self.entries = [], []
         self.poison = {}  # what is answered to whatever has a file of that name
         self.of_room = Status.DONE
+        self.lag, self.trouble = None, ""  # as it was told last
         self.hold = None  # until when answers are held back
 
     async def ask(self, entry):
         if isinstance(entry, StartRoom):
             self.looks += 1
+            self.lag, self.trouble = entry.lag, entry.trouble
             return Answer(self.of_room, room=self.room, dags=("order",))
         if isinstance(entry, Settle):
             self.settled.append(entry.identity)
@@ -168,6 +170,8 @@ def inbox(monkeypatch):
     monkeypatch.setattr(Inbox, "of_loop", lambda: room)
     for name, seconds in (("_LOOK_WHEN_FULL", 0.05), ("_LOOK_WHILE_OPEN", 0.1), ("_FIRST_PAUSE", 0.2)):
         monkeypatch.setattr(starting, name, seconds)
+    for name in ("_MEASURE_EVERY", "_MEASURE_AGAIN", "_IS_OVER"):
+        monkeypatch.setattr(source_state, name, 0.2)
     return room
 
 
@@ -344,8 +348,17 @@ async def test_a_source_that_fails_is_tried_again(inbox, drops, trigger, monkeyp
         await until(lambda: failures)
         before = len(failures)
         await until(lambda: len(failures) > before)
+        await until(lambda: inbox.trouble == "OSError: no such source")
     drop(drops, "a")
     await until(lambda: archived(drops) == ["a"])
+    await until(lambda: inbox.trouble == "")
+
+
+async def test_what_is_left_at_the_source_is_told(inbox, drops, running):
+    inbox.room = 2
+    drop(drops, *map(str, range(5)))
+    running()
+    await until(lambda: len(inbox.asked) == 2 and inbox.lag == 3)
 
 
 async def test_what_does_not_match_is_acknowledged_and_starts_nothing(inbox, drops, running):

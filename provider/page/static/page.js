@@ -266,10 +266,11 @@ const START_STATES = {
   full: ["deferred", "Limit of active runs reached: events wait at their source"],
   paused: ["none", "The DAG is paused: events wait at their source"],
   broken: ["failed", "The DAG's file has import errors: events wait at their source"],
+  failing: ["failed", "The source is unreachable, or refuses"],
   "no trigger": ["up_for_retry", "No trigger yet: Airflow creates it when it parses the DAG's file the next time"],
   "no triggerer": ["failed", "No running triggerer has this trigger"],
 };
-const START_COLUMNS = ["DAG", "Starts on", "State", "Active runs", "Last event", "Triggerer"];
+const START_COLUMNS = ["DAG", "Starts on", "State", "Active runs", "Lag", "Last event", "Triggerer"];
 
 function startRow(start) {
   const [look, title] = START_STATES[start.state] ?? ["none", null];
@@ -277,8 +278,9 @@ function startRow(start) {
   return h("tr", {},
     h("td", { class: "name" }, airflowLink(dag, { class: "cut", title: start.dag_id }, start.dag_id)),
     h("td", { class: "call" }, h("code", { title: start.asset }, start.asset)),
-    h("td", {}, h("span", { class: `badge is-${look}`, title }, start.state)),
+    h("td", {}, h("span", { class: `badge is-${look}`, title: start.trouble ?? title }, start.state)),
     h("td", {}, `${start.active.toLocaleString("en")} of ${start.up_to.toLocaleString("en")}`),
+    h("td", { title: "Messages at the source that nobody has acknowledged" }, start.lag?.toLocaleString("en") ?? h("span", { class: "quiet" }, "–")),
     h("td", { class: "time" }, relative(start.last_event, "none"),
       start.last_run && airflowLink(`${dag}/runs/${encodeURIComponent(start.last_run)}`, { class: "cut quiet", title: start.last_run }, start.last_run)),
     h("td", {}, triggerer({ ...start, state: null }) ?? h("span", { class: "quiet" }, "–")));

@@ -82,7 +82,15 @@ def columns():
     """Return the columns of our tables as text."""
     dialects = postgresql.dialect(), mysql.dialect(), sqlite.dialect()
     lines = ["table | column | PostgreSQL | MySQL | SQLite | null"]
-    for name in ("event_wait", "event_taken", "event_kept", "event_sent", "event_position", "event_host"):
+    for name in (
+        "event_wait",
+        "event_taken",
+        "event_kept",
+        "event_sent",
+        "event_position",
+        "event_host",
+        "event_start",
+    ):
         for column in Base.metadata.tables[name].columns:
             types = (column.type.compile(dialect) for dialect in dialects)
             null = "primary key" if column.primary_key else "null" if column.nullable else "not null"

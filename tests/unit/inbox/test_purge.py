@@ -6,7 +6,7 @@ import hashlib
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from airflow_events.inbox.models import EventKept, EventSent, EventTaken
+from airflow_events.inbox.models import EventKept, EventSent, EventStart, EventTaken
 from airflow_events.inbox.purge import purge
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
@@ -55,6 +55,7 @@ def names(session):
     """Return what is there."""
     found = session.scalars(select(EventTaken.record_id)).all()
     found += session.scalars(select(EventKept.event_id)).all()
+    found += session.scalars(select(EventStart.trouble)).all()
     return {*found, *session.scalars(select(EventSent.receipt))}
 
 
@@ -68,19 +69,21 @@ def rows(session):
         kept("kept", NOW + timedelta(seconds=1)),
         sent("sent old", NOW - timedelta(seconds=1)),
         sent("sent", NOW + timedelta(seconds=1)),
+        insert(EventStart).values(trigger_id=1, trouble="told old", told_at=NOW - DAY - timedelta(seconds=1)),
+        insert(EventStart).values(trigger_id=2, trouble="told", told_at=NOW - DAY + timedelta(seconds=1)),
     ):
         session.execute(statement)
     return session
 
 
 def test_what_is_old_is_forgotten_and_nothing_else(rows):
-    assert purge(rows, NOW, WEEK, 100) == 3
-    assert names(rows) == {"taken and acknowledged late", "taken and never acknowledged", "kept", "sent"}
+    assert purge(rows, NOW, WEEK, 100) == 4
+    assert names(rows) == {"taken and acknowledged late", "taken and never acknowledged", "kept", "sent", "told"}
     assert purge(rows, NOW, WEEK, 100) == 0
 
 
 def test_what_no_source_has_confirmed_is_never_forgotten(rows):
-    assert purge(rows, NOW + 10_000 * DAY, timedelta(0), 100) == 6
+    assert purge(rows, NOW + 10_000 * DAY, timedelta(0), 100) == 8
     assert names(rows) == {"taken and never acknowledged"}
 
 
@@ -90,8 +93,8 @@ def test_it_goes_in_pieces(rows):
     before = names(rows)
     assert purge(rows, NOW, WEEK, 2) == 2
     assert before - names(rows) == {"more 3", "more 4"}  # the oldest come first
-    assert [purge(rows, NOW, WEEK, 2) for _ in range(4)] == [2, 2, 2, 0]
-    assert names(rows) == {"taken and acknowledged late", "taken and never acknowledged", "kept", "sent"}
+    assert [purge(rows, NOW, WEEK, 2) for _ in range(4)] == [2, 2, 2, 1]
+    assert names(rows) == {"taken and acknowledged late", "taken and never acknowledged", "kept", "sent", "told"}
 
 
 def test_what_somebody_else_has_locked_is_passed_over(engine):

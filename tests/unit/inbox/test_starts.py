@@ -43,7 +43,7 @@ from airflow_events.inbox.entries import (
     as_json,
     entry_of,
 )
-from airflow_events.inbox.models import EventTaken
+from airflow_events.inbox.models import EventStart, EventTaken
 from airflow_events.listeners.directory import DirectoryListener
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DBAPIError
@@ -489,6 +489,20 @@ def test_what_starts_runs_is_listed(airflow):
     airflow.session.execute(update(Trigger).values(triggerer_id=job.id))
     assert (listed().state, listed().active, listed().last_run, listed().last_event) == ("open", 0, None, None)
     assert listed().triggerer.hostname == "box"
+    airflow.room(up_to=2)
+    assert airflow.session.scalars(select(EventStart)).all() == []  # it has told nothing
+    airflow.room(up_to=2, lag=12)
+    assert (listed().state, listed().lag, listed().trouble) == ("open", 12, None)
+    airflow.room(up_to=2, trouble="its broker is unreachable")
+    assert (listed().state, listed().lag, listed().trouble) == ("failing", None, "its broker is unreachable")
+    airflow.room(up_to=2, lag=3)
+    assert (listed().state, listed().lag, listed().trouble) == ("open", 3, None)
+    assert waits_of_airflow.lags(airflow.session) == {"order": 3}
+    airflow.session.execute(update(EventStart).values(told_at=now - timedelta(minutes=3)))
+    airflow.session.expire_all()
+    assert (listed().state, listed().lag) == ("open", None)  # its triggerer has not said so lately
+    airflow.room(up_to=2, lag=3)
+    assert listed().lag == 3
     for number in (1, 2):
         airflow.start(number)
     assert (listed().state, listed().active, listed().last_run) == ("full", 2, airflow.runs()[1].run_id)
