@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """
-Run the tests against the built wheel: python3 scripts/test.py [arguments of pytest].
+Run the tests against the built wheel: python3 scripts/test.py [--release | arguments of pytest].
 
 Without arguments the quick ones come first. The others mostly wait, for a source or for Airflow's loops, so two
 run beside one another: those with a real Airflow, and those of the sources, after which come those that kill much
 of theirs, and some more with a real Airflow. Three at once starve each other on two processors. What a part says
-is printed when it has ended. With arguments, pytest gets them as they are.
+is printed when it has ended. What is marked as a variant is left out: with ``--release`` it is run too, and ten
+times as many schedules of the model. With other arguments, pytest gets them as they are.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,10 +21,11 @@ from typing import IO
 
 import bootstrap
 
+RELEASE = "--release"
 # Each kills much of its Airflow, or starts one of its own.
 WITH_FAULTS = ("tests/chaos", "tests/e2e/test_matrix.py", "tests/e2e/test_crashes.py")
 # So many of the others that both lanes take as long.
-OF_OTHER_LANE = tuple(f"tests/e2e/test_{name}.py" for name in ("parked", "hosted", "starts", "sends", "airflow"))
+OF_OTHER_LANE = tuple(f"tests/e2e/test_{name}.py" for name in ("starts", "sends", "airflow"))
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Part:
 QUICK = Part("quick", ("tests/model", "tests/unit", "-n", "logical", "--maxprocesses", "4"))
 SOURCES = Part("sources", ("tests/sources", "-n", "4"))
 AIRFLOW = Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in (*WITH_FAULTS, *OF_OTHER_LANE))))
-STARTS = Part("a real Airflow: waits without triggers, and what starts runs", OF_OTHER_LANE)
+STARTS = Part("a real Airflow: what starts runs, and from one DAG to another", OF_OTHER_LANE)
 FAULTS = Part("a real Airflow under faults", WITH_FAULTS)
 # Those of a lane run one after another.
 LANES = ((AIRFLOW,), (SOURCES, FAULTS, STARTS))
@@ -104,8 +107,12 @@ def run_all(pytest: list[str]) -> int:
 if __name__ == "__main__":
     bootstrap.run_inside("[test]")
     project = ["-c", str(bootstrap.ROOT / "pyproject.toml"), "--rootdir", str(bootstrap.ROOT), "--durations=10"]
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == [RELEASE]:
+        os.environ["MODEL_EXAMPLES"] = "10"
+    elif len(sys.argv) > 1:
         import pytest
 
         sys.exit(pytest.main([*project, *sys.argv[1:]]))
+    else:
+        project += ["-m", "not release"]
     sys.exit(run_all([sys.executable, "-m", "pytest", *project]))

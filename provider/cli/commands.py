@@ -23,6 +23,7 @@ from airflow_events import waits
 from airflow_events.inbox.database import in_transaction, lacks_tables
 from airflow_events.inbox.rotation import rotate
 from airflow_events.listeners.base import Wait
+from airflow_events.listeners.support.values import json_of
 from airflow_events.waits import Detail, Order, Stage, Summary
 from rich.markup import escape
 from sqlalchemy.exc import DBAPIError
@@ -201,7 +202,7 @@ def send_event(args: argparse.Namespace) -> None:
     from airflow_events.api import sending
 
     try:
-        payload = json.loads(sys.stdin.read() if args.payload == "-" else args.payload)
+        payload = json_of(sys.stdin.read() if args.payload == "-" else args.payload)
     except (ValueError, RecursionError) as error:
         print(f"The payload is not valid JSON: {error}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from None

@@ -260,11 +260,22 @@ def base_at():
     return Base
 
 
+@pytest.fixture(scope="session")
+def new_base(tmp_path_factory):
+    """Make a `Base` of a folder of its own."""
+
+    def make(name):
+        path = tmp_path_factory.mktemp(name)
+        for folder in ("drops", "gates", "queue", "leases", "owners", "delivered"):
+            (path / folder).mkdir()
+        return Base(path)
+
+    return make
+
+
 @pytest.fixture
-def base(tmp_path):
-    for folder in ("drops", "gates", "queue", "leases", "owners", "delivered"):
-        (tmp_path / folder).mkdir()
-    return Base(tmp_path)
+def base(new_base):
+    return new_base("base")
 
 
 @pytest.fixture

@@ -443,7 +443,7 @@ class Foreseen(Protocol):
 
 
 TIMES = os.environ.get("MODEL_EXAMPLES")
-MODEL = settings(of_examples(int(200 * float(TIMES or 1)), repeatable=TIMES is None), stateful_step_count=100)
+MODEL = settings(of_examples(int(100 * float(TIMES or 1)), repeatable=TIMES is None), stateful_step_count=100)
 MUTANT = settings(of_examples(1000), stateful_step_count=100, report_multiple_bugs=False)
 
 

@@ -96,6 +96,7 @@ def test_whatever_is_typed(line):
         (["list", "--stage", "lost"], "--stage: invalid choice"),
         (["list", "--text", "\0"], "--text: "),
         (["send", "shop", "run", "wait", "--payload", "{"], "The payload is not valid JSON"),
+        (["send", "shop", "run", "wait", "--payload", '{"price": NaN}'], "valid JSON: JSON has no NaN"),
         (["send", "shop", "run", "wait", "--payload", "[" * 100_000], "The payload is not valid JSON"),
         (["send", "shop", "run", "wait", "--payload", "1", "--idempotency-key", ""], "--idempotency-key: "),
         (["reject", "shop", "run", "wait", "--reason", ""], "--reason: "),
