@@ -27,10 +27,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "tests/plugins", "tests/matrix", "tests/sources")]
 
+from kafka_peers import OF_CONSUMER, PARTITIONS, PROVIDER, make_topic  # noqa: E402
+
 import bootstrap  # noqa: E402
 
 PAGE = ROOT / "docs" / "events-that-start-runs.md"
-PROVIDER = "apache-airflow-providers-apache-kafka"
 # The DAG, which its topic, connection and group are named as; what it is; which messages each of its runs has.
 CONTENDERS = {
     "asset_watcher": (
@@ -51,7 +52,6 @@ CONTENDERS = {
         """,
     ),
 }
-PARTITIONS = 6
 
 
 def arguments() -> argparse.Namespace:
@@ -83,11 +83,9 @@ def main() -> None:
         stack.callback(broker.stop)
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         database = stack.enter_context(Postgres()).url
-        # As the provider's documentation has it, but for the time after which the broker takes a member for dead.
-        extra = {"enable.auto.commit": False, "auto.offset.reset": "beginning", "session.timeout.ms": 6000}
         connections = {
             "kafka_default": broker.connection(),
-            "asset_watcher": broker.connection(extra={"group.id": "asset_watcher", **extra}),
+            "asset_watcher": broker.connection(extra={"group.id": "asset_watcher", **OF_CONSUMER}),
         }
         variables = {f"AIRFLOW_CONN_{key.upper()}": json.dumps(value) for key, value in connections.items()}
         airflow = stack.enter_context(Deployment(home, database=database, settings=SETTINGS, variables=variables))
@@ -101,13 +99,6 @@ def main() -> None:
         wait_for_triggers(database)
         rows = {name: measure(options, broker, airflow, name) for name in CONTENDERS}
     write(options, rows)
-
-
-def make_topic(broker, name: str) -> None:
-    from confluent_kafka.admin import AdminClient, NewTopic
-
-    admin = AdminClient(broker.bootstrap)  # what it was asked ends with it
-    admin.create_topics([NewTopic(name, PARTITIONS)])[name].result(60)
 
 
 def asked(database: str, query: str) -> list[tuple]:

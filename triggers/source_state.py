@@ -32,6 +32,7 @@ class SourceState:
     def begin(self) -> None:
         """Ask from now on, and of all polls that are made in this context."""
         shared_log.set(self._name)
+        Lags.of_loop().begin(self._name)
         self._measuring = background(self._measure(), f"lag of {self._name}")
 
     def end(self) -> None:

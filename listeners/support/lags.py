@@ -30,13 +30,18 @@ class Queue(Resource, Protocol):
 
 class Lags(OnePerLoop):
     """
-    Which queue was polled last in a log that polls share.
+    Which queue was polled last, by whose log it is that the polls share.
 
     A queue that nobody polls any more, for want of room, say, is connected to for as long as it takes to ask.
     """
 
     def __init__(self) -> None:
-        self._polled: dict[str, tuple[Hashable, Callable[[], Queue], Callable[[], Any]]] = {}
+        # None of what was polled by nobody yet.
+        self._polled: dict[str, tuple[Hashable, Callable[[], Queue], Callable[[], Any]] | None] = {}
+
+    def begin(self, of: str) -> None:
+        """Note that it will be asked for the queue of that log."""
+        self._polled[of] = None
 
     def note(self, key: Hashable, make: Callable[[], Queue], seek: Callable[[], Any]) -> None:
         """
@@ -45,11 +50,11 @@ class Lags(OnePerLoop):
         :param key: of the queue, as of `shared`; ``make`` likewise.
         :param seek: what the poll wants of it.
         """
-        if of := shared_log.get(""):
+        if (of := shared_log.get("")) in self._polled:
             self._polled[of] = key, make, seek
 
     def forget(self, of: str) -> None:
-        """Note that nobody will ask for the queue of that log."""
+        """Note that nobody will ask for it any more."""
         self._polled.pop(of, None)
 
     async def of(self, log_of: str) -> int | None:
@@ -58,9 +63,9 @@ class Lags(OnePerLoop):
 
         None if none was, the source does not tell, or it cannot be asked now.
         """
-        if log_of not in self._polled:
+        if (polled := self._polled.get(log_of)) is None:
             return None
-        key, make, seek = self._polled[log_of]
+        key, make, seek = polled
         try:
             async with shared(key, make) as queue:
                 return await _told(_asked(queue, seek()))
