@@ -241,6 +241,7 @@ _NATS: _Fields = {
     "tls_cert": _text("The client's certificate", "The path of a PEM file."),
     "tls_key": _text("The client's key", "The path of a PEM file, if it is not in the certificate's."),
     "tls_hostname": _text("Name in the server's certificate", "If it is not the host."),
+    "tls_handshake_first": _field("TLS first", "As the server's handshake_first.", "boolean", default=False),
 }
 _AMQP: _Fields = {
     "ssl": _field("TLS", "The server's certificate and name are checked.", "boolean", default=False),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from airflow.sdk.exceptions import AirflowException
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
@@ -101,6 +102,12 @@ _DENIED = {
     KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED, KafkaError._SSL,
 }  # fmt: skip
+# What is said with one of these codes though it passes: a broker, or a proxy before it, that hangs up or is busy,
+# and a place of tokens that does not answer.
+_PASSING = (
+    "alert internal error", "broker transport failure", "timed out", "too many connects",
+    "failed to acquire sasl oauthbearer token",
+)  # fmt: skip
 # Said of one broker, whose address is in it: that which it gives out (``advertised.listeners``).
 _UNREACHED = {KafkaError._TRANSPORT, KafkaError._RESOLVE}
 # What may be their consequence, and names no address.
@@ -243,18 +250,16 @@ class Clients:
             found = cause.args[0]
             if self._no_token is not None:  # of which the client says that it took too long
                 raise BrokerUnavailable(f"there is no token for the login: {self._no_token}") from self._no_token
-            if self.trouble is not None and self.trouble.code() in _DENIED:
+            if self.trouble is not None and _is_denied(self.trouble):
                 found, self.trouble = self.trouble, None  # why it took too long
             raise self.translated(found) from error
 
     def translated(self, error: KafkaError) -> Exception:
         """Return what we raise for an error of Kafka's."""
         code = error.code()
-        if code == KafkaError._SSL and "alert internal error" in error.str():  # of a proxy before the broker
-            return BrokerUnavailable(f"{error.str()} ({error.name()})")
-        if code == KafkaError._SSL:
+        if code == KafkaError._SSL and _is_denied(error):
             return SourceMisconfigured(f"{self.source}: the TLS verification failed: {error.str()}")
-        if code in _DENIED:
+        if _is_denied(error):
             return SourceMisconfigured(
                 f"{self.source}: the connection's user may not use it: {error.str()} ({error.name()})"
             )
@@ -279,8 +284,13 @@ class Clients:
     def _note(self, error: KafkaError) -> None:
         if error.code() in _UNREACHED:
             self._unreached = error.str()
-        if error.code() in _DENIED or (error.code() == KafkaError._ALL_BROKERS_DOWN and not self.trouble):
+        if _is_denied(error) or (error.code() == KafkaError._ALL_BROKERS_DOWN and not self.trouble):
             self.trouble = error
+
+
+def _is_denied(error: KafkaError) -> bool:
+    """Whether an error says that we are not let in, and will not be by itself."""
+    return error.code() in _DENIED and not any(passing in error.str().lower() for passing in _PASSING)
 
 
 class Worker:
@@ -325,7 +335,7 @@ def _is_known(name: str) -> bool:
     try:
         # The second is no setting, so that there is never a client, whatever the first one does.
         Consumer({"group.id": "airflow-events", name: "", _NO_SETTING: ""})
-    except (KafkaException, TypeError, ValueError) as error:
+    except (KafkaException, TypeError, ValueError, AttributeError) as error:
         return f'No such configuration property: "{name}"' not in str(error)
     raise AssertionError(f"{_NO_SETTING} is a setting")
 
@@ -350,10 +360,22 @@ def _servers(found: Connection, settings: dict[str, Any]) -> str:
             what = "has neither 'bootstrap.servers' among its extras nor a host"
             raise misconfigured(found, what)
         return str(extra)
-    by_host = [each.address(_PORT) for each in endpoints(found)]
-    if extra and not set(by_host) <= {each.strip() for each in str(extra).split(",")}:
-        raise misconfigured(found, f"has the host {','.join(by_host)}, and the extra bootstrap.servers={extra!r}")
-    return str(extra or ",".join(by_host))
+    if not extra:
+        return ",".join(each.address(_PORT) for each in endpoints(found))
+    named = [_host_and_port(each) for each in str(extra).split(",")]
+    for one in endpoints(found):
+        if not any(one.host.lower() == host and one.port in (None, port or _PORT) for host, port in named):
+            host = one.address(one.port) if one.port else one.host
+            raise misconfigured(found, f"has the host {host}, and the extra bootstrap.servers={extra!r}")
+    return str(extra)
+
+
+def _host_and_port(server: str) -> tuple[str, int | None]:
+    """Return what an address of a broker says; None where it says no port."""
+    found = urlsplit(f"//{server.strip().rpartition('://')[2]}")
+    with contextlib.suppress(ValueError):
+        return found.hostname or "", found.port
+    return server, None
 
 
 def _login(found: Connection, settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,24 +8,28 @@ not answer is no fault of the message: it is asked again, and the message is nei
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from datetime import time as time_of_day
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from airflow_events import settings
 from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.kafka import KafkaFormat
 from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Worker
-from airflow_events.listeners.support.connections import connection, known_extras
+from airflow_events.listeners.support.connections import connection, known_extras, misconfigured
 from airflow_events.listeners.support.values import FORMATS, check_choices, decode, json_of, text_of
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_exponential, wait_random
+
+if TYPE_CHECKING:
+    from airflow.sdk import Connection
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,10 @@ _EXTRAS = frozenset({
     "ssl.key.password", "basic.auth.user.info", "bearer.auth.client.id", "bearer.auth.client.secret",
     "bearer.auth.credentials.source", "bearer.auth.identity.pool.id", "bearer.auth.issuer.endpoint.query",
     "bearer.auth.issuer.endpoint.url", "bearer.auth.logical.cluster", "bearer.auth.scope", "bearer.auth.token",
+})  # fmt: skip
+
+_NUMBERS = frozenset({
+    "timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity", "cache.latest.ttl.sec",
 })  # fmt: skip
 
 # A registry's own words for a subject, version or schema that it does not have. Any other 404 may be of a wrong
@@ -190,14 +198,14 @@ class Decoder:
 
 async def _settings(conn_id: str) -> dict[str, Any]:
     """Return the registry client's settings."""
-    found = await connection(conn_id, "http")
-    conf = {**_OURS, **known_extras(found, _EXTRAS)}
+    found = await connection(conn_id, "http", "https")
+    told = known_extras(found, _EXTRAS)
+    conf = {**_OURS, **told, **{name: _number(found, told, name) for name in _NUMBERS & told.keys()}}
     if "url" not in conf:
         if not found.host:
             raise SourceMisconfigured(f"the connection {conn_id!r} has no host, where a schema registry is needed")
-        conf["url"] = ",".join(
-            _url(conn_id, host.strip(), found.schema, found.port) for host in found.host.split(",")
-        )
+        scheme = "https" if found.conn_type == "https" else found.schema
+        conf["url"] = ",".join(_url(conn_id, host.strip(), scheme, found.port) for host in found.host.split(","))
     if not str(conf["url"]).startswith(("http://", "https://")):
         raise SourceMisconfigured(
             f"the connection {conn_id!r} has a URL that begins neither with 'http://' nor 'https://'"
@@ -205,6 +213,22 @@ async def _settings(conn_id: str) -> dict[str, Any]:
     if found.login:
         conf.setdefault("basic.auth.user.info", f"{found.login}:{found.password or ''}")
     return conf
+
+
+def _number(found: Connection, told: Mapping[str, Any], name: str) -> int | float:
+    """
+    Return an extra that is a number; in a connection's URI it is text.
+
+    :raises SourceMisconfigured: it is none.
+    """
+    value = told[name]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    with contextlib.suppress(ValueError, TypeError):
+        return int(value)
+    with contextlib.suppress(ValueError, TypeError):
+        return float(value)
+    raise misconfigured(found, f"has the extra {name}={value!r}, where a number is needed")
 
 
 def _url(conn_id: str, host: str, scheme: str | None, port: int | None) -> str:

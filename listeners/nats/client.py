@@ -15,6 +15,7 @@ from airflow_events.listeners.support.connections import (
     connection,
     context,
     endpoints,
+    flag,
     known_extras,
     misconfigured,
     secure,
@@ -51,8 +52,10 @@ _SAFE = ("tls:", "wss:")
 _TYPES = (*_SCHEMES, "generic")
 # The extras that are a login, and what the client calls them.
 _LOGINS = {"token": "token", "nkey_seed": "nkeys_seed_str", "credentials": "user_credentials"}
+_BY_KEY = frozenset({_LOGINS["nkey_seed"], _LOGINS["credentials"]})
+_FIRST = "tls_handshake_first"
 _FOR_TLS = ("tls_ca", "tls_cert", "tls_key", "tls_hostname")
-_EXTRAS = frozenset({*_LOGINS, "tls", *_FOR_TLS})
+_EXTRAS = frozenset({*_LOGINS, "tls", *_FOR_TLS, _FIRST})
 
 LOST = (
     OSError,
@@ -180,6 +183,13 @@ class Server:
             raise ConnectionError(str(error)) from error
         except ImportError as error:
             raise SourceMisconfigured(f"the connection {self._conn_id!r} needs: pip install nkeys") from error
+        except Exception as error:
+            if isinstance(error, OSError) or not options.keys() & _BY_KEY:
+                raise
+            # What the libraries raise of a file or a key that is none, they do not document.
+            raise SourceMisconfigured(
+                f"the connection {self._conn_id!r} has credentials or an nkey seed that cannot be used: {error!r}"
+            ) from error
         if not self._client.is_connected:
             raise ConnectionError(str(self._trouble or "the server ended the connection"))
         # The client itself goes on in the clear if the server does not ask for TLS. A proxy may end that of wss.
@@ -360,8 +370,9 @@ def _login(found: Connection, told: dict[str, Any]) -> dict[str, Any]:
 
 async def _tls(found: Connection, told: dict[str, Any], urls: list[str]) -> dict[str, Any]:
     # A certificate is what TLS is asked for by, too.
-    safe = any(url.startswith(_SAFE) for url in urls) or any(name in told for name in _FOR_TLS)
+    first = flag(found, told, _FIRST)
+    safe = first or any(url.startswith(_SAFE) for url in urls) or any(name in told for name in _FOR_TLS)
     if not secure(found, told, "tls", safe, _FOR_TLS):
         return {}
     files = await context(found, *(told.get(name) for name in ("tls_ca", "tls_cert", "tls_key")))
-    return {"tls": files, "tls_hostname": told.get("tls_hostname")}
+    return {"tls": files, "tls_hostname": told.get("tls_hostname"), **({_FIRST: True} if first else {})}

@@ -46,13 +46,14 @@ LOST = (
     exceptions.BusyLoadingError,
     exceptions.ClusterDownError,
     exceptions.RedisClusterException,
+    exceptions.ClusterError,  # its nodes send the client to one another, as while slots move
     OSError,
 )
 # What a server answers while it changes its role, starts, or has no room: it goes away by itself, or by what
-# whoever runs the server does. Of a script's error the word
-# may be within.
+# whoever runs the server does. Of a script's error the word may be within.
 _PASSING = re.compile(
-    r"\b(READONLY|UNBLOCKED|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|MISCONF|OOM|BUSY)\b"
+    r"\b(READONLY|UNBLOCKED|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|MISCONF|OOM|BUSY"
+    r"|max number of clients)\b"
 )
 # Those that the client has a class for; it takes the word away.
 _PASSING_TYPES = (
@@ -148,6 +149,10 @@ def refusals(source: Source) -> Any:
     except exceptions.ResponseError as error:
         if isinstance(error, _PASSING_TYPES) or _PASSING.search(str(error)):
             raise exceptions.ConnectionError(f"the server answers: {error}") from error
+        if isinstance(error, exceptions.AskError):  # of which what a moved slot is answered with is a kind
+            raise SourceMisconfigured(
+                f"{source}: the server is of a cluster; give the connection the extra cluster=true"
+            ) from error
         if "DB index is out of range" in str(error):
             raise SourceMisconfigured(
                 f"{source}: the server has no database of the number that the connection names"

@@ -41,7 +41,15 @@ AWAY = (
     exceptions.MetadataRetrievalError,
     OSError,
 )
-_BUSY = frozenset({"OverLimit", "RequestLimitExceeded", "ServiceUnavailable", "InternalError", "InternalFailure"})
+# What passes by itself: what SQS says, and what botocore tries again, of the services that give credentials, too.
+_BUSY = frozenset({
+    "OverLimit", "RequestLimitExceeded", "ServiceUnavailable", "InternalError", "InternalFailure",
+    "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "TooManyRequestsException",
+    "LimitExceededException", "ProvisionedThroughputExceededException", "TransactionInProgressException",
+    "BandwidthLimitExceeded", "SlowDown", "IDPCommunicationError",
+})  # fmt: skip
+# Said of a token that is wrong, and with these words while its issuer cannot be reached.
+_NO_ISSUER = "InvalidIdentityToken", "retrieve verification key"
 _ARN = re.compile(r"arn:[\w-]+:sqs:(?P<region>[\w-]+):(?P<account>\d+):(?P<name>[\w.-]+)")
 # The extras that the Amazon provider reads; and those that it did once.
 _EXTRAS = frozenset({
@@ -106,7 +114,9 @@ def region_of(queue: str) -> str | None:
     if (by_name := _ARN.fullmatch(queue)) is not None:
         return by_name["region"]
     found = re.match(r"https?://(?:[^/]*\.)?sqs(?:-fips)?\.([a-z]+-[a-z0-9-]+)\.", queue)
-    return found[1] if found else None
+    # As AWS's URLs were at first.
+    found = found or re.match(r"https?://(?:([a-z]+-[a-z0-9-]+)\.)?queue\.amazonaws\.com(?:\.cn)?/", queue)
+    return (found[1] or "us-east-1") if found else None
 
 
 async def tried(request: Any) -> None:
@@ -159,7 +169,8 @@ def refusals(source: Source) -> Iterator[None]:
             raise SourceMissing(
                 f"{source}: there is no such queue; create it, as it is not created automatically"
             ) from error
-        if status >= 500 or status == 429 or code in _BUSY or "throttl" in code.lower():
+        no_issuer = code == _NO_ISSUER[0] and _NO_ISSUER[1] in str(error)
+        if status >= 500 or status == 429 or code in _BUSY or "throttl" in code.lower() or no_issuer:
             raise _Busy(str(error)) from error
         if status in (401, 403) or "AccessDenied" in code:
             raise SourceMisconfigured(f"{source}: the connection's user may not use it: {error}") from error

@@ -43,7 +43,7 @@ def test_the_form_asks_for_every_extra_that_is_known_by_its_type(offered, kind, 
     assert set(fields) == set(client._EXTRAS)
     for name in ("token", "nkey_seed"):
         assert name not in fields or fields[name]["schema"]["format"] == "password"
-    boolean = {"nats": {"tls"}, "amqp": {"ssl", "ssl_verify"}}[kind]
+    boolean = {"nats": {"tls", "tls_handshake_first"}, "amqp": {"ssl", "ssl_verify"}}[kind]
     assert {name for name, field in fields.items() if field["schema"]["type"][0] == "boolean"} == boolean
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import ssl
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import aiormq
+import botocore.exceptions
 import pytest
 import trustme
 from airflow.sdk.exceptions import AirflowNotFoundException
@@ -24,6 +26,9 @@ from airflow_events.listeners.redis import client as redis
 from airflow_events.listeners.sqs import client as sqs
 from airflow_events.listeners.support import connections
 from airflow_events.provider_info import get_provider_info
+from confluent_kafka import KafkaError, KafkaException
+from redis.exceptions import ClusterError, MovedError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 
 @pytest.fixture
@@ -384,6 +389,10 @@ async def test_a_connection_to_postgresql_that_cannot_be_used(connect, extra, wh
         ("arn:aws:sqs:eu-west-1:123456789012:orders.fifo", "eu-west-1"),
         ("arn:aws-us-gov:sqs:us-gov-west-1:123456789012:orders", "us-gov-west-1"),
         ("https://sqs.eu-west-1.amazonaws.com/123456789012/orders", "eu-west-1"),
+        ("https://eu-west-1.queue.amazonaws.com/123456789012/orders", "eu-west-1"),
+        ("https://cn-north-1.queue.amazonaws.com.cn/123456789012/orders", "cn-north-1"),
+        ("https://queue.amazonaws.com/123456789012/orders", "us-east-1"),
+        ("http://127.0.0.1:4566/000000000000/queue.amazonaws.com/", None),
     ],
 )
 def test_the_region_of_a_queue(queue, region):
@@ -419,6 +428,13 @@ async def test_an_extra_that_the_amazon_provider_does_not_read_any_more(connect,
         ({"extra": {"bootstrap.servers": ["c:1", "d:2"]}}, "c:1,d:2"),
         ({"extra": {"metadata.broker.list": "c:1"}}, "c:1"),
         ({"host": "d", "port": 2, "extra": {"bootstrap.servers": "c:1, d:2"}}, "c:1, d:2"),
+        ({"host": "broker", "extra": {"bootstrap.servers": "broker:9093"}}, "broker:9093"),
+        ({"host": "broker", "extra": {"bootstrap.servers": "broker"}}, "broker"),
+        (
+            {"host": "Broker", "port": 9093, "extra": {"bootstrap.servers": "SASL_SSL://broker:9093"}},
+            "SASL_SSL://broker:9093",
+        ),
+        ({"host": "::1", "port": 2, "extra": {"bootstrap.servers": "[::1]:2"}}, "[::1]:2"),
     ],
 )
 async def test_the_brokers_of_kafka(connect, fields, servers):
@@ -429,7 +445,9 @@ async def test_the_brokers_of_kafka(connect, fields, servers):
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"host": "a", "extra": {"bootstrap.servers": "b:9092"}}, "the host a:9092, and the extra bootstrap"),
+        ({"host": "a", "extra": {"bootstrap.servers": "b:9092"}}, "the host a, and the extra bootstrap"),
+        ({"host": "a", "port": 9093, "extra": {"bootstrap.servers": "a:9092"}}, "the host a:9093, and the extra"),
+        ({"host": "a", "extra": {"default.topic.config": {"x": 1}}}, "'default.topic.config', which is neither"),
         ({}, "neither 'bootstrap.servers' among its extras nor a host"),
         (
             {"host": "a", "login": "me"},
@@ -619,6 +637,93 @@ def test_an_instance_that_has_no_credentials_for_a_moment_is_asked_again(monkeyp
     answers = iter([None, None, "these"])
     assert sqs._credentials_of(SimpleNamespace(get_credentials=lambda: next(answers))) == "these"
     assert sqs._credentials_of(SimpleNamespace(get_credentials=lambda: None)) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "passes"),
+    [
+        ("RequestTimeout", "", True),
+        ("IDPCommunicationError", "", True),
+        ("InvalidIdentityToken", "Couldn't retrieve verification key from your identity provider", True),
+        ("InvalidIdentityToken", "The token is not valid", False),
+        ("InvalidParameterValue", "", False),
+    ],
+)
+def test_what_passes_of_what_aws_says(code, message, passes):
+    said = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+    error = botocore.exceptions.ClientError(said, "AssumeRoleWithWebIdentity")
+    with pytest.raises(sqs.AWAY if passes else botocore.exceptions.ClientError), sqs.refusals(SQS):
+        raise error
+
+
+SQS = sqs.Source("own", "orders", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (ResponseError("max number of clients + cluster connections reached"), ConnectionError, "max number"),
+        (ResponseError("READONLY You can't write against a read only replica."), ConnectionError, "READONLY"),
+        (ClusterError("TTL exhausted."), ClusterError, "TTL"),
+        (MovedError("5461 10.0.0.2:6379"), SourceMisconfigured, "give the connection the extra cluster=true"),
+    ],
+)
+def test_what_a_server_of_a_redis_cluster_says(error, raised, says):
+    of_redis = RedisConnectionError if raised is ConnectionError else raised
+    with pytest.raises(of_redis, match=says) as found, redis.refusals(redis.Source("own", "orders")):
+        raise error
+    assert isinstance(found.value, redis.LOST) is (raised is not SourceMisconfigured)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "passes"),
+    [
+        (
+            KafkaError._AUTHENTICATION,
+            "SASL mechanism handshake failed: Local: Broker transport failure",
+            True,
+        ),
+        (KafkaError._AUTHENTICATION, "Failed to acquire SASL OAUTHBEARER token: Failed to connect to idp", True),
+        (KafkaError._AUTHENTICATION, "SASL authentication error: [446c81dc]: Too many connects", True),
+        (KafkaError._AUTHENTICATION, "SASL authentication error: Authentication failed", False),
+        (KafkaError._SSL, "ssl3_read_bytes:tlsv1 alert internal error", True),
+        (KafkaError._SSL, "certificate verify failed", False),
+    ],
+)
+def test_what_passes_of_what_a_broker_says_to_a_login(code, text, passes):
+    clients = kafka.Clients(kafka.Source("own", ("orders",), "etl"), {})
+    with pytest.raises(kafka.BrokerUnavailable if passes else SourceMisconfigured), clients.refusals():
+        raise KafkaException(KafkaError(code, text))
+    clients._note(KafkaError(code, text))
+    assert (clients.trouble is None) is passes
+
+
+async def test_numbers_of_a_schema_registry_are_text_in_a_uri(monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_REGISTRY", "https://registry/?timeout=2.5&max.retries=2")
+    settings = await schemas._settings("registry")
+    assert (settings["timeout"], settings["max.retries"]) == (2.5, 2)
+    assert settings["url"] == "https://registry"
+    monkeypatch.setenv("AIRFLOW_CONN_REGISTRY", "http://registry/?timeout=soon")
+    with pytest.raises(SourceMisconfigured, match="the extra timeout='soon', where a number is needed"):
+        await schemas._settings("registry")
+
+
+@pytest.mark.parametrize("extra", [{"credentials": ""}, {"credentials": "none of it"}, {"nkey_seed": "/a/path"}])
+async def test_keys_for_nats_that_cannot_be_used_are_named(connect, tmp_path, extra):
+    if "credentials" in extra:
+        (tmp_path / "creds").write_text(extra["credentials"])
+        extra = {"credentials": str(tmp_path / "creds")}
+
+    async def greet(reader, writer):
+        writer.write(b'INFO {"server_id":"x","nonce":"abc","auth_required":true,"max_payload":1000}\r\n')
+        await reader.read(1000)
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        connect(conn_type="nats", host="127.0.0.1", port=port, extra=extra)
+        with pytest.raises(SourceMisconfigured, match="'own' has credentials or an nkey seed that cannot be used"):
+            await nats.connect("own")
 
 
 @pytest.mark.parametrize(
