@@ -20,7 +20,7 @@ from airflow.sdk.definitions._internal.mixins import ResolveMixin
 from airflow.sdk.definitions._internal.types import is_arg_set
 from airflow.sdk.definitions.param import Param, ParamsDict
 from airflow.sdk.definitions.xcom_arg import XComArg
-from airflow_events.listeners.base import is_template
+from airflow_events.listeners.base import EventListener, foresees, is_template
 from airflow_events.listeners.support.serde import localized, simple
 from airflow_events.operators import templates
 from airflow_events.triggers import reference
@@ -105,9 +105,17 @@ def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
     return None
 
 
+def keeps_what_is_rendered(listener: type[EventListener]) -> bool:
+    """Whether the arguments of a wait that begins in the triggerer are kept as they were rendered there first."""
+    is_parked = listener.recorded_from_outside or foresees(listener)
+    return is_parked or (listener.hosted and reference.is_importable(listener))
+
+
 def _finishes_on_worker_because(task: WaitForEventOperator) -> str | None:
     if _runs_after(task):
         return "it has a post_execute, which only workers run"
+    if task.outlets and _runs_before(task):
+        return "it has outlets, to whose events a pre_execute or an on_execute_callback may add, on workers alone"
     if task.on_success_callback:
         return "it has an on_success_callback, which only workers run"
     if task.soft_fail and task.on_skipped_callback:
@@ -157,20 +165,22 @@ def _rendered_on_worker_because(task: WaitForEventOperator, arguments: Any) -> s
         return "the DAG has a template_undefined of its own, which only workers have"
     own_names = {*((dag and dag.user_defined_macros) or ())}
     own_filters = {*((dag and dag.user_defined_filters) or ())}
-    if any(found.names & own_names or found.filters & own_filters for found in used):
+    if any(found.names & own_names or found.uses_filter_of(own_filters) for found in used):
         return "its templates use the DAG's own macros or filters, which only workers have"
     for found in used:
         if found.otherwise:
             return f"its templates use {found.otherwise}, which the triggerer may not render as a worker does"
-        if found.names & {"var", "conn"} and (why := _asks_otherwise_because()):
+        if found.names & {"var", "conn"} and (why := _asks_otherwise_because(task)):
             return f"its templates use a Variable or a connection, and {why}"
         if param := _param_not_kept(task, found.params):
             return f"its templates use the param {param}, whose value a serialized DAG does not keep"
     return None
 
 
-def _asks_otherwise_because() -> str | None:
+def _asks_otherwise_because(task: WaitForEventOperator) -> str | None:
     """Say why the triggerer does not read Variables and connections as a worker does, or return None."""
+    if task.arguments_as_text or not keeps_what_is_rendered(task.listener):
+        return "each triggerer that takes the wait over would read them again"
     if conf.getboolean("core", "multi_team", fallback=False):
         return "[core] multi_team shows a triggerer others than a worker of the team"
     if conf.get("secrets", "backend", fallback="") or conf.get("workers", "secrets_backend", fallback=""):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +77,18 @@ class Uses:
     :param names: of the context.
     :param filters: Jinja's, and tests.
     :param params: of the run; None stands for all of them.
+    :param names_filters: whether the name of a filter, as of ``map``, is worked out as it is rendered.
     """
 
     otherwise: str | None = None
     names: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
     params: frozenset[str | None] = frozenset()
+    names_filters: bool = False
+
+    def uses_filter_of(self, names: Collection[str]) -> bool:
+        """Whether it uses one of these filters, or might."""
+        return not self.filters.isdisjoint(names) or (self.names_filters and bool(names))
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -105,6 +111,9 @@ def uses(template: str) -> Uses:
         tree = environment.parse(template)
         filters = {node.name for node in tree.find_all(nodes.Filter)}
         tests = {node.name for node in tree.find_all(nodes.Test)}
+        of_names = [node.args[0] for node in tree.find_all(nodes.Filter) if node.name in _OF_NAMES and node.args]
+        named = {one.value for one in of_names if isinstance(one, nodes.Const) and isinstance(one.value, str)}
+        names_filters = any(not isinstance(one, nodes.Const) for one in of_names)
         if unknown := (filters - environment.filters.keys()) | (tests - environment.tests.keys()):
             return Uses(f"the filter or test {min(unknown)}", filters=frozenset(filters | tests))
         names = meta.find_undeclared_variables(tree)
@@ -112,7 +121,9 @@ def uses(template: str) -> Uses:
         return Uses(f"what Jinja does not take ({error.message})")
     look = _Look(names)
     look.at(tree)
-    return Uses(look.otherwise, frozenset(names), frozenset(filters | tests), frozenset(look.params))
+    return Uses(
+        look.otherwise, frozenset(names), frozenset(filters | tests | named), frozenset(look.params), names_filters
+    )
 
 
 @functools.lru_cache(maxsize=1)

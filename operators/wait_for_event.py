@@ -59,8 +59,9 @@ class _StartFromTrigger:
         self._off = None if name == "start_trigger_args" else False
 
     def __get__(self, task: WaitForEventOperator | None, owner: type) -> Any:
-        # Airflow looks once while BaseOperator's constructor runs, before there is anything to see.
-        if task is None or "replay" not in vars(task):
+        # Airflow looks after each constructor on the way, before there is all to see: a subclass may set a
+        # template field of its own after this class's.
+        if task is None or not all(hasattr(task, name) for name in ("replay", *task.template_fields)):
             return self._off
         return getattr(task, self._wanted)()
 
@@ -127,7 +128,7 @@ class WaitForEventOperator(BaseOperator):
     ) -> None:
         super().__init__(retries=retries, retry_delay=retry_delay, **kwargs)
         self.listener = check_listener(listener)
-        # Of the fields that are templates Airflow wants the value of the constructor, or one equal to it.
+        # What stands for something simpler is that before it is rendered, wherever that is done.
         self.listener_args = _positional(listener_args)
         self.listener_kwargs = _by_name(listener_kwargs)
         self.timeout = timeout
@@ -165,7 +166,7 @@ class WaitForEventOperator(BaseOperator):
     @classmethod
     def get_serialized_fields(cls) -> frozenset[str]:
         """Let a serialized DAG say what waits there."""
-        return frozenset({"event_wait", *super().get_serialized_fields()})  # type: ignore[no-untyped-call]
+        return frozenset({"event_wait", "returns_dag_result", *super().get_serialized_fields()})  # type: ignore[no-untyped-call]
 
     @property
     def event_wait(self) -> str | None:
@@ -247,6 +248,7 @@ class WaitForEventOperator(BaseOperator):
         trigger = self.trigger_class(
             wait=named,
             mapped_over=not is_mapped and next(iter(self.iter_mapped_dependants()), None) is not None,
+            dag_result=bool(getattr(unrendered, "returns_dag_result", False)),
             **self._trigger_arguments(),
         )
         trigger.show_as_here()
@@ -466,7 +468,7 @@ def _positional(arguments: Any) -> Any:
             f"listener_args is a list of positional arguments, not {arguments!r:.200}; of named ones there is "
             "listener_kwargs"
         )
-    return list(arguments)
+    return serde.simple(list(arguments))
 
 
 def _by_name(arguments: Any) -> Any:
@@ -474,7 +476,7 @@ def _by_name(arguments: Any) -> Any:
         return arguments or {}
     if not isinstance(arguments, Mapping):
         raise TypeError(f"listener_kwargs is a mapping of named arguments, not {arguments!r:.200}")
-    return dict(arguments)
+    return serde.simple(dict(arguments))
 
 
 def check_names(listener: type[EventListener], kwargs: Mapping[str, Any], by: str = "wait_for_event") -> None:

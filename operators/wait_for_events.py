@@ -228,7 +228,8 @@ wait_for_events = _WaitForEvents()
 def _listed(arguments: Any) -> list[Any]:
     if isinstance(arguments, (str, bytes, Mapping)) or not hasattr(arguments, "__iter__"):
         raise TypeError(f"arguments is a list with the arguments of each poll, not {arguments!r:.200}")
-    return arguments if isinstance(arguments, list) else list(arguments)
+    listed: list[Any] = serde.simple(list(arguments))
+    return listed
 
 
 def _refuse(listener: type[EventListener]) -> None:

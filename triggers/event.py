@@ -131,6 +131,7 @@ class EventTrigger(BaseTrigger):
     :param mapped_over: whether a task is mapped over the return value; likewise.
     :param shown: listener and arguments as the worker that rendered them masks them, for it may know secrets that
         are not known here; empty if they were not rendered by a worker.
+    :param dag_result: whether the return value is the DAG's result; likewise.
     :param deadline: of a trigger that a worker of the first edition started: when its time is up.
     """
 
@@ -153,6 +154,7 @@ class EventTrigger(BaseTrigger):
         wait: dict[str, Any] | None = None,
         mapped_over: bool = False,
         shown: str = "",
+        dag_result: bool = False,
         deadline: datetime | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -174,7 +176,7 @@ class EventTrigger(BaseTrigger):
             self.shown = shown
         self.deadline: datetime | None = None  # by the clock of this machine
         self._started_here = False
-        self._dag_result = False
+        self._dag_result = dag_result
         self._generation = 0
         self._after = ""  # of the wait, as it polls
         self._poll: Poll | None = None  # which holds the event, while it is not recorded
@@ -202,6 +204,7 @@ class EventTrigger(BaseTrigger):
                 "wait": self.wait,
                 "mapped_over": self.mapped_over,
                 "shown": self.shown,
+                **({"dag_result": True} if self._dag_result else {}),
             },
         )
 

@@ -80,8 +80,8 @@ class EventsTrigger(EventTrigger):
         rendering = Rendering(context, jinja_env)
         if self.wait is None and rendering.may_change(self.calls):
             calls = Calls.decode(self.calls)
-            arguments = rendering.of(list(calls.arguments), "arguments")
-            self.calls = Calls(arguments, rendering.of(dict(calls.common), "listener_kwargs")).encode()
+            arguments = rendering.argument(list(calls.arguments), "arguments")
+            self.calls = Calls(arguments, rendering.argument(dict(calls.common), "listener_kwargs")).encode()
         super().render_template_fields(context, jinja_env)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:

@@ -9,6 +9,7 @@ from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.definitions._internal.templater import create_template_env
 from airflow.sdk.definitions.context import render_template_as_native, render_template_to_string
 from airflow_events.errors import UndefinedInTemplate
+from airflow_events.listeners.support import serde
 
 if TYPE_CHECKING:
     from airflow.sdk.definitions.context import Context
@@ -41,7 +42,7 @@ def render(trigger: BaseTrigger, context: Context, jinja_env: jinja2.Environment
     """
     rendering = Rendering(context, jinja_env)
     for field in trigger.template_fields:
-        setattr(trigger, field, rendering.of(getattr(trigger, field), field))
+        setattr(trigger, field, rendering.argument(getattr(trigger, field), field))
 
 
 class Rendering:
@@ -59,6 +60,19 @@ class Rendering:
         self._native = bool(dag.render_template_as_native_obj if own is None else own)
         self._environment = jinja_env or create_template_env(native=bool(dag.render_template_as_native_obj))
         self._context = context
+        self._zone = dag.timezone
+
+    def argument(self, value: Any, place: str) -> Any:
+        """
+        Return ``value`` with the strings in it rendered, as a listener is given it.
+
+        :param place: as of `of`.
+        :raises UndefinedInTemplate: a template uses a name that there is not.
+        :raises EventNotSerializable: what is rendered, of a DAG with native objects, Airflow does not store.
+        """
+        rendered = serde.localized(serde.simple(self.of(value, place)), self._zone)
+        serde.check(rendered, place)
+        return rendered
 
     def of(self, value: Any, place: str) -> Any:
         """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta, timezone, tzinfo
+from typing import Any
 
 import pendulum
 from airflow_events.listeners.base import Wait
 
 # A string of nine or more digits is a time since the epoch; ISO 8601 has none of that form.
 _EPOCH = re.compile(r"\d{9,12}(\.\d*)?")
+
+# Seconds since the epoch; a number below is a date that a native template has made one of.
+_EARLIEST = 100_000_000
 
 
 def of_epoch(milliseconds: float) -> datetime | None:
@@ -37,6 +41,18 @@ def when(moment: float | str | datetime | timedelta, wait: Wait) -> datetime:
             f"not {moment!r} of type {type(moment).__qualname__}"
         )
     return in_utc(moment, wait.tz)
+
+
+def check_since(since: Any) -> None:
+    """
+    Check from when on a watch is to look; what is None or no text and no number is left to `when`.
+
+    :raises ValueError: it is a text that is no moment, or a number that is too small for one.
+    """
+    if isinstance(since, str):
+        parsed(since)
+    elif isinstance(since, (int, float)) and since < _EARLIEST:
+        raise ValueError(f"since is a moment, and {since!r} neither one nor seconds since the epoch")
 
 
 def in_zone(moment: datetime, zone: tzinfo) -> datetime:
@@ -78,11 +94,13 @@ def parsed(text: str) -> float | datetime | timedelta:
     text = text.strip()
     if _EPOCH.fullmatch(text):
         return float(text)
+    if text == "now":  # which pendulum takes, and which would be another moment each time
+        raise ValueError("'now' is neither ISO 8601 nor seconds since the epoch")
     try:
         parsed = pendulum.parse(text, exact=True, tz=None)
     except ValueError as error:
         raise ValueError(f"{text!r} is neither ISO 8601 nor seconds since the epoch: {error}") from error
-    if isinstance(parsed, pendulum.Duration):
+    if isinstance(parsed, pendulum.Duration) and not isinstance(parsed, pendulum.Interval):
         return timedelta(seconds=parsed.total_seconds())
     if isinstance(parsed, datetime):
         return parsed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -185,7 +187,7 @@ class Match:
     def matches(self, value: Any) -> bool:
         """Whether ``value`` is wanted."""
         if self.key is not None:
-            return key_of(value, self.key[0]) == self.key[1]
+            return self.key[1] in keys_of(value, self.key[0])
         return self._finds is None or self._matches(value)
 
     def _matches(self, value: Any) -> bool:
@@ -194,17 +196,17 @@ class Match:
         return found == 0 or bool(found) if not isinstance(found, bool) else found
 
 
-def key_of(value: Any, fields: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return what ``fields`` are in ``value``, as `Match.key` has it, or None if one is missing."""
-    found = []
+def keys_of(value: Any, fields: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return what ``fields`` are in ``value``, as `Match.key` may have it; nothing if one is missing."""
+    found: list[tuple[str, ...]] = []
     for field in fields:
         here = value
         for name in [field] if isinstance(value, dict) and field in value else field.split("."):
             if not isinstance(here, dict) or name not in here:
-                return None
+                return []
             here = here[name]
-        found.append(_text(here))
-    return tuple(found)
+        found.append(_texts(here))
+    return list(itertools.product(*found))
 
 
 # As a template writes what JSON writes otherwise.
@@ -224,6 +226,16 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Write a field of an event, a whole number also as a template writes it that had it with a point."""
+    text = _text(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not text.lstrip("-").isdecimal():
+        return (text,)
+    with contextlib.suppress(OverflowError):
+        return (text, str(float(value)))
+    return (text,)
 
 
 class Index:
@@ -257,8 +269,7 @@ class Index:
     def find(self, value: Any) -> Iterator[Any]:
         """Return the waits that want ``value``."""
         for fields, by_values in list(self._by_key.items()):
-            values = key_of(value, fields)
-            if values is not None:
+            for values in keys_of(value, fields):
                 yield from list(by_values.get(values, ()))
         for wait, match in list(self._others.items()):
             if match.matches(value):

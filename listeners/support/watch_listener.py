@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from airflow_events.listeners.base import EventListener, is_template
-from airflow_events.listeners.support.timestamps import parsed
+from airflow_events.listeners.support.timestamps import check_since
 from airflow_events.listeners.support.values import Match
 
 
@@ -19,5 +19,5 @@ class LogWatchListener(EventListener):
         """Refuse an invalid ``match`` or ``since``; what templates say is not known yet."""
         if not is_template(match):
             Match(match)
-        if isinstance(since, str) and not is_template(since):
-            parsed(since)
+        if not is_template(since):
+            check_since(since)

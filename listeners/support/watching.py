@@ -24,7 +24,7 @@ from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.base import Wait, current_wait
 from airflow_events.listeners.support.hub import Hub, Seeker
 from airflow_events.listeners.support.shared import shared
-from airflow_events.listeners.support.timestamps import when
+from airflow_events.listeners.support.timestamps import check_since, when
 from airflow_events.listeners.support.values import Index, Match, OnUndecodable, checked, unreadable
 
 log = logging.getLogger(__name__)
@@ -470,5 +470,6 @@ def since_of(since: datetime | str | timedelta | None, wait: Wait) -> datetime:
         run; None is its creation.
     :raises ValueError: the string is no moment, or the run has nothing to count from.
     """
+    check_since(since)
     counted = dataclasses.replace(wait, run_start=wait.run_created or wait.run_start)
     return when(timedelta() if since is None else since, counted)

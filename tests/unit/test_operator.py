@@ -466,6 +466,8 @@ def test_the_tasks_own_execution_timeout_is_another_error(dag):
         (RedisListener, {"on_undecodable": "drop"}, "on_undecodable is one of .*, not 'drop'"),
         (RedisWatchListener, {"match": "a b"}, "match is no JMESPath expression"),
         (RedisWatchListener, {"since": "tomorrow"}, "'tomorrow' is neither ISO 8601"),
+        (RedisWatchListener, {"since": "now"}, "'now' is neither ISO 8601"),
+        (RedisWatchListener, {"since": 20260329}, "since is a moment, and 20260329 neither one"),
     ],
 )
 def test_what_no_wait_could_wait_with_is_refused_as_the_dag_is_parsed(dag, listener, arguments, message):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import types
 import typing
 import uuid
+from collections import deque
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from pathlib import PurePosixPath
 from typing import Any
 
 import jinja2
@@ -31,6 +34,7 @@ from airflow.serialization.serialized_objects import DagSerialization
 from airflow_events import EventListener, wait_for_event, wait_for_events
 from airflow_events.errors import UndefinedInTemplate
 from airflow_events.listeners.base import Wait
+from airflow_events.listeners.http import HttpListener
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.timer import TimerListener
 from airflow_events.operators.placement import Placement, placement
@@ -43,7 +47,18 @@ from airflow_events.waits import arguments
 DATE = datetime(2026, 3, 29, 0, 30, 15, 123456, tzinfo=timezone.utc)
 
 
+class Colour(enum.Enum):
+    RED = "red"
+    DAILY = "{{ ds }}"
+
+
+class Status(str, enum.Enum):
+    PAID = "paid"
+
+
 class Listener(EventListener):
+    hosted = True
+
     async def poll_for_event(self, *args, **kwargs): ...
 
 
@@ -189,6 +204,30 @@ CASES = {
         "{{ var.value['folder'] }}{{ var.value[params.name] }}", dag={"params": {"name": "folder"}}
     ),
     "variable that is missing": Case("{{ var.value.missing }}", fails="missing not found"),
+    "own filter, by its name": Case(
+        "{{ ['a'] | map('shout') | join }}",
+        dag={"user_defined_filters": {"shout": str.upper}},
+        because="own macros",
+    ),
+    "own filter, in the place of Jinja's": Case(
+        "{{ ['a'] | map('upper') | join }}",
+        dag={"user_defined_filters": {"upper": str.lower}},
+        because="own macros",
+    ),
+    "a filter whose name is worked out": Case(
+        "{{ ['a'] | map(params.f) | join }}",
+        dag={"user_defined_filters": {"shout": str.upper}, "params": {"f": "upper"}},
+        because="own macros",
+    ),
+    # what stands for something simpler
+    "path": Case(PurePosixPath("/drops/{{ ds }}")),
+    "path, asked of another task": Case(PurePosixPath("/{{ ti.xcom_pull('make') }}"), because="use ti.xcom_pull"),
+    "path, own macro": Case(
+        PurePosixPath("/{{ mine }}"), dag={"user_defined_macros": {"mine": 1}}, because="own macros"
+    ),
+    "enum": Case([Colour.RED, Colour.DAILY, {"status": Status.PAID}]),
+    "deque": Case(deque(["{{ ds }}"])),
+    "native, duration": Case("{{ data_interval_end - data_interval_start }}", dag=NATIVE),
     "variables as a whole": Case("{{ var.value }}", because="use var.value,"),
     "connection": Case("{{ conn.source.host }}:{{ conn.source.port }}{{ conn.source.extra_dejson.a }}"),
     "connection's hook": Case("{{ conn.source.get_hook() }}", because="use conn.source.get_hook,"),
@@ -469,6 +508,54 @@ def test_variables_and_connections_are_read_on_workers_where_a_triggerer_would_r
     monkeypatch.delenv("AIRFLOW__CORE__MULTI_TEAM")
     monkeypatch.setenv("AIRFLOW__SECRETS__BACKEND", "some.Vault")
     assert "a secrets backend would hold up the triggerer" in placement(wait).starts_on_worker_because
+
+
+def test_a_variable_is_read_once_for_a_wait(dag):
+    """What a trigger of its own has is the template, which each triggerer that takes it over renders again."""
+    again = "each triggerer that takes the wait over would read them again"
+    for listener in (Listener, TimerListener, HttpListener):
+        kept = operator("{{ var.value.folder }}", listener=listener, of_task={"task_id": listener.__name__})
+        assert placement(kept).starts_on_worker_because is None
+    own = operator("{{ var.value.folder }}", listener=Unhosted, of_task={"task_id": "own"})
+    assert again in placement(own).starts_on_worker_because
+    many = wait_for_events.override(task_id="many")(Watch, ["{{ var.value.folder }}"]).operator
+    assert again in placement(many).starts_on_worker_because
+
+
+class Unhosted(Listener):
+    hosted = False
+
+
+Unhosted.__module__ = "airflow_events.listeners.timer"
+
+
+def test_what_may_add_to_the_events_of_outlets_runs_on_workers(dag):
+    hooks = {"outlets": [Asset("orders")], "pre_execute": lambda context: None}
+    assert "outlets, to whose events" in placement(operator(of_task=hooks)).finishes_on_worker_because
+    without = operator(of_task={"task_id": "other", "pre_execute": lambda context: None})
+    assert placement(without).finishes_on_worker_because is None
+
+
+def test_a_subclass_may_set_a_template_field_of_its_own_last(dag):
+    class Late(WaitForEventOperator):
+        template_fields = (*WaitForEventOperator.template_fields, "note")
+
+        def __init__(self, *, note, **arguments):
+            super().__init__(**arguments)
+            self.note = note
+
+    late = Late(task_id="late", listener=Listener, note="{{ ti.xcom_pull('make') }}")
+    assert "ti.xcom_pull" in placement(late).starts_on_worker_because
+
+
+def test_the_dags_result_is_known_to_who_ends_the_wait():
+    with DAG("d", schedule=None) as dag:
+        operator().returns_dag_result = True  # as a function with @dag does that returns its output
+        operator(of_task={"task_id": "other"})
+    found = DagSerialization.from_dict(DagSerialization.to_dict(dag))
+    assert found.get_task("wait").returns_dag_result is True
+    assert not getattr(found.get_task("other"), "returns_dag_result", False)
+    assert EventTrigger(listener="m:L", dag_result=True).serialize()[1]["dag_result"] is True
 
 
 async def test_a_param_without_a_value_would_end_the_triggerer(monkeypatch):

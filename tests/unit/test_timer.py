@@ -44,6 +44,8 @@ def test_what_a_moment_means(moment, expected):
     [
         ("tomorrow", ValueError, "'tomorrow' is neither ISO 8601"),
         ("08:00", ValueError, "needs a moment or a duration"),
+        ("now", ValueError, "'now' is neither ISO 8601"),
+        ("2026-03-29/2026-03-30", ValueError, "is a interval, and a timer needs a moment"),
         (1e15, ValueError, "out of range"),
         (timedelta.max, ValueError, "after the start of the run is out of range"),
         (None, TypeError, "not None of type NoneType"),

@@ -82,6 +82,13 @@ def test_what_cannot_be_stored_is_as_undecodable_as_what_cannot_be_read(event):
         ({"day": "2026-03-02"}, {"day": date(2026, 3, 1)}, False),
         ({"at": "2026-03-01T12:00:00+00:00"}, {"at": datetime(2026, 3, 1, 12, tzinfo=timezone.utc)}, True),
         ({"id": str(UUID(int=7))}, {"id": UUID(int=7)}, True),
+        ({"amount": "5.0"}, {"amount": 5.0}, True),  # as a template writes it
+        ({"amount": "5.0"}, {"amount": 5}, True),
+        ({"amount": "5"}, {"amount": 5.0}, True),
+        ({"amount": "-5.0", "n": "1.0"}, {"amount": -5, "n": 1}, True),
+        ({"amount": "1e+22"}, {"amount": 1e22}, True),
+        ({"version": "1.0"}, {"version": "1"}, False),
+        ({"version": "1"}, {"version": "1.0"}, False),
     ],
 )
 def test_match(wanted, value, matches):
