@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
 
 from airflow.sdk._shared.secrets_masker import redact
 from airflow_events.listeners.support.hub import Troubles, shared_log
-from airflow_events.listeners.support.lags import Lags
-from airflow_events.listeners.support.shared import background
+from airflow_events.listeners.support.polls import Polled, Polls, Queue
+from airflow_events.listeners.support.shared import background, shared
 from airflow_events.triggers.event import storable
 
-# Seconds from one question of how much is left to the next, and where there was no answer.
-_MEASURE_EVERY, _MEASURE_AGAIN = 20.0, 5.0
+log = logging.getLogger(__name__)
+
+# Seconds from one question of how much is left to the next; until there is a poll; and after failures in a row.
+_EVERY, _UNTIL_POLLED, _LONGEST = 20.0, 2.0, 600.0
+# Seconds that a source has to connect, and to say how much is left.
+_PATIENCE = 20.0
 # Seconds for which polls that are open show that what failed before does not fail any more.
 _IS_OVER = 10.0
 
@@ -32,13 +39,13 @@ class SourceState:
     def begin(self) -> None:
         """Ask from now on, and of all polls that are made in this context."""
         shared_log.set(self._name)
-        Lags.of_loop().begin(self._name)
-        self._measuring = background(self._measure(), f"lag of {self._name}")
+        Polls.of_loop().begin(self._name)
+        self._asking = background(self._ask(), f"lag of {self._name}")
 
     def end(self) -> None:
         """Ask no more."""
-        self._measuring.cancel()
-        Lags.of_loop().forget(self._name)
+        self._asking.cancel()
+        Polls.of_loop().forget(self._name)
 
     def failed(self, error: Exception, seconds: float) -> None:
         """Note why polls have failed, and that they are made again after so many seconds."""
@@ -53,7 +60,49 @@ class SourceState:
             said = self._failure
         return storable(str(redact(said)))
 
-    async def _measure(self) -> None:
+    async def _ask(self) -> None:
+        pause = _EVERY
         while True:
-            self.lag = await Lags.of_loop().of(self._name)
-            await asyncio.sleep(_MEASURE_AGAIN if self.lag is None else _MEASURE_EVERY)
+            if (polled := Polls.of_loop().last(self._name)) is None:
+                await asyncio.sleep(_UNTIL_POLLED)
+                continue
+            begun = asyncio.get_running_loop().time()
+            try:
+                await self._ask_while_it_answers(polled)
+            except Exception as error:
+                log.debug("%s: it is not known how much is left: %r", self._name, error)
+            finally:
+                self.lag = None
+            lasted = asyncio.get_running_loop().time() - begun
+            pause = _EVERY if lasted > _EVERY + _PATIENCE else min(2 * pause, _LONGEST)
+            await asyncio.sleep(pause)
+
+    async def _ask_while_it_answers(self, polled: Polled) -> None:
+        # Held, or it would connect for each question while there is no room, and nobody polls.
+        async with shared(polled.key, polled.make) as queue:
+            while True:
+                self.lag = await _answered(_lag_of(queue, polled))
+                await asyncio.sleep(_EVERY)
+
+
+async def _lag_of(queue: Queue, polled: Polled) -> int | None:
+    await queue.connected_or_refused()
+    return await queue.lag(polled.seek())
+
+
+async def _answered(question: Coroutine[Any, Any, int | None]) -> int | None:
+    """
+    Return the answer.
+
+    :raises ConnectionError: there is none.
+    """
+    asking = asyncio.ensure_future(question)
+    try:
+        await asyncio.wait({asking}, timeout=_PATIENCE)
+        if not asking.done():
+            raise ConnectionError(f"the source has not answered for {_PATIENCE:.0f} s")
+        if asking.cancelled():
+            raise ConnectionError("the source's client has given up")
+        return asking.result()
+    finally:
+        asking.cancel()

@@ -136,9 +136,8 @@ class Starts:
         try:
             while not self._is_nobodys:
                 try:
-                    listener = reference.load(self._what.reference)
                     await self._look()
-                    self._open(listener)
+                    self._open(reference.load(self._what.reference))
                 except Exception as error:
                     self._has_failed(error)
                 await self._pause()

@@ -199,8 +199,7 @@ class DirectoryHub(LookingHub):
 
     async def lag(self, seeker: Seeker) -> int | None:
         assert isinstance(seeker, FileSeeker)
-        found = await self.on_disk(_scan, self._root)
-        return len(seeker.wanted.matching(found.files.keys()))
+        return await self.on_disk(_count, self._root, seeker.wanted)
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:
         """Nothing: `files.commit` moves a file by what its event says."""
@@ -334,6 +333,10 @@ def _scan(root: Path) -> _Scan:
             except OSError as error:  # of this file alone
                 _warn_of_file(entry.path, str(error))
     return found
+
+
+def _count(root: Path, wanted: Wanted) -> int:
+    return len(wanted.matching(_scan(root).files.keys()))
 
 
 def _is_unicode(entry: os.DirEntry[str]) -> bool:

@@ -199,8 +199,9 @@ class GroupHub(QueueHub):
             await asyncio.wait({committing})  # without an inbox nothing else outlives the process
 
     async def lag(self, seeker: Seeker) -> int | None:
+        assert self._group is not None
         partitions = self._places()
-        bounds = await self._asker.do(self.reader.bounds, list(partitions))
+        bounds = await self._asker.do(self._group.bounds, list(partitions))
         return sum(
             high - low - covered(partitions[place].settled, low, high) for place, (low, high) in bounds.items()
         )

@@ -12,7 +12,7 @@ from typing import Any
 from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.kafka.client import PATIENCE, BrokerUnavailable, Clients, Place, described
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,27 @@ class Group:
             silent,
             leaderless,
         )
+
+    def bounds(self, places: Iterable[Place]) -> dict[Place, tuple[int, int]]:
+        """
+        Return the offsets of the first message that is there, and of the next one that will be.
+
+        Over the admin client, in one request to each broker: asking the consumer would hold up what it reads.
+
+        :raises BrokerUnavailable: a broker does not answer.
+        """
+        found = {}
+        with self._clients.refusals():
+            specs = OffsetSpec.earliest(), OffsetSpec.latest()  # type: ignore[no-untyped-call]
+            first, last = (self._offsets_at(places, spec) for spec in specs)
+            for place, asked in last.items():
+                found[place] = first[place].result(PATIENCE + 5).offset, asked.result(PATIENCE + 5).offset
+        return found
+
+    def _offsets_at(self, places: Iterable[Place], spec: OffsetSpec) -> dict[Place, Any]:
+        wanted = {TopicPartition(*place): spec for place in places}
+        asked = self._asks().list_offsets(wanted, request_timeout=PATIENCE)
+        return {(place.topic, place.partition): future for place, future in asked.items()}
 
     def topic_id(self) -> str:
         """

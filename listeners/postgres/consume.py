@@ -110,12 +110,13 @@ class TableHub(LookingHub):
         """Do nothing: rows are acknowledged over another connection than they are read over."""
 
     async def lag(self, seeker: Seeker) -> int | None:
-        assert self._connection is not None
-        # Of the whole table, whatever the wait wants of it.
+        # Of the whole table, whatever the wait wants of it; over a connection of its own, since `serve` hears
+        # notifications over the other.
         count = sql.SQL("SELECT count(*) FROM (SELECT FROM {} WHERE {} LIMIT {}) AS counted").format(
             self._source.identifier, self._unacknowledged, _MOST_COUNTED
         )
-        [[(number,)]] = await run(self._connection, count)
+        async with await connect(self._source.conn_id) as connection:
+            [[(number,)]] = await run(connection, count)
         return int(number)
 
     def look_again(self) -> None:

@@ -147,6 +147,8 @@ class Hub(abc.ABC, Generic[_S]):
         self._changed = asyncio.Event()
         self._turns = Turns(_AT_ONCE)
         self._up = asyncio.Event()
+        self._refusal_came = asyncio.Event()
+        self._refusal: Exception | None = None  # what `connect` or `serve` has raised last, besides `lost`
         self._asked_for = 0  # how many want a connection, and no event
         self._heard = time.monotonic()
         self._was_there = False
@@ -193,6 +195,24 @@ class Hub(abc.ABC, Generic[_S]):
             await self._up.wait()
         finally:
             self._asked_for -= 1
+
+    async def connected_or_refused(self) -> None:
+        """
+        Return once there is a connection; for what is not worth one attempt to connect after another.
+
+        :raises Exception: what keeps the hub from it, and does not go away by itself.
+        """
+        self._refusal_came.clear()
+        connected = asyncio.ensure_future(self.connected())
+        refused = asyncio.ensure_future(self._refusal_came.wait())
+        try:
+            await asyncio.wait({connected, refused}, return_when=asyncio.FIRST_COMPLETED)
+            if not connected.done():
+                assert self._refusal is not None
+                raise self._refusal
+        finally:
+            connected.cancel()
+            refused.cancel()
 
     @property
     def is_needed(self) -> bool:
@@ -242,6 +262,8 @@ class Hub(abc.ABC, Generic[_S]):
                 except Exception as error:
                     # These cannot be served. Those who come later are tried again: it may have been mended.
                     self._no_trouble()
+                    self._refusal = error
+                    self._refusal_came.set()
                     for seeker in list(self.seekers):
                         seeker.fail(error)
                     await self._disconnect()

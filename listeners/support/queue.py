@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from airflow_events.errors import AtRedelivery, EventUndecodable
 from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.support.hub import Hub, Seeker
-from airflow_events.listeners.support.lags import Lags
+from airflow_events.listeners.support.polls import Polled, Polls
 from airflow_events.listeners.support.shared import OnePerLoop, background, shared, woken
 from airflow_events.listeners.support.values import checked, unreadable
 
@@ -463,9 +463,10 @@ async def receive(
     :param seek: says what the wait wants, of a hub that can tell messages apart.
     :raises EventUndecodable: a message cannot be read, or not be stored.
     """
-    Lags.of_loop().note(key, make, seek)
     while True:
         async with shared(key, make) as hub:
+            if type(hub).lag is not QueueHub.lag:
+                Polls.of_loop().note(Polled(key, make, seek))
             delivery = await hub.take(seek())
             try:
                 return _readable(read, delivery)

@@ -35,9 +35,9 @@ class Start:
     :param up_to: how many there may be.
     :param last_event: when the last event started a run that is still there; None if none has.
     :param last_run: the id of that run.
-    :param lag: how many messages nobody has acknowledged yet at the source, half a minute ago or less; None if it
-        does not tell, or its triggerer has not asked it lately.
-    :param trouble: why it is ``failing``: the source is unreachable, or refuses.
+    :param lag: how many messages nobody has acknowledged yet at the source, as it said in the last two minutes;
+        None if it has not.
+    :param trouble: what is wrong with the source, likewise, as where it is unreachable or refuses.
     """
 
     dag_id: str
@@ -54,16 +54,19 @@ class Start:
 
 def lags(session: Session) -> dict[str, int]:
     """Return how many messages are left that start runs, by DAG, where the source tells."""
-    found: dict[str, int] = {}
-    for start in starts(session):
-        if start.lag is not None:
-            found[start.dag_id] = found.get(start.dag_id, 0) + start.lag
-    return found
+    query = (
+        select(DagScheduleAssetReference.dag_id, func.sum(EventStart.lag))
+        .join(AssetModel, AssetModel.id == DagScheduleAssetReference.asset_id)
+        .join(AssetWatcherModel, AssetWatcherModel.asset_id == AssetModel.id)
+        .join(EventStart, EventStart.trigger_id == AssetWatcherModel.trigger_id)
+        .where(AssetModel.group == START_GROUP, EventStart.lag.is_not(None), EventStart.told_at > _lately())
+        .group_by(DagScheduleAssetReference.dag_id)
+    )
+    return {dag_id: int(lag or 0) for dag_id, lag in session.execute(query)}
 
 
 def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[Start]:
     """Return what starts runs, by DAG; of these DAGs, or of all."""
-    lately = datetime.now(timezone.utc) - _LATELY
     query = (
         select(
             AssetModel.name,
@@ -84,7 +87,7 @@ def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[
         .join(DagModel, DagModel.dag_id == DagScheduleAssetReference.dag_id)
         .outerjoin(AssetWatcherModel, AssetWatcherModel.asset_id == AssetModel.id)
         .outerjoin(Trigger, Trigger.id == AssetWatcherModel.trigger_id)
-        .outerjoin(EventStart, and_(EventStart.trigger_id == Trigger.id, EventStart.told_at > lately))
+        .outerjoin(EventStart, and_(EventStart.trigger_id == Trigger.id, EventStart.told_at > _lately()))
         .outerjoin(Job, Job.id == Trigger.triggerer_id)
         .where(AssetModel.group == START_GROUP, DagModel.is_stale.is_(False))
         .order_by(DagModel.dag_id, AssetModel.name, Trigger.id)
@@ -98,6 +101,10 @@ def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[
         active = DagRun.active_runs_of_dags(dag_ids=found, exclude_backfill=True, session=session)
     last = _last(session, found)
     return [_start(row, active.get(row.dag_id, 0), last[row.dag_id]) for row in rows]
+
+
+def _lately() -> datetime:
+    return datetime.now(timezone.utc) - _LATELY
 
 
 def _start(row: Any, active: int, last: Any) -> Start:

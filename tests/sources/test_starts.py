@@ -50,8 +50,8 @@ def ledger(monkeypatch):
     monkeypatch.setattr(Inbox, "of_loop", lambda: ledger)
     monkeypatch.setattr(starting, "_LOOK_WHEN_FULL", 0.1)
     monkeypatch.setattr(starting, "_LOOK_WHILE_OPEN", 0.2)
-    monkeypatch.setattr(source_state, "_MEASURE_EVERY", 0.5)
-    monkeypatch.setattr(source_state, "_MEASURE_AGAIN", 0.2)
+    monkeypatch.setattr(source_state, "_EVERY", 0.5)
+    monkeypatch.setattr(source_state, "_UNTIL_POLLED", 0.2)
     return ledger
 
 

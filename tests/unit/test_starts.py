@@ -170,7 +170,7 @@ def inbox(monkeypatch):
     monkeypatch.setattr(Inbox, "of_loop", lambda: room)
     for name, seconds in (("_LOOK_WHEN_FULL", 0.05), ("_LOOK_WHILE_OPEN", 0.1), ("_FIRST_PAUSE", 0.2)):
         monkeypatch.setattr(starting, name, seconds)
-    for name in ("_MEASURE_EVERY", "_MEASURE_AGAIN", "_IS_OVER"):
+    for name in ("_EVERY", "_UNTIL_POLLED", "_IS_OVER"):
         monkeypatch.setattr(source_state, name, 0.2)
     return room
 

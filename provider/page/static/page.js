@@ -266,7 +266,7 @@ const START_STATES = {
   full: ["deferred", "Limit of active runs reached: events wait at their source"],
   paused: ["none", "The DAG is paused: events wait at their source"],
   broken: ["failed", "The DAG's file has import errors: events wait at their source"],
-  failing: ["failed", "The source is unreachable, or refuses"],
+  failing: ["failed", null],
   "no trigger": ["up_for_retry", "No trigger yet: Airflow creates it when it parses the DAG's file the next time"],
   "no triggerer": ["failed", "No running triggerer has this trigger"],
 };
@@ -278,7 +278,7 @@ function startRow(start) {
   return h("tr", {},
     h("td", { class: "name" }, airflowLink(dag, { class: "cut", title: start.dag_id }, start.dag_id)),
     h("td", { class: "call" }, h("code", { title: start.asset }, start.asset)),
-    h("td", {}, h("span", { class: `badge is-${look}`, title: start.trouble ?? title }, start.state)),
+    h("td", {}, h("span", { class: `badge is-${look}`, title: start.state === "failing" ? start.trouble : title }, start.state)),
     h("td", {}, `${start.active.toLocaleString("en")} of ${start.up_to.toLocaleString("en")}`),
     h("td", { title: "Messages at the source that nobody has acknowledged" }, start.lag?.toLocaleString("en") ?? h("span", { class: "quiet" }, "–")),
     h("td", { class: "time" }, relative(start.last_event, "none"),
