@@ -13,11 +13,11 @@ from source import conf
 
 from sources import SOURCES
 
-BASE = Path(os.environ["STARTS_AT"])
-[SOURCE] = [source for source in SOURCES if source.name == os.environ["STARTS_BY"]]
+BASE = Path(os.environ.get("STARTS_AT", "/nonexistent"))
+[SOURCE] = [source for source in SOURCES if source.name == os.environ.get("STARTS_BY", "directory")]
 
 
-@task(retries=int(os.environ["MATRIX_RETRIES"]), retry_delay=timedelta(seconds=1))
+@task(retries=int(os.environ.get("MATRIX_RETRIES", "3")), retry_delay=timedelta(seconds=1))
 def deliver(dag_run=None):
     event = dag_run.conf["event"]
     lay_down(BASE / "delivered" / f"{dag_run.run_id} {SOURCE.identity(event)}", event)
@@ -26,6 +26,6 @@ def deliver(dag_run=None):
 with DAG(
     "started_under_chaos",
     schedule=start_on(SOURCE.listener, SOURCE.argument(**conf(BASE)), **SOURCE.keywords),
-    max_active_runs=int(os.environ["STARTS_UP_TO"]),
+    max_active_runs=int(os.environ.get("STARTS_UP_TO", "16")),
 ):
     deliver()
