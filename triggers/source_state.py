@@ -16,7 +16,7 @@ from airflow_events.triggers.event import storable
 log = logging.getLogger(__name__)
 
 # Seconds from one question of how much is left to the next; until there is a poll; and after failures in a row.
-_EVERY, _UNTIL_POLLED, _LONGEST = 20.0, 2.0, 600.0
+_EVERY, _UNTIL_POLLED, _LONGEST = 20.0, 2.0, 120.0
 # Seconds that a source has to connect, and to say how much is left.
 _PATIENCE = 20.0
 # Seconds for which polls that are open show that what failed before does not fail any more.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks at whether the channel is open.
 _LOOK = 0.5
+# Seconds without a message, after which a look tells whether the queue has some for others alone.
+_STALLED = 30.0
 # The most that a consumer may be sent ahead.
 _MOST = 65_535
 
@@ -57,6 +60,8 @@ class Consumer(OnServer, QueueHub):
         self._unsettled: set[int] = set()  # what it sent over the channel
         self._behind: dict[str, deque[Received]] = {}
         self._consuming = asyncio.Lock()
+        self._looked = 0.0  # for a stall, or when a message came
+        self._is_stalled = False
         super().__init__(str(source))
 
     async def _connect(self) -> None:
@@ -67,6 +72,7 @@ class Consumer(OnServer, QueueHub):
             await channel.queue_declare(self._source.queue, passive=True)
             await _check(self._server, self._source, self._require_durable)
         self._channel = channel
+        self._looked = time.monotonic()
 
     async def disconnect(self) -> None:
         self.connection_lost()
@@ -85,8 +91,23 @@ class Consumer(OnServer, QueueHub):
             if self._tag is not None and self._tag not in channel.consumers:  # type: ignore[attr-defined]
                 self._tag, self._room = None, 0  # the server has ended it: the queue was deleted, or has moved
             await within(self._consume())
+            if not self._room:
+                self._looked = time.monotonic()
+            elif time.monotonic() - self._looked >= _STALLED:
+                self._tell_of_a_stall(await within(self._waiting()))
         if self._room == self.wanted:
             await self.pause(_LOOK)
+
+    def _tell_of_a_stall(self, ready: int) -> None:
+        """Say, once, that there are messages, and that none comes though there is room for it."""
+        self._looked = time.monotonic()
+        if ready and not self._is_stalled:
+            message = (
+                "%s has %d messages ready, and none is delivered here: another consumer is its single active one, "
+                "or comes first by its priority"
+            )
+            self._tell_all(logging.WARNING, message, self._source, ready)
+        self._is_stalled = bool(ready)
 
     async def lag(self, seeker: Seeker) -> int | None:
         # What a consumer has, the server does not count.
@@ -138,6 +159,7 @@ class Consumer(OnServer, QueueHub):
             return
         received = Received(self._server_name, self._virtual_host, self._source.queue, uuid.uuid4().hex, message)
         self._unsettled.add(received.tag)
+        self._looked, self._is_stalled = time.monotonic(), False
         if consumer == self._tag:
             self._room -= 1
             self._of_consumer.add(received.tag)

@@ -17,7 +17,7 @@ import servers
 from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners import rabbitmq
 from airflow_events.listeners.base import Wait, working_for
-from airflow_events.listeners.rabbitmq import client, frames, messages
+from airflow_events.listeners.rabbitmq import client, consume, frames, messages
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.queue import InHand
 from airflow_events.listeners.support.values import digest_of
@@ -448,6 +448,31 @@ async def test_another_consumer_is_an_exclusive_one(broker, waits, caplog):
     broker.do(channel.close())
     broker.send("a")
     assert (await soon(task, 60))["value"] == "a"
+
+
+async def test_another_consumer_is_the_single_active_one(broker, waits, caplog, monkeypatch):
+    monkeypatch.setattr(consume, "_STALLED", 1.0)
+    broker.queue = f"{broker.queue}.single"
+    broker.declare(f"{broker.queue}.dead")
+    broker.make_queue(**{"x-single-active-consumer": True})
+
+    async def consume_one():
+        channel = await broker.channel()
+        await channel.basic_qos(prefetch_count=1)
+        await channel.basic_consume(broker.queue, lambda message: asyncio.sleep(0))  # it acknowledges nothing
+        return channel
+
+    channel = broker.do(consume_one())
+    task = waits.poll()
+    await asyncio.sleep(0.5)
+    for name in ("held", "ready"):
+        broker.publish(json.dumps(name).encode(), broker.queue, message_id=name)
+    await until_told(caplog, "has 1 messages ready, and none is delivered here")
+    before = caplog.text.count("none is delivered here")
+    await asyncio.sleep(2.5)
+    assert caplog.text.count("none is delivered here") == before
+    broker.do(channel.close())
+    assert (await soon(task, 60))["value"] == "held"
 
 
 async def test_a_queue_that_is_deleted_while_waits_wait_is_waited_for(broker, waits, caplog):
