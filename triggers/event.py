@@ -407,7 +407,7 @@ class EventTrigger(BaseTrigger):
         return answer.status
 
     def _may_be_hosted(self, listener: type[EventListener]) -> bool:
-        if not listener.hosted or not isinstance(self.listener, str) or self._dag_result:
+        if not listener.hosted or not isinstance(self.listener, str):
             return False
         # A host's trigger is of no team and of no queue.
         return not any(

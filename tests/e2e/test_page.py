@@ -263,7 +263,12 @@ def test_in_the_browser_what_starts_runs_is_listed(airflow, strict, chromium, to
     airflow.wait_for_dags(dag)
     airflow.api("PATCH", f"/dags/{dag}", {"is_paused": False})
     listed = lambda: ask(strict, "/api/starts", token=token("viewer")).json  # noqa: E731
-    until(lambda: [one["state"] for one in listed()] == ["open"], "the next event starts a run", timeout=120)
+    states = lambda: [(one["state"], one["lag"]) for one in listed()]  # noqa: E731
+    until(lambda: states() == [("failing", None)], "it says that there is no directory", timeout=120)
+    [about] = listed()
+    assert "starts cannot be reached" in about["trouble"]
+    (airflow.home / "starts").mkdir()
+    until(lambda: states() == [("open", 0)], "the next event starts a run", timeout=120)
     assert ask(strict, "/api/starts", token=token(None)).status == 403
     with browser.logged_in(chromium, strict.url, token("viewer")) as page:
         page.goto(f"{strict.url}/plugin/event-waits")
@@ -271,8 +276,8 @@ def test_in_the_browser_what_starts_runs_is_listed(airflow, strict, chromium, to
         inside.locator("#tab-starts").click()
         row = inside.locator("tbody tr", has_text=dag)  # other tables are there until this one has come
         row.wait_for()
-        assert [text.strip() for text in row.locator("td").all_inner_texts()[:5]] == [
-            dag, "DirectoryListener('starts', pattern='*.csv')", "open", "0 of 8", "none",
+        assert [text.strip() for text in row.locator("td").all_inner_texts()[:6]] == [
+            dag, "DirectoryListener('starts', pattern='*.csv')", "open", "0 of 8", "0", "none",
         ]  # fmt: skip
         inside.locator("#search").fill("nothing of this name")
         inside.get_by_text("Nothing matches").wait_for()

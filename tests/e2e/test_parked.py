@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from airflow.models.asset import AssetWatcherModel
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
 from sqlalchemy import create_engine, func, select
@@ -16,14 +17,17 @@ TASKS = ("timer", "event", "skips", "default", "late")
 
 @pytest.fixture
 def triggers(airflow):
-    """Count the trigger rows of a run, and those of all."""
+    """Count the trigger rows of a run, and those that nobody has."""
     engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
 
     def count(run=None):
         query = select(func.count()).select_from(Trigger)
+        query = query.outerjoin(TaskInstance, TaskInstance.trigger_id == Trigger.id)
         if run:
-            query = query.join(TaskInstance, TaskInstance.trigger_id == Trigger.id)
             query = query.where(TaskInstance.run_id == run.run_id)
+        else:
+            watch = select(AssetWatcherModel.trigger_id)
+            query = query.where(TaskInstance.id.is_(None), Trigger.id.not_in(watch))
         with engine.connect() as connection:
             return connection.scalar(query)
 

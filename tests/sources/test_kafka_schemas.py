@@ -243,7 +243,7 @@ async def test_a_registry_that_refuses_or_is_another_server(broker, waits, monke
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"conn_type": "kafka"}, "'registry' is of type 'kafka', and 'http' is needed"),
+        ({"conn_type": "kafka"}, "'registry' is of type 'kafka', and 'http' or 'https' is needed"),
         ({"host": None, "port": None}, "'registry' has no host"),
         ({"extra": {"no.such": 1}}, r"the connection 'registry'.*no\.such"),
         ({"extra": {"ssl.ca.location": "/none.pem"}}, "the connection 'registry'.*No such file"),

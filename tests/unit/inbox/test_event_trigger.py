@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from airflow.models.trigger import Trigger
+from airflow.models.xcom import XComModel
 from airflow_events.errors import AtRedelivery, CommitFailed
 from airflow_events.inbox.models import EventTaken
 from airflow_events.listeners.base import EventListener, current_wait
+from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.queue import InHand, QueueListener, receive
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import polling
@@ -79,6 +81,18 @@ async def test_what_the_source_has_not_confirmed_no_clear_confirms(waits, run):
 def acknowledged_of_both(waits):
     moments = waits.session.execute(select(EventTaken.__table__.c.acknowledged_at)).scalars().all()
     return len(moments) == 2 and all(moments)
+
+
+async def test_the_dags_result_is_marked(waits, run):
+    Queue.messages = ["m"]
+    ti = waits.deferred(next_method="execute_complete")
+    first = waits.trigger(ti, listener="m:Queue", dag_result=True)
+    path, told = first.serialize()  # as a host keeps them
+    assert path == "airflow_events.triggers.event.EventTrigger"
+    again = event_trigger.EventTrigger(**serde.decode(serde.encode(told)))
+    again.task_instance = first.task_instance
+    await asyncio.wait_for(again.until_ended(), 20)
+    assert waits.session.scalars(select(XComModel.dag_result)).all() == [True]
 
 
 async def test_an_events_id_may_ask_for_which_wait_it_is(waits, run):
