@@ -243,13 +243,13 @@ class Clients:
         except FutureTimeout as error:
             raise BrokerUnavailable("the brokers have not answered in time") from error
         except (KafkaException, SystemError) as error:
+            if self._no_token is not None:  # of which the client says that it took too long, or nothing
+                raise BrokerUnavailable(f"there is no token for the login: {self._no_token}") from self._no_token
             # A fatal error that is raised while a report of delivery is called: Python finds that odd.
             cause = error if isinstance(error, KafkaException) else error.__cause__
             if not isinstance(cause, KafkaException):
                 raise
             found = cause.args[0]
-            if self._no_token is not None:  # of which the client says that it took too long
-                raise BrokerUnavailable(f"there is no token for the login: {self._no_token}") from self._no_token
             if self.trouble is not None and _is_denied(self.trouble):
                 found, self.trouble = self.trouble, None  # why it took too long
             raise self.translated(found) from error

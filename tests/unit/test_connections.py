@@ -698,6 +698,25 @@ def test_what_passes_of_what_a_broker_says_to_a_login(code, text, passes):
     assert (clients.trouble is None) is passes
 
 
+@pytest.mark.parametrize(
+    "error", [KafkaException(KafkaError(KafkaError._TIMED_OUT)), SystemError("returned NULL without an exception")]
+)
+def test_whatever_the_client_makes_of_a_token_that_there_is_not_is_waited_out(error):
+    """As its function fails while a client is made, which then says nothing."""
+
+    def tokens(config):
+        raise RuntimeError("nobody gives one")
+
+    clients = kafka.Clients(kafka.Source("own", ("orders",), "etl"), {"oauth_cb": tokens})
+    with pytest.raises(RuntimeError):
+        clients._settings["oauth_cb"]("")
+    with (
+        pytest.raises(kafka.BrokerUnavailable, match="no token for the login: nobody gives one"),
+        clients.refusals(),
+    ):
+        raise error
+
+
 async def test_numbers_of_a_schema_registry_are_text_in_a_uri(monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_REGISTRY", "https://registry/?timeout=2.5&max.retries=2")
     settings = await schemas._settings("registry")
