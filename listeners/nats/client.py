@@ -184,9 +184,9 @@ class Server:
         except ImportError as error:
             raise SourceMisconfigured(f"the connection {self._conn_id!r} needs: pip install nkeys") from error
         except Exception as error:
-            if isinstance(error, OSError) or not options.keys() & _BY_KEY:
+            if isinstance(error, LOST) or not options.keys() & _BY_KEY:
                 raise
-            # What the libraries raise of a file or a key that is none, they do not document.
+            # What the libraries raise of an invalid file or key, they do not document.
             raise SourceMisconfigured(
                 f"the connection {self._conn_id!r} has credentials or an nkey seed that cannot be used: {error!r}"
             ) from error
