@@ -253,23 +253,33 @@ def write(name: str, row: dict[str, object]) -> None:
     """Print the row, and put it into the page, in place of the one that is there."""
     line = f"| {CONTENDERS[name].format(provider=version(PROVIDER))} | {' | '.join(map(str, row.values()))} |"
     print(f"\n| | {' | '.join(row)} |\n{line}\n", flush=True)
-    text = PAGE.read_text()
-    before, begin, rest = text.partition("<!-- peers -->\n")
-    old, end, after = rest.partition("<!-- /peers -->")
-    assert begin and end, f"{PAGE} has no place for the table"
+    before, old, after = place(PAGE, "peers")
     starts = {key: f"| {title.partition('{')[0]}" for key, title in CONTENDERS.items()}
-    rows = {key: each for each in old.splitlines() for key, start in starts.items() if each.startswith(start)}
+    rows = {key: each for each in old for key, start in starts.items() if each.startswith(start)}
     rows[name] = line
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}"
     table = [
         f"| | {' | '.join(row)} |",
         "|---" * (len(row) + 1) + "|",
         *(rows[key] for key in CONTENDERS if key in rows),
         "",
         f"Last run on {date.today().isoformat()}, Airflow {version('apache-airflow')}, confluent-kafka "
-        f"{version('confluent-kafka')}, Python {platform.python_version()}, {machine}.",
+        f"{version('confluent-kafka')}, {machine()}.",
     ]
-    PAGE.write_text(f"{before}{begin}" + "\n".join(table) + f"\n{end}{after}")
+    PAGE.write_text(before + "\n".join(table) + after)
+
+
+def place(page: Path, name: str) -> tuple[str, list[str], str]:
+    """Return what stands before the table of that name in a page, its lines, and what stands after it."""
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    old, end, after = rest.partition(f"<!-- /{name} -->")
+    assert begin and end, f"{page} has no place for the table"
+    return f"{before}{begin}", old.splitlines(), f"\n{end}{after}"
+
+
+def machine() -> str:
+    """Say where it was run."""
+    kernel = platform.release().split("-")[0]
+    return f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}, Linux {kernel}"
 
 
 if __name__ == "__main__":

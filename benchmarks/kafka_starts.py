@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -27,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "tests/plugins", "tests/matrix", "tests/sources")]
 
-from kafka_peers import OF_CONSUMER, PARTITIONS, PROVIDER, make_topic  # noqa: E402
+from kafka_peers import OF_CONSUMER, PARTITIONS, PROVIDER, machine, make_topic, place  # noqa: E402
 
 import bootstrap  # noqa: E402
 
@@ -162,22 +160,17 @@ def write(options, rows: dict[str, dict[str, object]]) -> None:
         lines.append(f"| {title} | {' | '.join(cells)} |")
     of_ours, of_others = (rows[name]["messages a second"] for name in ("start_on", "asset_watcher"))
     print("\n".join(lines), f"\nratio: {of_ours / of_others:.1f}", flush=True)
-    text = PAGE.read_text()
-    before, begin, rest = text.partition("<!-- starts -->\n")
-    old, end, after = rest.partition("<!-- /starts -->")
-    assert begin and end, f"{PAGE} has no place for the table"
-    kept = [line for line in old.splitlines() if line.startswith("| ") and "`" in line]
+    before, old, after = place(PAGE, "starts")
+    kept = [line for line in old if line.startswith("| ") and "`" in line]
     kept = [line for line in kept if line.split(" | ")[2] != str(options.kills)]
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}"
     table = [
         f"| | {' | '.join(rows['start_on'])} |",
         "|---" * (len(rows["start_on"]) + 1) + "|",
         *sorted([*kept, *lines], key=lambda line: int(line.split(" | ")[2])),
         "",
-        f"Last run on {date.today().isoformat()}, Airflow {version('apache-airflow')}, PostgreSQL, Python "
-        f"{platform.python_version()}, {machine}.",
+        f"Last run on {date.today().isoformat()}, Airflow {version('apache-airflow')}, PostgreSQL, {machine()}.",
     ]
-    PAGE.write_text(f"{before}{begin}" + "\n".join(table) + f"\n{end}{after}")
+    PAGE.write_text(before + "\n".join(table) + after)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class WaitForEventsOperator(WaitForEventOperator):
     def _calls(self) -> Calls:
         if self._made is None or self._made[0] is not self.arguments:
             zone = self._zone
-            arguments = serde.localized(serde.simple(_listed(self.arguments)), zone)
+            arguments = serde.localized(_listed(self.arguments), zone)
             assert isinstance(self.listener_kwargs, Mapping), "rendered by now"
             calls = Calls(arguments, serde.localized(serde.simple(dict(self.listener_kwargs)), zone))
             self._made = (self.arguments, calls, "")

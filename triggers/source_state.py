@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any
 
 from airflow.sdk._shared.secrets_masker import redact
 from airflow_events.listeners.support.hub import Troubles, shared_log
 from airflow_events.listeners.support.polls import Polled, Polls, Queue
-from airflow_events.listeners.support.shared import background, shared
+from airflow_events.listeners.support.shared import background, shared, within
 from airflow_events.triggers.event import storable
 
 log = logging.getLogger(__name__)
@@ -81,28 +79,10 @@ class SourceState:
         # Held, or it would connect for each question while there is no room, and nobody polls.
         async with shared(polled.key, polled.make) as queue:
             while True:
-                self.lag = await _answered(_lag_of(queue, polled))
+                self.lag = await within(_lag_of(queue, polled), _PATIENCE)
                 await asyncio.sleep(_EVERY)
 
 
 async def _lag_of(queue: Queue, polled: Polled) -> int | None:
     await queue.connected_or_refused()
     return await queue.lag(polled.seek())
-
-
-async def _answered(question: Coroutine[Any, Any, int | None]) -> int | None:
-    """
-    Return the answer.
-
-    :raises ConnectionError: there is none.
-    """
-    asking = asyncio.ensure_future(question)
-    try:
-        await asyncio.wait({asking}, timeout=_PATIENCE)
-        if not asking.done():
-            raise ConnectionError(f"the source has not answered for {_PATIENCE:.0f} s")
-        if asking.cancelled():
-            raise ConnectionError("the source's client has given up")
-        return asking.result()
-    finally:
-        asking.cancel()

@@ -219,7 +219,7 @@ def _number(found: Connection, told: Mapping[str, Any], name: str) -> int | floa
     """
     Return an extra that is a number; in a connection's URI it is text.
 
-    :raises SourceMisconfigured: it is none.
+    :raises SourceMisconfigured: it is not a number.
     """
     value = told[name]
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -8,9 +8,9 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 # The lower half of aio-pika, whose upper one connects and consumes again by itself.
 import aiormq
@@ -29,6 +29,7 @@ from airflow_events.listeners.support.connections import (
     number,
     secure,
 )
+from airflow_events.listeners.support.shared import within
 from pamqp.exceptions import AMQPInternalError
 from yarl import URL
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
 
 _SCHEMES = ("amqp", "amqps")
 _TYPES = (*_SCHEMES, "rabbitmq", "generic")
@@ -114,30 +114,6 @@ class OnServer(abc.ABC):
     @abc.abstractmethod
     async def _connect(self) -> None:
         """Open `_server`, and check that the source is as it must be."""
-
-
-async def within(work: Awaitable[_T], seconds: float = STEP) -> _T:
-    """
-    Do ``work`` as a task of its own.
-
-    The client cancels whoever waits for a connection that is lost; that must not look like our own end.
-
-    :raises ConnectionError: it was cancelled by the client, or took longer than ``seconds``.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-    except asyncio.CancelledError:
-        task.cancel()
-        await asyncio.wait({task})
-        raise
-    if not done:
-        task.cancel()
-        await asyncio.wait({task})
-        raise ConnectionError(f"the server did not answer for {seconds:.0f} s")
-    if task.cancelled():
-        raise ConnectionError("the connection was lost")
-    return task.result()
 
 
 @contextlib.contextmanager

@@ -22,12 +22,11 @@ from airflow_events.listeners.rabbitmq.client import (
     connect,
     place_of,
     refusals,
-    within,
 )
 from airflow_events.listeners.rabbitmq.messages import Received
 from airflow_events.listeners.support.hub import Seeker
 from airflow_events.listeners.support.queue import Delivery, QueueHub
-from airflow_events.listeners.support.shared import background
+from airflow_events.listeners.support.shared import background, within
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
 from airflow_events.errors import SourceMisconfigured
-from airflow_events.listeners.rabbitmq.client import NO_STREAM, OnServer, Source, close, connect, refusals, within
+from airflow_events.listeners.rabbitmq.client import NO_STREAM, OnServer, Source, close, connect, refusals
 from airflow_events.listeners.rabbitmq.messages import described, headers_of, tag_of, timestamp_of, value_of
+from airflow_events.listeners.support.shared import within
 from airflow_events.listeners.support.timestamps import of_epoch
 from airflow_events.listeners.support.values import Format
 from airflow_events.listeners.support.watching import MILLISECOND, LogHub, Message, Reader, message_of

@@ -12,8 +12,6 @@ from airflow_events.listeners.support.shared import OnePerLoop, Resource
 class Queue(Resource, Protocol):
     """What of a `airflow_events.listeners.support.queue.QueueHub` is needed here."""
 
-    name: str
-
     async def connected_or_refused(self) -> None:
         """Return once there is a connection; raise what keeps it from that for long."""
 

@@ -162,3 +162,27 @@ async def woken(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait({waiting}, timeout=seconds)
     finally:
         waiting.cancel()
+
+
+async def within(work: Awaitable[_W], seconds: float = 60.0) -> _W:
+    """
+    Do ``work`` as a task of its own.
+
+    A client may cancel whoever waits for a connection that is lost; that must not look like our own end.
+
+    :raises ConnectionError: it was cancelled by the client, or took longer than ``seconds``.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})
+        raise
+    if not done:
+        task.cancel()
+        await asyncio.wait({task})
+        raise ConnectionError(f"the server did not answer for {seconds:.0f} s")
+    if task.cancelled():
+        raise ConnectionError("the connection was lost")
+    return task.result()
