@@ -19,6 +19,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartiti
 from confluent_kafka.admin import AdminClient, NewPartitions, ResourceType
 from of_kafka import Inbox, Kafka
 
+from conftest import Waits
 from deployment import until
 
 pytestmark = pytest.mark.parametrize("server", [Kafka], ids=["kafka"], indirect=True)
@@ -437,32 +438,34 @@ async def test_each_triggerer_reads_everything_and_the_inbox_decides(broker, wai
 
 
 async def test_a_commit_that_comes_late_does_not_hide_what_another_triggerer_committed(
-    broker, waits, second, inbox, monkeypatch
+    broker, waits, inbox, monkeypatch
 ):
-    Positions.of_loop().inbox = inbox.exchange
+    monkeypatch.setattr(consume, "_LOOK_EVERY", 1000)
     commit, held, release = group.Group.commit, threading.Event(), threading.Event()
 
     def late(asked, offsets):
-        if asked._source.conn_id == "source" and any(offset == 1 for offset, _ in offsets.values()):
+        if not held.is_set() and any(offset == 1 for offset, _ in offsets.values()):
             held.set()
             release.wait(120)
         return commit(asked, offsets)
 
+    async def another_triggerer():
+        Positions.of_loop().inbox = inbox.exchange
+        others = Waits(broker)
+        try:
+            assert await taken(others, 1) == ["b"]
+            await until_offset(broker, 2)
+        finally:
+            await others.end()
+
     monkeypatch.setattr(group.Group, "commit", late)
-    first, other = waits.poll(), waits.poll(1, **second)
-    waits.poll(3)  # or the first one's hub would close, and might leave its commit to others
-    await asyncio.sleep(1)  # both hubs are there, and look at what is settled again after 10 s
-    broker.send("a")
+    Positions.of_loop().inbox = inbox.exchange
+    broker.send("a", "b")
+    first = waits.poll()
+    waits.poll(1)  # it is given "b" here, and the hub stays for it
     await waits.commit(await soon(first))
     assert await asyncio.to_thread(held.wait, 30)
-    broker.send("b")
-    event = await soon(other)
-    if event["value"] == "a":
-        await waits.commit(event, 1)
-        event = await soon(waits.poll(2, **second))
-    assert event["value"] == "b"
-    await waits.commit(event, 2)
-    await until_offset(broker, 2)
+    await asyncio.to_thread(asyncio.run, another_triggerer())
     release.set()
     await asyncio.sleep(1)
     await until_offset(broker, 2)
