@@ -395,8 +395,8 @@ class LogHub(Hub[Watcher], Generic[_P]):
         began = time.monotonic()
         for message in messages:
             if time.monotonic() - began > _LONGEST_WORK:  # let other triggers have the loop
-                await asyncio.sleep(0)
                 self.heard()  # it is not the source that takes so long
+                await asyncio.sleep(0)
                 began = time.monotonic()
             among = reading.watchers if only is None else only
             if message.undecodable is not None:
@@ -415,6 +415,7 @@ class LogHub(Hub[Watcher], Generic[_P]):
             else:
                 for watcher in wanting:
                     watcher.give(message.event)
+        self.heard()
 
     def _pass_over(
         self, message: Message, error: EventUndecodable, watchers: list[Watcher], again: bool = False

@@ -275,6 +275,8 @@ async def test_who_hangs_up_frees_its_place_when_its_batch_ends(app, client, car
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=client.headers) as asker:
         held = [asyncio.create_task(asker.post(INBOX, json=asked(Begin("a")))) for _ in range(10)]
+        for _ in range(2):
+            await asyncio.to_thread(batches.begun.acquire, timeout=30)
         await until(lambda: not inbox_routes._room._value)
         for task in held:
             task.cancel()
