@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from enum import Enum
 from pathlib import PurePath
@@ -21,6 +21,8 @@ RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
 _KNOWN = frozenset({"builtins", "datetime", "decimal", "uuid", "pendulum", "airflow", "zoneinfo"})
 
 _LONGEST_XCOM_KEY = 512  # characters
+# Bytes up to which every inbox takes an event, and that a request to it has besides the event.
+_LARGE, _ROOM = 100_000, 20_000
 
 DEEPEST = 95
 """
@@ -46,11 +48,13 @@ def decode(text: str) -> Any:
     return deserialize(json.loads(text))
 
 
-def check(value: Any, name: str = "event") -> Any:
+def check(value: Any, name: str = "event", *, largest: Callable[[], int] | None = None) -> Any:
     """
     Check that Airflow stores ``value`` and gives it back, here and in downstream tasks; return what it gives back.
 
     :param name: what the value is called in the message.
+    :param largest: says how many bytes a request to the inbox may have, which it is to be recorded by. It is asked
+        of large values only; None where it is not recorded.
     :raises EventNotSerializable: it does not; the message names the place and the type.
     """
     try:
@@ -72,6 +76,14 @@ def check(value: Any, name: str = "event") -> Any:
         )
     if returned != value:
         raise EventNotSerializable(name, f"it would come back as {returned!r:.200}")
+    if (
+        largest is not None
+        and len(text) > _LARGE
+        and (size := len(json.dumps(text))) > (most := largest()) - _ROOM
+    ):
+        raise EventNotSerializable(
+            name, f"it takes {size:,} bytes, and a request to the inbox {most:,} ([events] inbox_max_body)"
+        )
     return returned
 
 

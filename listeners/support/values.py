@@ -14,6 +14,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import jmespath
+from airflow_events import settings
 from airflow_events.errors import EventNotSerializable, EventUndecodable
 from airflow_events.listeners.support import serde
 
@@ -75,7 +76,7 @@ def checked(event: Any, where: str) -> Any:
     :raises EventUndecodable: Airflow, or its database, does not store it.
     """
     try:
-        return serde.check(event)
+        return serde.check(event, largest=settings.inbox_max_body)
     except EventNotSerializable as error:
         raise EventUndecodable(where, "storable", str(error), b"") from error
 

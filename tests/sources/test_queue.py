@@ -229,6 +229,13 @@ async def test_the_server_is_killed_after_the_commit(broker, waits, short):
 
 BAD = b"{no json"
 UNSTORABLE = b'{"text": "\\u0000"}'
+TOO_LARGE = b'"%s"' % (b"x" * 190_000)
+
+
+@pytest.fixture
+def small_inbox(monkeypatch):
+    """An inbox that takes requests of so many bytes, with which ``TOO_LARGE`` is too large."""
+    monkeypatch.setenv("AIRFLOW__EVENTS__INBOX_MAX_BODY", "200000")
 
 
 async def test_what_cannot_be_read_fails_one_wait_and_the_next_gets_the_next(broker, waits):
@@ -265,8 +272,11 @@ async def test_what_cannot_be_stored_is_what_cannot_be_read(broker, waits):
         await soon(task)
 
 
-@pytest.mark.parametrize("bad", [BAD, UNSTORABLE, b'{"__type": "x"}'])
-async def test_what_cannot_be_read_is_skipped_by_choice(broker, waits, caplog, bad):
+BY_KIND = {"no json": BAD, "unstorable": UNSTORABLE, "a class": b'{"__type": "x"}', "too large": TOO_LARGE}
+
+
+@pytest.mark.parametrize("bad", BY_KIND.values(), ids=BY_KIND)
+async def test_what_cannot_be_read_is_skipped_by_choice(broker, waits, caplog, bad, small_inbox):
     if not broker.has_bytes:
         pytest.skip("the source holds nothing but JSON")
     task = waits.poll(on_undecodable="skip")
@@ -280,7 +290,7 @@ async def test_what_cannot_be_read_is_skipped_by_choice(broker, waits, caplog, b
     assert broker.unacknowledged() == 0
 
 
-async def test_what_cannot_be_read_goes_to_the_dead_letters_by_choice(broker, waits):
+async def test_what_cannot_be_read_goes_to_the_dead_letters_by_choice(broker, waits, small_inbox):
     if not broker.has_bytes:
         pytest.skip("the source holds nothing but JSON")
     if broker.dead_letter is None:
@@ -292,13 +302,14 @@ async def test_what_cannot_be_read_goes_to_the_dead_letters_by_choice(broker, wa
     await nothing(task, 0.3)
     broker.send_raw(BAD)
     broker.send_raw(UNSTORABLE)
+    broker.send_raw(TOO_LARGE)
     broker.send("good")
     event = await soon(task)
     assert event["value"] == "good"
     await waits.commit(event)
     assert broker.unacknowledged() == 0
-    until(lambda: len(broker.dead_letters()) == 2, "both are there", 15)
-    assert set(broker.dead_letters()) == {BAD, UNSTORABLE}
+    until(lambda: len(broker.dead_letters()) == 3, "all are there", 15)
+    assert set(broker.dead_letters()) == {BAD, UNSTORABLE, TOO_LARGE}
 
 
 async def test_choices_that_are_none(broker, waits):

@@ -124,3 +124,14 @@ def test_a_look_up_does_not_grow_with_the_waits():
         return best
 
     assert seconds(10_000) < 10 * seconds(100)
+
+
+def test_an_event_that_no_request_to_the_inbox_takes_cannot_be_stored(monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__INBOX_MAX_BODY", "200000")
+    event = {"value": "x" * 150_000}
+    assert checked(event, "the entry 7") == event
+    for value in ("x" * 190_000, '"' * 110_000):  # each quote takes four: it stands in JSON in JSON
+        with pytest.raises(
+            EventUndecodable, match=r"and a request to the inbox 200,000 \(\[events\] inbox_max_body"
+        ):
+            checked({"value": value}, "the entry 7")
