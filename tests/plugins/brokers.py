@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 from airflow_events import EventListener
 from source import Books, Source, queue_of
 
+# After how many deliveries a message is given up.
+_FEW = 2
 # Seconds after which a committed offset of Kafka's has followed what was acknowledged.
 _FOLLOWS = 1.5
 
@@ -148,17 +150,24 @@ class Nats(Broker):
 
 
 class RabbitMQ(Broker):
-    """A classic queue, and another with all that was sent: the server does not tell what it has forgotten."""
+    """
+    A classic queue, and another with all that was sent: the server does not tell what it has forgotten.
+
+    Only a quorum queue counts deliveries, so with ``few_deliveries`` it is one.
+    """
 
     name = "rabbitmq"
     listener_is = ("rabbitmq", "RabbitMQListener")
-    broker_is = ("of_rabbitmq", "RabbitMQ")
     conn_id = "rabbitmq_default"
     acknowledges_later = True
 
+    @property
+    def _broker_class(self) -> Any:
+        return getattr(import_module("of_rabbitmq"), "Quorum" if self.few_deliveries else "RabbitMQ")
+
     def prepare(self, base: Path) -> None:
         broker = self._of(base)
-        broker.make_queue()
+        broker.make_queue(**({"x-delivery-limit": _FEW} if self.few_deliveries else {}))
         for other in ("dead", "sent"):
             broker.declare(f"{broker.queue}.{other}")
 
@@ -180,6 +189,9 @@ class RabbitMQ(Broker):
     def free(self, base: Path) -> set[str]:
         broker = self._of(base)
         return {json.loads(message.body) for message in broker.look(broker.queue)}
+
+    def dead_letters(self, base: Path) -> int:
+        return len(self._of(base).dead_letters())
 
 
 class Kafka(Broker):
@@ -267,6 +279,13 @@ class Sqs(Broker):
     def prepare(self, base: Path) -> None:
         broker = self._of(base)
         broker.client.create_queue(QueueName=broker.queue)
+        if self.few_deliveries:
+            broker.client.create_queue(QueueName=broker.dead_letter)
+            broker.redrive(_FEW)
+
+    def dead_letters(self, base: Path) -> int:
+        broker = self._of(base)
+        return sum(broker.counts(broker.url_of(broker.dead_letter)))
 
     def committed(self, base: Path) -> set[str]:
         return set(map(json.loads, self._of(base).deleted()))

@@ -46,6 +46,8 @@ class Source:
     # Of `paths.PATHS`, those that differ for it.
     paths: ClassVar[tuple[str, ...]]
     keywords: ClassVar[dict[str, Any]] = {}
+    # Whether its queues give up what was delivered more than twice, where the server can.
+    few_deliveries: bool = False
     # Whether it is in the matrix for the gaps that no other source has, and only for them.
     has_gaps_of_its_own: ClassVar[bool] = False
 
@@ -71,6 +73,10 @@ class Source:
         """
         if servers is not None or partitions is not None:
             raise ValueError(f"{self.name} is not a source of several servers and partitions")
+
+    def dead_letters(self, base: Path) -> int:
+        """Say how many messages the server has given up, of a queue with `few_deliveries`."""
+        return 0
 
     @property
     def servers(self) -> Sequence[Any]:

@@ -120,6 +120,12 @@ class Sqs(Broker):
     def unacknowledged(self) -> int:
         return sum(self.counts())
 
+    def redrive(self, count: int) -> None:
+        """Have what was received so often moved to the dead letters."""
+        arn = f"arn:aws:sqs:{REGION}:123456789012:{self.dead_letter}"
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": count})
+        self.client.set_queue_attributes(QueueUrl=self.url, Attributes={"RedrivePolicy": policy})
+
     def counts(self, url: str | None = None) -> tuple[int, int]:
         """Say how many messages are visible, and how many are hidden."""
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]

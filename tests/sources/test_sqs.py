@@ -92,7 +92,7 @@ async def test_of_a_fifo_queue_one_message_of_a_group_is_in_hand_at_a_time(fifo)
 
 async def test_a_message_that_cannot_be_read_holds_up_its_group_until_the_redrive_policy_takes_it(fifo):
     broker = fifo.broker
-    redrive(broker, 2)
+    broker.redrive(2)
     for number, body in enumerate(["{no json", "2"]):
         about = {"MessageGroupId": "a", "MessageDeduplicationId": f"once-{number}"}
         broker.client.send_message(QueueUrl=broker.url, MessageBody=body, **about)
@@ -203,15 +203,8 @@ async def test_no_more_is_received_than_is_waited_for(broker, waits):
     assert broker.counts() == (13, 0)
 
 
-def redrive(broker, count):
-    """Let the queue have a dead-letter queue, for what was received so often."""
-    arn = f"arn:aws:sqs:{REGION}:123456789012:{broker.dead_letter}"
-    policy = {"deadLetterTargetArn": arn, "maxReceiveCount": count}
-    broker.client.set_queue_attributes(QueueUrl=broker.url, Attributes={"RedrivePolicy": json.dumps(policy)})
-
-
 async def test_what_cannot_be_decoded_is_taken_by_the_redrive_policy(broker, waits, caplog):
-    redrive(broker, 2)
+    broker.redrive(2)
     broker.send_raw(b"{no json")
     with pytest.raises(EventUndecodable):
         await soon(waits.poll(lease=1))
@@ -221,7 +214,7 @@ async def test_what_cannot_be_decoded_is_taken_by_the_redrive_policy(broker, wai
 
 
 async def test_keeping_a_message_does_not_count_for_the_redrive_policy(broker, waits, caplog):
-    redrive(broker, 5)
+    broker.redrive(5)
     task = waits.poll(lease=1)
     broker.send("a")
     event = await soon(task)
