@@ -39,6 +39,7 @@ from parts import (  # noqa: E402
     pages,
     processes,
     ray_workflow,
+    steady,
     timers,
     triggerers,
 )
@@ -54,6 +55,7 @@ PARTS = {
     **at_once.PARTS,
     **messages.PARTS,
     **mixed.PARTS,
+    **steady.PARTS,
     **triggerers.PARTS,
     **load.PARTS,
     **imports.PARTS,
@@ -85,6 +87,10 @@ def arguments() -> argparse.Namespace:
         "--copies", type=int, default=0,
         help="waits of the part mixed that are copies in Airflow's tables, besides those that begin (default: 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=int, default=50, help="messages a second, where they are steady (default: 50)"
+    )
+    parser.add_argument("--minutes", type=int, default=5, help="for how long they are (default: 5)")
     parser.add_argument("--in-one-dag", type=int, default=300, help="waits in DAGs of 300 tasks (default: 300)")
     parser.add_argument(
         "--spread", type=float, default=24, help="seconds over which their events are spread (default: 24)"

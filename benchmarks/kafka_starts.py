@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("scripts", "tests/plugins", "tests/matrix", "tests/sources")]
 
-from kafka_peers import OF_CONSUMER, PARTITIONS, PROVIDER, machine, make_topic, place  # noqa: E402
+from peers import OF_CONSUMER, PARTITIONS, PROVIDER, machine, make_topic, place  # noqa: E402
 
 import bootstrap  # noqa: E402
 

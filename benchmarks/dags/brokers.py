@@ -67,6 +67,10 @@ CONTENDERS = {
 
 DAGS = dags(CONTENDERS, {"queue": "none", "number": "0"}, 1, 10)
 
+# Nothing follows, since it is the waits that are to be seen.
+with DAG("steady", schedule=None, params={"queue": "none"}, max_active_runs=100_000, max_active_tasks=100_000):
+    wait_for_event.override(task_id="wait")(KafkaListener, QUEUE, group="steady")
+
 with DAG("mixed_3", schedule=None, params={"queue": "none"}, max_active_runs=100_000, max_active_tasks=100_000):
     wait_for_event.override(task_id="timer")(TimerListener, "2100-01-01T00:00:00Z")
     sent = wait_for_event.override(task_id="http")(HttpListener, key="{{ run_id }}-http")

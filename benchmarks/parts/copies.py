@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from parts.processes import connect
@@ -38,12 +39,14 @@ def copy_rows(
     )
 
 
-def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
+def copy_run(airflow: Any, run: Any, count: int, *, hosted: bool = True) -> list[Any]:
     """
     Copy a run whose waits are parked or hosted, with all that is kept of them, and return the copies.
 
     Each is a run of its own: its id stands wherever the original's does, also in what is encrypted, and in the key
     under which events are sent to it. Hosts find those of theirs as they find any that have joined.
+
+    :param hosted: False if no host is to find them before they `join`.
     """
     from airflow_events.listeners.http import address_of
     from cryptography.fernet import Fernet
@@ -83,6 +86,16 @@ def copy_run(airflow: Any, run: Any, count: int) -> list[Any]:
                 parked_try="kept.ti::text",
                 wake=f"replace(replace(one.wake, '{run.run_id}', kept.copy), one.parked_try, kept.ti::text)",
                 hosted_at="CASE WHEN one.hosted_at IS NOT NULL THEN now() END",
+                **({} if hosted else {"host": "NULL"}),
             )  # fmt: skip
         connection.execute("VACUUM ANALYZE")
     return copies
+
+
+def join(connection: Any, run: Any, copies: Sequence[Any]) -> None:
+    """Let copies of a run with one wait, of which no host has known, join the run's own host now."""
+    connection.execute(
+        "UPDATE event_wait SET hosted_at = now(), host = (SELECT host FROM event_wait WHERE dag_id = %s AND "
+        "run_id = %s) WHERE dag_id = %s AND run_id = ANY(%s)",
+        (run.dag_id, run.run_id, run.dag_id, [copy.run_id for copy in copies]),
+    )

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import aiormq
+import rabbitmq_cluster
 import servers
 from aiormq.abc import ChannelFrame
 from airflow_events.listeners.rabbitmq import RabbitMQListener, RabbitMQWatchListener
@@ -241,3 +242,37 @@ class Quorum(RabbitMQ):
             raise TimeoutError(f"the queue has no leader yet: {answer}")
         assert found is not None, answer
         return int(found[1])
+
+
+class RabbitMQCluster(Quorum):
+    """Three nodes; a connection names all of them."""
+
+    name = "rabbitmq cluster"
+    cluster: rabbitmq_cluster.Cluster
+
+    @classmethod
+    def make(cls) -> RabbitMQCluster | None:
+        cluster = rabbitmq_cluster.cluster()
+        if cluster is None:
+            return None
+        broker = cls()
+        broker.cluster = cluster
+        broker.server = cluster.nodes[0]
+        cluster.start()
+        return broker
+
+    @property
+    def servers(self) -> list[servers.Server]:
+        return list(self.cluster.nodes)
+
+    def stop(self) -> None:
+        self.cluster.stop()
+        super().stop()
+
+    def connection(self, **changes: Any) -> dict[str, Any]:
+        nodes = ",".join(f"127.0.0.1:{node.port}" for node in self.cluster.nodes)
+        return {**super().connection(**changes), "host": nodes, "port": None}
+
+    def turn_to(self, number: int) -> None:
+        """Ask and send by the node of that number from now on."""
+        self.server, self._client = self.cluster.nodes[number], None

@@ -140,7 +140,7 @@ def _redis(program: Path | None, persistent: bool, *options: str) -> Server | No
     return Server(command, lambda server: says(server, b"PING\r\n", b"+PONG"))
 
 
-class _RabbitMQ(Server):
+class RabbitMQServer(Server):
     """
     RabbitMQ, with an ``epmd``, a cookie and a node name of its own.
 
@@ -148,6 +148,7 @@ class _RabbitMQ(Server):
     """
 
     def __init__(self, program: Path, settings: tuple[str, ...]) -> None:
+        self.program = program
         self.epmd_port = free_port()
         self._epmd: subprocess.Popen[bytes] | None = None
         super().__init__(
@@ -180,7 +181,7 @@ class _RabbitMQ(Server):
         self._popen = {"env": self.environment, "stdin": subprocess.DEVNULL}
 
     def start(self) -> None:
-        if self._epmd is None or self._epmd.poll() is not None:
+        if not self._has_epmd():
             epmd = shutil.which("epmd")
             assert epmd is not None
             self._epmd = subprocess.Popen(
@@ -188,6 +189,13 @@ class _RabbitMQ(Server):
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         super().start()
+
+    def _has_epmd(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.epmd_port), 1).close()
+        except OSError:
+            return False
+        return True
 
     def kill(self, pause: float = 0.6) -> None:
         """
@@ -206,8 +214,8 @@ class _RabbitMQ(Server):
             self._epmd.wait()
 
 
-def rabbitmq(*settings: str) -> _RabbitMQ | None:
+def rabbitmq(*settings: str) -> RabbitMQServer | None:
     """RabbitMQ, from Debian's package ``rabbitmq-server``; None if that is not installed."""
     for program in sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server")):
-        return _RabbitMQ(program, settings)
+        return RabbitMQServer(program, settings)
     return None
