@@ -40,7 +40,7 @@ class WaitForEventsOperator(WaitForEventOperator):
         item: a mapping is keyword arguments, a list or tuple positional ones, and anything else the only one.
     :param listener_kwargs: keyword arguments that all polls have in common.
     :param first: deliver as soon as so many have come, as pairs of index and event, in the order of the arguments.
-        What else was claimed goes back to its source. None waits for all.
+        What else was polled goes back to its source. None waits for all.
     :param timeout: as of `WaitForEventOperator`, for all of them together. What has come by then stays recorded.
     :param soft_fail: likewise.
     :param default: when the time is over, deliver this in the place of each event that has not come.

@@ -65,8 +65,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "callback_secret": {
         "version_added": "0.1.0",
         "description": (
-            "With what callback addresses are signed; the same for API servers, workers and triggerers. Empty "
-            "means [api] secret_key."
+            "With what signed URLs are signed; the same for API servers, workers and triggerers. Empty means "
+            "[api] secret_key."
         ),
         "type": "string",
         "sensitive": True,

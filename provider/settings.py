@@ -33,7 +33,7 @@ def unreachable_timeout() -> float:
 
 
 def callback_secret() -> str:
-    """Return what callback addresses are signed with; empty if there is nothing."""
+    """Return what signed URLs are signed with; empty if there is nothing."""
     secret = _get("callback_secret", str) or str(conf.get("api", "secret_key", fallback=""))
     # Where nothing sets it, the Task SDK's configuration answers the name of what Airflow's own would make up.
     return "" if secret == "{SECRET_KEY}" else secret

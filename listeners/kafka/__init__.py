@@ -145,6 +145,11 @@ class KafkaWatchListener(LogWatchListener):
     The event is as of `KafkaListener`, without what it needs for a commit.
     """
 
+    @classmethod
+    def check_arguments(cls, topic: Any = "", *args: Any, **others: Any) -> None:
+        super().check_arguments(topic, *args, **others)
+        _check_one(topic)
+
     async def poll_for_event(
         self,
         topic: str,
@@ -171,7 +176,15 @@ class KafkaWatchListener(LogWatchListener):
         from airflow_events.listeners.kafka.watch import TopicHub
 
         check_choices("json", on_undecodable)
+        _check_one(topic)
         formats = Formats(values, keys, registry_conn_id)
         source = Source(kafka_config_id, (topic,))
         key = ("kafka watch", source, formats)
         return await first_match(key, lambda: TopicHub(source, formats), match, since, on_undecodable)
+
+
+def _check_one(topic: Any) -> None:
+    if isinstance(topic, (list, tuple, set, frozenset)):
+        raise ValueError(
+            f"topic is the name of one topic for a watch, not {topic!r}: give each topic a watch of its own"
+        )

@@ -92,10 +92,10 @@ class PostgresListener(QueueListener):
     A row is acknowledged by one column of the table, which says when, or by being deleted. `create_table` has the
     statements for such a table. The event is
 
-    ``{"table", "id", "timestamp", "value", "source", "columns", "on_commit", "postgres_conn_id"}``, ``timestamp``
-    the row's ``created_at``, a datetime in UTC, and None where there is none; ``source`` the server's identifier,
-    the database, the table with its schema, and the table's oid; the rest as it was given. ``source`` and ``id``
-    are what tells the event from every other.
+    ``{"table", "id", "timestamp", "value", "digest", "source", "columns", "on_commit", "postgres_conn_id"}``,
+    ``timestamp`` the row's ``created_at``, a datetime in UTC, and None where there is none; ``digest`` that of the
+    value as the server has it; ``source`` the server's identifier, the database, the table with its schema, and
+    the table's oid; the rest as it was given. ``source`` and ``id`` are what tells the event from every other.
 
     Every triggerer reads every row that is not acknowledged, without a lock, and Airflow's inbox decides which
     wait has it. A row that somebody else deletes while a wait has it in hand is the wait's all the same.

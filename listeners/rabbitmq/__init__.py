@@ -132,8 +132,8 @@ class RabbitMQWatchListener(LogWatchListener):
     """
     Wait for the first message of a stream that matches, and take nothing away.
 
-    The event is as of `RabbitMQListener`, without ``server`` and ``virtual_host``, and with the message's
-    ``offset`` in the stream.
+    The event is as of `RabbitMQListener`, without ``server``, ``virtual_host`` and ``digest``, and with the
+    message's ``offset`` in the stream.
     """
 
     async def poll_for_event(

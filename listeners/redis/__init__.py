@@ -130,7 +130,7 @@ class RedisWatchListener(LogWatchListener):
     """
     Wait for the first entry of a stream that matches, and take nothing away.
 
-    The event is as of `RedisListener`, without ``group``.
+    The event is ``{"stream", "id", "timestamp", "value"}``, as of `RedisListener`.
     """
 
     async def poll_for_event(

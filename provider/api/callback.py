@@ -140,7 +140,7 @@ def _secret() -> bytes:
     secret = settings.callback_secret()
     if not secret:
         raise ValueError(
-            "callback addresses are signed with [events] callback_secret or [api] secret_key; set one, "
+            "signed URLs are signed with [events] callback_secret or [api] secret_key; set one, "
             "to the same for API servers, workers and triggerers"
         )
     return hashlib.sha256(f"{_AUDIENCE}:{secret}".encode()).digest()

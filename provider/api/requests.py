@@ -132,7 +132,8 @@ REFUSALS: Mapping[int, str] = {
     400: "The request broke off.",
     401: "Not logged in.",
     403: "Logged in, or addressed, without the permission.",
-    404: "There is no such run or task, or it does not wait for HTTP events.",
+    404: "There is no such run or task, or it does not wait for HTTP events; or nobody waits for the key, of an "
+    "event for all without a ttl.",
     409: "The wait has another event already.",
     410: "The wait has ended without an event, or was rejected; or the URL has expired.",
     413: "The body is larger than `[events] http_max_body`.",
@@ -140,8 +141,8 @@ REFUSALS: Mapping[int, str] = {
     422: "The body is not valid JSON, does not fit the wait's schema, or cannot be stored; or the idempotency key "
     "was used with another body.",
     425: "What the wait takes is not known before it begins. `Retry-After` says when to try again.",
-    429: "As many events are kept as `[events] http_most_kept_for_key` or `http_most_kept` allows. `Retry-After` "
-    "says when to try again.",
+    429: "As many events are kept as `[events] http_most_kept_for_key`, `http_most_kept_for_sender` or "
+    "`http_most_kept` allows. `Retry-After` says when to try again.",
     503: "The wait is between two states, or the database is busy. `Retry-After` says when to try again.",
 }
 

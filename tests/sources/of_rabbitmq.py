@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import aiormq
@@ -192,7 +193,8 @@ class RabbitMQ(Broker):
         Each time under a name of its own: the server refuses whoever has the name of a node that it has not yet
         seen leave, and ``erl_call`` always has the same, or with ``-r`` one of a few.
         """
-        cookie, name = (self.server.folder / ".erlang.cookie").read_text(), f"tests-{uuid.uuid4().hex}"
+        cookie = Path(self.server.environment["HOME"], ".erlang.cookie").read_text()
+        name = f"tests-{uuid.uuid4().hex}"
         done = subprocess.run(
             ["erl_call", "-c", cookie, "-h", name, "-n", self.server.node, "-e", "-timeout", "25"],
             input=f"{expression}\n", capture_output=True, text=True,

@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException, T
 from airflow_events import EventListener, send_event, wait_for_event, wait_for_events
 from airflow_events.listeners.directory import DirectoryListener, DirectoryWatchListener
 from airflow_events.listeners.http import HttpListener
-from airflow_events.listeners.kafka import KafkaListener
+from airflow_events.listeners.kafka import KafkaListener, KafkaWatchListener
 from airflow_events.listeners.nats import NatsListener
 from airflow_events.listeners.rabbitmq import RabbitMQListener
 from airflow_events.listeners.redis import RedisListener, RedisWatchListener
@@ -476,3 +476,8 @@ def test_what_no_wait_could_wait_with_is_refused_as_the_dag_is_parsed(dag, liste
     # What a template says is not known yet.
     templates = dict.fromkeys(arguments, "{{ params.p }}")
     wait_for_event.override(task_id="wait")(listener, "where", **templates)
+
+
+def test_a_watch_of_several_topics_is_refused_as_the_dag_is_parsed(dag):
+    with pytest.raises(ValueError, match=r"topic is the name of one topic for a watch, not \['a', 'b'\]"):
+        wait_for_event(KafkaWatchListener, topic=["a", "b"])
