@@ -21,7 +21,7 @@ def check_key(key: Any) -> str:
     """
     if type(key) is int:
         key = str(key)
-    if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY or "\n" in key or "\r" in key:
+    if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY or "\n" in key or "\r" in key or "\0" in key:
         raise ValueError(f"a key is a text of 1 to {LONGEST_KEY} characters in one line, not {key!r:.100}")
     return key
 

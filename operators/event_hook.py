@@ -71,11 +71,11 @@ class EventHook:
             raise ValueError(f"an event goes to 'one' or to 'all', not to {to!r}")
         if type(getattr(task_runner, "SUPERVISOR_COMMS", None)).__name__ == "InProcessSupervisorComms":
             raise EventNotSent(key, "dag.test() has no API server, to which it would be sent")
-        sender = _sender_of(get_current_context()["ti"].id)
+        key, sender = check_key(key), _sender_of(get_current_context()["ti"].id)
         seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
         body = _json(
             {
-                "key": check_key(key),
+                "key": key,
                 "event": serde.simple(event),
                 "to": to,
                 "ttl": seconds,

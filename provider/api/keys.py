@@ -24,7 +24,7 @@ from airflow.utils.sqlalchemy import with_row_locks
 from airflow.utils.state import TaskInstanceState
 from airflow_events import metrics, settings
 from airflow_events.api import sending, variables
-from airflow_events.api.refusals import NoSuchWait, Refusal, TooMany, Unfit
+from airflow_events.api.refusals import NoSuchWait, Refusal, TooMany, Unfit, Unreadable
 from airflow_events.api.wait_rows import WaitRow, name_of, now, until
 from airflow_events.inbox.database import begin_writing, once_committed
 from airflow_events.inbox.models import SINGLE, EventKept, EventSent, EventWait
@@ -150,7 +150,7 @@ def send(
         _match(session, address, free, most=_FIRST)
     given = _offer(session, kept, free, skip_locked=to == "one", arrived=arrived)
     if not given.reached:
-        if given.refusal is not None:
+        if given.refusal is not None and not for_later and (given.is_sure or to == "all"):
             raise given.refusal
         if to == "all" and not for_later:
             raise NoSuchWait(f"no wait has the key {key!r} now, and without a ttl an event for all is not kept")
@@ -322,6 +322,10 @@ def _offer(
                     continue
                 sending.give(row, event, by=kept.sent_by, event_id=kept.event_id, arrived=arrived)
         except NoSuchWait:
+            given.is_sure = False
+            continue
+        except Unreadable:
+            log.warning("%s cannot be given events", wait.id, exc_info=True)
             given.is_sure = False
             continue
         except Refusal as refusal:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import unicodedata
 
-from airflow_events import settings
+from airflow_events import settings, task_proof
 from airflow_events.api import gauges, hosting, keys, seeking, upkeep, variables, waking
 from airflow_events.inbox.database import in_transaction, is_of_a_value
 from sqlalchemy.exc import OperationalError
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ class Matcher:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
+            app = _refused if _writes_a_proof(scope) else self.app
+            await app(scope, receive, send)
             return
         tasks: list[asyncio.Task[None]] = []
 
@@ -81,6 +84,26 @@ class Matcher:
                 self._failing = True
             else:
                 self._failing = False
+
+
+_refused = JSONResponse({"detail": f"{task_proof.STATE} is written by the task itself alone"}, 403)
+
+
+def _writes_a_proof(scope: Scope) -> bool:
+    """
+    Whether a user writes what only the task itself may: by it an API server knows the task (`task_proof`).
+
+    Airflow's REST API lets whoever may edit a task instance write anything into its state store.
+    """
+    if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "DELETE"):
+        return False
+    _, found, key = scope["path"].rpartition("/state-store/")
+    letters = unicodedata.normalize("NFKD", key).casefold()  # for MySQL finds by what looks alike
+    return bool(found) and "".join(filter(_counts, letters)) == task_proof.STATE
+
+
+def _counts(letter: str) -> bool:
+    return "!" <= letter <= "~"
 
 
 def match_once() -> dict[str, list[str]]:

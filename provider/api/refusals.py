@@ -76,6 +76,13 @@ class Moving(Refusal):
     retry_after = 2
 
 
+class Unreadable(Refusal):
+    """What the wait waits for is encrypted with another Fernet key, say."""
+
+    status = 503
+    retry_after = 60
+
+
 class Denied(Refusal):
     """The address or the signature is not valid."""
 

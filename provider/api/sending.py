@@ -164,7 +164,7 @@ def reject(session: Session, wait: Wait, reason: str, *, by: str) -> Status:
         raise _has(row, stored)
     _may_take(row)
     row.write(Phase.REJECTED, uuid.uuid4().hex, by=by, reason=reason)
-    row.note("event rejected", by, reason=reason)
+    row.note("event rejected", by)
     if not row.waiting:
         return "kept"
     row.end(End("worker", payload=outcome.encode(outcome.Rejected(reason, by))))

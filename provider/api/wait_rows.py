@@ -13,7 +13,7 @@ from airflow.api_fastapi.common.dagbag import create_dag_bag
 from airflow.models.taskinstance import TaskInstance
 from airflow.utils.sqlalchemy import with_row_locks
 from airflow.utils.state import DagRunState, TaskInstanceState
-from airflow_events.api.refusals import NoSuchWait
+from airflow_events.api.refusals import NoSuchWait, TooEarly, Unreadable
 from airflow_events.inbox import legacy, tasks
 from airflow_events.inbox.entries import End, Phase
 from airflow_events.inbox.models import LATEST, SINGLE, EventWait
@@ -116,6 +116,8 @@ class WaitRow:
         wants = _wants(operator, trigger)
         if wants is None or (listener is HttpListener and wants["listener"] != _LISTENER):
             raise NoSuchWait(f"{wait.id} does not wait for HTTP events: it is no wait of HttpListener")
+        if wait.map_index < 0 and operator.get_needs_expansion():
+            raise TooEarly(f"{wait.id} is mapped, and not expanded yet: name its map_index then")
         return cls(session, wait, task, ti, operator, wants, trigger, row, listener)
 
     @property
@@ -261,9 +263,14 @@ def _trigger(ti: TaskInstance, row: EventWait | None) -> dict[str, Any] | None:
     """Return the arguments of the trigger that a deferred wait has, or had before it was parked; or None."""
     if ti.state != TaskInstanceState.DEFERRED:
         return None
-    if ti.trigger is not None:
-        return dict(decoded(ti.trigger.kwargs)) if ti.trigger.classpath == _TRIGGER else None
-    return dict(kwargs_of(row.parked)) if row is not None and row.parked else None
+    try:
+        if ti.trigger is not None:
+            return dict(decoded(ti.trigger.kwargs)) if ti.trigger.classpath == _TRIGGER else None
+        return dict(kwargs_of(row.parked)) if row is not None and row.parked else None
+    except Exception as error:
+        name = Wait(ti.dag_id, ti.run_id, ti.task_id, ti.map_index).id
+        said = f"what {name} waits for cannot be read: is [core] fernet_key another one? Clear it"
+        raise Unreadable(said) from error
 
 
 def _wants(operator: Any, trigger: dict[str, Any] | None) -> dict[str, Any] | None:

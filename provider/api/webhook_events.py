@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import logging
 import uuid
@@ -18,13 +19,21 @@ from airflow_events.api.key_events import KEPT, Key, KeyAnswer, To, key_answer
 from airflow_events.api.requests import ANY_JSON, TimeToLive, answers, parsed, raw_body
 from airflow_events.api.signatures import HEADERS, is_valid
 from airflow_events.doors import in_turn
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response, status
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.concurrency import run_in_threadpool
 
 log = logging.getLogger(__name__)
 
 _EXTRA = "airflow_events"
+
+# Nobody has logged in here, and each look for a connection takes one of the database's, or asks a secrets backend.
+_AT_ONCE = 2
+
+
+@functools.cache
+def _limit() -> CapacityLimiter:
+    return CapacityLimiter(_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ async def signed(
             status.HTTP_401_UNAUTHORIZED, f"the body is not signed: no {' or '.join(HEADERS.values())}"
         )
     body = await raw_body(request)
-    secret, extra = await run_in_threadpool(_secret_of, conn_id)
+    secret, extra = await to_thread.run_sync(_secret_of, conn_id, limiter=_limit())
     scheme = extra.get("webhook") if isinstance(extra, dict) else None
     if not isinstance(scheme, str) or scheme not in HEADERS or not is_valid(scheme, secret, request.headers, body):
         raise _not_valid()
@@ -149,18 +158,21 @@ async def send_webhook(
     if not delivery.wanted:
         return Response(status_code=status.HTTP_204_NO_CONTENT)
     event_id = uuid.uuid4().hex
-    receipt = await in_turn(
-        lambda session: keys.send(
-            session,
-            key,
-            delivery.payload,
-            by=f"webhook {delivery.conn_id}",
-            dags=delivery.dags,
-            to=to,
-            event_id=event_id,
-            idempotency_key=f"{delivery.conn_id}\n{delivery.id}",
-            ttl=ttl,
-            remembered=timedelta(seconds=settings.http_keep()),
+    try:
+        receipt = await in_turn(
+            lambda session: keys.send(
+                session,
+                key,
+                delivery.payload,
+                by=f"webhook {delivery.conn_id}",
+                dags=delivery.dags,
+                to=to,
+                event_id=event_id,
+                idempotency_key=f"{delivery.conn_id}\n{delivery.id}",
+                ttl=ttl,
+                remembered=timedelta(seconds=settings.http_keep()),
+            )
         )
-    )
+    except keys.SentBefore as before:  # Stripe counts in the body how many have not taken it yet
+        receipt = before.receipt
     return key_answer(receipt, response)

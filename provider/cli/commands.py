@@ -193,12 +193,15 @@ def drop_kept(args: argparse.Namespace) -> None:
     print(f"Dropped: {args.event_id}")
 
 
-@cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
 @_in_one_line
 def send_event(args: argparse.Namespace) -> None:
-    """Send an event to a wait."""
+    """
+    Send an event to a wait.
+
+    Airflow's audit log has what was sent by whom, and not the command with the event, which not all may read.
+    """
     from airflow_events.api import sending
 
     try:
@@ -221,7 +224,6 @@ def send_event(args: argparse.Namespace) -> None:
     print(f"{has_it}: event {receipt.event_id}")
 
 
-@cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
 @_in_one_line

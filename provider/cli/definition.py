@@ -133,7 +133,7 @@ def get_events_cli_commands() -> list[GroupCommand]:
                     name="starts",
                     help="List DAGs that events start: by which, whether there is room for a run, the last event",
                     func=lazy_load_command(f"{_COMMANDS}.list_starts"),
-                    args=(Arg(("--dag-id",), help="Only runs of this dag"), ARG_OUTPUT, ARG_VERBOSE),
+                    args=(Arg(("--dag-id",), type=_ID, help="Only runs of this dag"), ARG_OUTPUT, ARG_VERBOSE),
                 ),
                 ActionCommand(
                     name="show",

@@ -120,7 +120,7 @@ def server() -> Iterator[Finding]:
         if not where.host:
             raise httpx.InvalidURL("there is no host in it")
         socket.getaddrinfo(where.host, where.port or where.scheme)
-    except (httpx.InvalidURL, OSError) as error:
+    except (httpx.InvalidURL, OSError, UnicodeError, OverflowError) as error:
         yield Finding("address", f"the host of {url} cannot be resolved: {error}", _WHERE)
         return
     try:

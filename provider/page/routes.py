@@ -131,10 +131,21 @@ async def list_starts(user: GetUserDep) -> list[waits.Start]:
     dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))],
 )
 async def show_wait(
-    dag_id: Name, run_id: Name, task_id: Name, map_index: MapIndex, may_see: MaySeeEvent, may_edit: MayEdit
+    dag_id: Name,
+    run_id: Name,
+    task_id: Name,
+    map_index: MapIndex,
+    user: GetUserDep,
+    may_see: MaySeeEvent,
+    may_edit: MayEdit,
 ) -> Wait:
     """Return one wait in full."""
-    detail = await in_turn(lambda session: waits.show(session, (dag_id, run_id, task_id, map_index)))
+
+    def work(session: Session) -> waits.Detail | None:
+        visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
+        return waits.show(session, (dag_id, run_id, task_id, map_index), dag_ids=visible)
+
+    detail = await in_turn(work)
     if detail is None:
         raise _no_wait(dag_id, run_id, task_id, map_index)
     return Wait(detail if may_see else detail.without_event(), may_see, may_edit)

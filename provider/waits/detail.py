@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -19,11 +19,13 @@ from airflow_events.inbox.transactions import has_event
 from airflow_events.waits import arguments, listing, tables
 from airflow_events.waits.listing import Summary
 from airflow_events.waits.tables import Key
-from sqlalchemy import select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 _LONGEST_EVENT = 50_000
 """Characters of JSON up to which an event is handed out whole."""
+_BESIDE = 8
+"""Characters of a place beside its event."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,22 @@ class Detail:
         return replace(self, record=record, steps=steps)
 
 
-def show(session: Session, key: Key) -> Detail | None:
-    """Return one wait; None if there is no such task instance, or if it is no wait."""
-    summary = listing.one(session, key)
+def show(session: Session, key: Key, *, dag_ids: Collection[str] | None = None) -> Detail | None:
+    """
+    Return one wait; None if there is no such task instance, or if it is no wait.
+
+    :param dag_ids: the DAGs that somebody may see; None means all.
+    """
+    summary = listing.one(session, key, dag_ids=dag_ids)
     if summary is None:
         return None
     ti = session.scalars(select(TaskInstance).where(*tables.is_(TaskInstance, key))).one()
     trigger = session.get(Trigger, ti.trigger_id) if ti.trigger_id else None
-    rows = session.scalars(select(EventWait).where(*tables.is_(EventWait, key)).order_by(EventWait.place)).all()
-    record = _record(session, key, rows, ti.max_tries)
-    single = next((row for row in rows if row.place == SINGLE), None)
+    is_single = (*tables.is_(EventWait, key), EventWait.place == SINGLE)
+    single = session.scalars(select(EventWait).where(*is_single)).one_or_none()
+    record = _record_of_places(session, key)
+    if record is None and single is not None and has_event(single, ti.max_tries, datetime.now(timezone.utc)):
+        record = _of_row(single)
     begun = single.since if single else None
     kwargs = trigger.encrypted_kwargs if trigger else None
     if single is not None and (summary.parked or summary.hosted):
@@ -150,23 +158,50 @@ def why_it_cannot_be_forgotten(state: str | None, is_recorded: bool) -> str | No
     return None
 
 
-def _record(session: Session, key: Key, rows: Sequence[EventWait], clears: int) -> Record | None:
-    of_places = [row for row in rows if row.place != SINGLE and row.phase is not None]
-    if of_places:
-        uncommitted = any(row.phase == Phase.RECORDED for row in of_places)
-        event, preview, length = _shown({str(row.place): _event(row) for row in of_places})
-        return Record(
-            (Phase.RECORDED if uncommitted else Phase.COMMITTED).value,
-            event,
-            preview,
-            length,
-            _last(row.recorded_at for row in of_places),
-            None if uncommitted else _last(row.committed_at for row in of_places),
-        )
-    for row in rows:
-        if row.place == SINGLE and has_event(row, clears, datetime.now(timezone.utc)):
-            return _of_row(row)
-    return None
+def _record_of_places(session: Session, key: Key) -> Record | None:
+    """
+    Return what the places of a task that waits for many have, None if they have nothing.
+
+    Of what may be a gigabyte no more is read than is shown.
+    """
+    of_places = (*tables.is_(EventWait, key), EventWait.place != SINGLE, EventWait.phase.is_not(None))
+    is_uncommitted = case((EventWait.phase == Phase.RECORDED.value, 1), else_=0)
+    number, length, uncommitted, recorded, committed = session.execute(
+        select(
+            func.count(),
+            func.sum(func.length(EventWait.event)),
+            func.sum(is_uncommitted),
+            func.max(EventWait.recorded_at),
+            func.max(EventWait.committed_at),
+        ).where(*of_places)
+    ).one()
+    if not number:
+        return None
+    lengths = session.execute(
+        select(EventWait.place, func.length(EventWait.event))
+        .where(*of_places)
+        .order_by(EventWait.place)
+        .limit(_LONGEST_EVENT)
+    )
+    last, left = None, _LONGEST_EVENT
+    for place, of_one in lengths:
+        last, left = place, left - (of_one or 0) - _BESIDE
+        if left < 0:
+            break
+    rows = session.scalars(
+        select(EventWait).where(*of_places, EventWait.place <= last).order_by(EventWait.place)
+    ).all()
+    event, preview, shown = _shown({str(row.place): _event(row) for row in rows})
+    if len(rows) < number and preview is None:
+        event, preview = None, json.dumps(event, ensure_ascii=False)
+    return Record(
+        (Phase.RECORDED if uncommitted else Phase.COMMITTED).value,
+        event,
+        preview,
+        shown if len(rows) == number else int(length or 0) + number * _BESIDE,
+        recorded,
+        None if uncommitted else committed,
+    )
 
 
 def _of_row(row: EventWait) -> Record:
@@ -202,10 +237,6 @@ def _shown(event: Any) -> tuple[Any, str | None, int]:
     text = json.dumps(event, ensure_ascii=False)
     is_long = len(text) > _LONGEST_EVENT
     return None if is_long else event, text[:_LONGEST_EVENT] if is_long else None, len(text)
-
-
-def _last(moments: Iterable[datetime | None]) -> datetime | None:
-    return max((moment for moment in moments if moment is not None), default=None)
 
 
 def _is_whole(summary: Summary) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -195,7 +195,7 @@ def find(
         tables.joined(select(*_WANTED)).join(cut, cut.c.id == TaskInstance.id).order_by(*sort)
     ).all()
     total = None if stage is Stage.ENDED else _count(session, where)
-    return Page(_summaries(session, stage, rows[:limit]), total, len(rows) > limit)
+    return Page(_summaries(session, stage, rows[:limit], dag_ids), total, len(rows) > limit)
 
 
 def count(session: Session) -> Counted:
@@ -210,8 +210,12 @@ def count(session: Session) -> Counted:
     return Counted(dict(waiting), _count(session, _in_stage(Stage.RECORDED)))
 
 
-def one(session: Session, key: Key) -> Summary | None:
-    """Return one wait, or None if there is no such task instance, or it is no wait."""
+def one(session: Session, key: Key, *, dag_ids: Collection[str] | None = None) -> Summary | None:
+    """
+    Return one wait, or None if there is no such task instance, or it is no wait.
+
+    :param dag_ids: as of `find`: of others, whose host it shares, nothing is told.
+    """
     is_uncommitted = TaskInstance.id.in_(_uncommitted()).label("is_uncommitted")
     is_wait = or_(tables.of_our_operator(), tables.of_our_trigger(), EventWait.place.is_not(None))
     row = session.execute(
@@ -220,7 +224,7 @@ def one(session: Session, key: Key) -> Summary | None:
     if row is None:
         return None
     rests = Stage.ENDED if row.state in tables.ENDED else Stage.OPEN
-    return _summaries(session, Stage.RECORDED if row.is_uncommitted else rests, [row])[0]
+    return _summaries(session, Stage.RECORDED if row.is_uncommitted else rests, [row], dag_ids)[0]
 
 
 # A task that ends in the triggerer at a later try keeps the end of the try before.
@@ -257,6 +261,7 @@ _WANTED = (
     EventWait.recorded_at,
     EventWait.delivered_at,
     func.coalesce(EventWait.parked, Trigger.encrypted_kwargs).label("encrypted_kwargs"),
+    EventWait.host,
     EventWait.host.is_not(None).label("is_hosted"),
     and_(TaskInstance.trigger_id.is_(None), EventWait.parked.is_not(None), EventWait.host.is_(None)).label(
         "is_parked"
@@ -341,11 +346,33 @@ class _Places:
         return Phase.RECORDED if self.uncommitted else Phase.COMMITTED
 
 
-def _summaries(session: Session, stage: Stage, rows: Sequence[Any]) -> list[Summary]:
+def _summaries(
+    session: Session, stage: Stage, rows: Sequence[Any], dag_ids: Collection[str] | None
+) -> list[Summary]:
     keys: list[Key] = [(row.dag_id, row.run_id, row.task_id, row.map_index) for row in rows]
     places = _places(session, keys)
     dags = _dag_states(session, {row.dag_id for row in rows})
-    return [_summary(stage, row, places.get(key), dags[row.dag_id]) for row, key in zip(rows, keys, strict=True)]
+    summaries = [
+        _summary(stage, row, places.get(key), dags[row.dag_id]) for row, key in zip(rows, keys, strict=True)
+    ]
+    return summaries if dag_ids is None else _without_others(session, rows, summaries, frozenset(dag_ids))
+
+
+def _without_others(
+    session: Session, rows: Sequence[Any], summaries: Iterable[Summary], dag_ids: frozenset[str]
+) -> list[Summary]:
+    """Leave out what hosts tell of waits of other DAGs: a host is for the waits of all."""
+    hosts = {row.host for row in rows if row.host is not None and (row.log_of or row.trouble)}
+    query = select(EventWait.host, EventWait.dag_id).where(EventWait.host.in_(sorted(hosts))).distinct()
+    mixed = {host for host, dag_id in session.execute(query) if dag_id not in dag_ids} if hosts else set()
+    told = []
+    for row, one in zip(rows, summaries, strict=True):
+        if one.log_of is not None and one.log_of.partition("/")[0] not in dag_ids:
+            one = replace(one, log_of=None)
+        if one.trouble is not None and row.host in mixed:
+            one = replace(one, trouble="a source of the waits that share its trigger cannot be reached")
+        told.append(one)
+    return told
 
 
 def _places(session: Session, keys: Sequence[Key]) -> dict[Key, _Places]:

@@ -109,7 +109,7 @@ def _lately() -> datetime:
 
 def _start(row: Any, active: int, last: Any) -> Start:
     dag = Dag.of(row, active)
-    up_to = None if row.trigger_id is None else Trigger._decrypt_kwargs(row.encrypted_kwargs).get("up_to")
+    up_to = None if row.trigger_id is None else _up_to(row.encrypted_kwargs)
     triggerer = triggerer_of(row)
     return Start(
         dag_id=row.dag_id,
@@ -123,6 +123,14 @@ def _start(row: Any, active: int, last: Any) -> Start:
         lag=row.lag,
         trouble=row.trouble,
     )
+
+
+def _up_to(encrypted_kwargs: str) -> int | None:
+    try:
+        up_to: int | None = Trigger._decrypt_kwargs(encrypted_kwargs).get("up_to")
+    except Exception:  # of another Fernet key: one row that cannot be read must not hide the others
+        return None
+    return up_to
 
 
 def _state(dag: Dag, up_to: int | None, row: Any, triggerer: Triggerer | None) -> str:

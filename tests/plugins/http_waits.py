@@ -63,6 +63,7 @@ class HttpWaits:
         self.tasks[wait.task_id] = SimpleNamespace(
             event_wait=json.dumps({"listener": listener, "replay": replay, "schema": schema}),
             iter_mapped_dependants=lambda: iter(dependants),
+            get_needs_expansion=lambda: False,
         )
         self.keys[wait] = key, replay, {"listener": listener, "listener_kwargs": {"schema": schema}, **trigger}
         names = {name: getattr(wait, name) for name in ("dag_id", "run_id", "task_id", "map_index")}

@@ -15,6 +15,7 @@ from airflow.models.variable import Variable
 from airflow_events import waits
 from airflow_events.api import keys, matcher, sending, variables
 from airflow_events.api.refusals import NoSuchWait, TooMany, Unfit
+from airflow_events.api.wait_rows import WaitRow
 from airflow_events.inbox.database import in_transaction
 from airflow_events.inbox.models import LATEST, EventKept, EventSent
 from sqlalchemy import event, func, select
@@ -456,3 +457,28 @@ def test_what_the_first_edition_told_a_sender_it_is_told_again(committed):
     assert send(committed, "key", 1, idempotency_key="k") == keys.KeyReceipt(**receipt)
     with pytest.raises(Unfit, match="another payload"):
         send(committed, "key", 2, idempotency_key="k")
+
+
+def test_an_event_for_all_is_kept_though_it_does_not_fit_one_that_waits_now(http):
+    http.add("news", schema=ORDER)
+    assert send(http.session, "news", "text", to="all", ttl=HOUR).status == "kept"
+    http.session.commit()
+    later_one = http.add("news")
+    assert keys.match(http.session, "news") == {http.session.scalar(select(EventKept.event_id)): [later_one.id]}
+
+
+def test_an_event_is_kept_that_a_wait_which_is_locked_now_might_take(http, monkeypatch):
+    http.add("orders", schema=ORDER)
+    busy = http.add("orders")
+    lock = WaitRow.lock_if_free.__func__
+    monkeypatch.setattr(
+        WaitRow,
+        "lock_if_free",
+        classmethod(lambda cls, session, wait: None if wait == busy else lock(cls, session, wait)),
+    )
+    assert send(http.session, "orders", "text").status == "kept"
+
+
+def test_a_key_has_no_nul(http):
+    with pytest.raises(Unfit, match="a key is a text"):
+        send(http.session, "a\0b", 1)

@@ -94,3 +94,14 @@ def test_one_ends_one_wait_once(server, wait):
 def test_those_of_an_earlier_version_are_good_until_they_expire(server, wait):
     old = SimpleNamespace(dag_id=wait.dag_id, run_id=wait.run_id)
     assert ask(server, f"/events/callback?{urlsplit(callback_url(old, wait.task_id)).query}")[0] == 200
+
+
+def test_a_wait_that_is_not_expanded_yet_has_none(server):
+    """Airflow makes its row that of index 0, which would get what was sent to no index."""
+    wait = server.waits.add(state=None)
+    server.waits.tasks[wait.task_id].get_needs_expansion = lambda: True
+    server.session.commit()
+    client = server.client(server.token("USER"))
+    answer = client.post(f"/events/dags/{wait.dag_id}/runs/{wait.run_id}/tasks/{wait.task_id}", json="whose?")
+    assert answer.status_code == 425
+    assert "name its map_index then" in answer.json()["detail"]

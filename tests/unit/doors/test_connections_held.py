@@ -74,6 +74,16 @@ async def test_two_hundred_tasks_that_send_at_once_leave_connections_to_airflow(
     assert out[0] <= doors._AT_ONCE
 
 
+async def test_two_hundred_webhooks_that_nobody_has_signed_leave_connections_to_airflow(server, out):
+    server.webhook("github")
+    headers = {"X-Hub-Signature-256": "sha256=00", "Content-Type": "application/json"}
+    async with server.many("nobody") as client:
+        address = "/events/webhooks/github/keys/key"
+        answers = await asyncio.gather(*(client.post(address, content=b"1", headers=headers) for _ in range(200)))
+    assert {answer.status_code for answer in answers} == {401}
+    assert out[0] <= doors._AT_ONCE
+
+
 @pytest.mark.parametrize("same", ["wait", "key", "nothing"])
 async def test_two_hundred_senders_at_once_are_each_told_what_became_of_it(server, out, same):
     if same == "wait":

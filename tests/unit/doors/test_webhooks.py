@@ -63,6 +63,9 @@ def test_one_of_stripe_is_known_by_its_id_or_else_its_content(server, key):
     for payload in ({"id": "evt_1", "type": "paid"}, {"type": "paid"}, {"id": 7}, ["evt_1"]):
         first, again = (stripe(server, "stripe", key, payload) for _ in range(2))
         assert first.status_code == 202 and first.json() == again.json()
+    # Its body counts how many have not taken it yet.
+    first, again = (stripe(server, "stripe", key, {"id": "evt_2", "pending_webhooks": n}) for n in (2, 1))
+    assert first.status_code == again.status_code == 202 and first.json() == again.json()
 
 
 @pytest.mark.parametrize(

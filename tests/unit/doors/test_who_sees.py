@@ -1,0 +1,56 @@
+"""What somebody sees of waits that share something with those of others, and what it costs to look."""
+
+from __future__ import annotations
+
+import json
+
+from airflow_events.inbox.models import EventHost, EventWait
+from sqlalchemy import event, insert, update
+
+
+def test_what_a_host_tells_of_other_dags_is_for_those_who_may_see_them(server):
+    blue, red = server.waits.add(dag_id="blue"), server.waits.add(dag_id="red")
+    host = b"h" * 32
+    trouble = "the topic 'secret' of the connection 'red_kafka' cannot be reached; trying again"
+    server.session.add(EventHost(host=host, trigger_id=1, log_of=f"{red.id}, try 1", trouble=trouble))
+    values = {"host": host, "parked": "x", "hosted_at": server.waits.row(blue).since}
+    both = EventWait.run_id.in_([blue.run_id, red.run_id])
+    server.session.execute(update(EventWait).where(both).values(**values))
+    server.session.commit()
+
+    def seen(*teams):
+        client = server.client(server.token("VIEWER", teams=list(teams)))
+        [listed] = [
+            wait for wait in client.get("/events/api/waits?limit=200").json()["waits"] if wait["dag_id"] == "blue"
+        ]
+        page = client.get(f"/events/api/waits/blue/{blue.run_id}/{blue.task_id}/-1").json()["wait"]
+        assert [page["summary"][name] for name in ("trouble", "log_of")] == [listed["trouble"], listed["log_of"]]
+        return listed["trouble"], listed["log_of"]
+
+    assert seen("blue") == ("a source of the waits that share its trigger cannot be reached", None)
+    assert seen("blue", "red") == (trouble, f"{red.id}, try 1")
+
+
+def test_of_ten_thousand_places_no_more_is_read_than_is_shown(server):
+    wait = server.waits.add()
+    names = {name: getattr(wait, name) for name in ("dag_id", "run_id", "task_id", "map_index")}
+    text = json.dumps({"value": "x" * 1000})
+    row = {**names, "phase": "committed", "event": text, "generation": 0, "clears": 0}
+    server.session.execute(insert(EventWait), [{**row, "place": place} for place in range(10_000)])
+    server.session.commit()
+    read = []
+
+    def note(instance, context):
+        read.append(instance)
+
+    event.listen(EventWait, "load", note)
+    try:
+        client = server.client(server.token("VIEWER"))
+        answer = client.get(f"/events/api/waits/{wait.dag_id}/{wait.run_id}/{wait.task_id}/-1")
+    finally:
+        event.remove(EventWait, "load", note)
+    assert answer.status_code == 200
+    record = answer.json()["wait"]["record"]
+    assert record["phase"] == "committed" and record["preview"].startswith('{"0": {"value": "xxx')
+    assert record["length"] > 10_000 * len(text)
+    assert len(read) < 60
