@@ -143,6 +143,13 @@ class Drops:
                 f"{place} is on another file system than {self.root}; "
                 "a file can be moved there only by copying, which is not exactly once"
             )
+        if _mount_of(place) != _mount_of(
+            self.root
+        ):  # as by subPath of a pod: nothing is renamed from one to the other
+            raise ValueError(
+                f"{place} is another mount than {self.root}, if of the same file system; a file can be moved "
+                "there only by copying, which is not exactly once: mount one folder that has both"
+            )
         for folder in (self.root, place):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise ValueError(f"files cannot be moved to {place}: this process may not write to {folder}")
@@ -186,6 +193,14 @@ def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) 
     file = root / name
     there = _identity_at(file, identity)
     if done.exists():
+        if (
+            there == identity == _identity_at(file, identity)
+        ):  # dropped once more: a hard link, or all that tells it
+            log.warning(
+                "%s was dropped once more, with the time of what is committed already: it is removed", file
+            )
+            for again in filter(None, (name, marker)):
+                (root / again).unlink(missing_ok=True)
         return
     if there is None:
         claimed = next((root / OURS).glob(f"[cs]*/*/{identity}/{glob.escape(name)}"), None)  # by the first edition
@@ -227,6 +242,18 @@ def _identity_at(file: Path, wanted: str) -> str | None:
 @functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def _mount_of(folder: Path) -> str | None:
+    """Return the number of the mount that a folder is on; None where the kernel does not tell."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{opened}").read_text().splitlines()
+    except OSError:
+        return None
+    finally:
+        os.close(opened)
+    return next((line.split()[1] for line in lines if line.startswith("mnt_id:")), None)
 
 
 def put_back(file: Path, free: Path) -> None:

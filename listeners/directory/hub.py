@@ -37,9 +37,11 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_NETWORK_FILE_SYSTEMS = re.compile(r"nfs\d?|cifs|smb3?|smbfs|9p|ceph|lustre|glusterfs|fuse\..*")
+_NETWORK_FILE_SYSTEMS = re.compile(r"nfs\d?|cifs.*|smb3?.*|smbfs|9p|ceph|lustre|glusterfs|fuse(\..*)?")
 # Those that give each file a number as it is first seen: each mount another one.
-_INVENTS_INODES = re.compile(r"fuse\.(?!glusterfs|ceph|juicefs|lustre).*")
+_INVENTS_INODES = re.compile(r"fuse(\.(?!glusterfs|ceph|juicefs|lustre).*)?|(cifs|smb3?) \(noserverino\)")
+# As /proc/self/mounts writes a blank in a name, say.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 # Each watched directory holds one of the forty threads that anyio has for all of a process.
 _MOST_WATCHED = 16
 # Of each directory.
@@ -240,7 +242,7 @@ class DirectoryHub(LookingHub):
             if seen is not None and seen.stat == Attributes.of(stat):
                 self._seen[name] = seen
             elif (attributes := self._attributes_of(name)) is not None:
-                self._seen[name] = _Seen(attributes, now, attributes._replace(born=None))
+                self._seen[name] = _Seen(self._as_told(attributes), now, attributes._replace(born=None))
         for name, stat in found.links.items():
             seen, attributes = before.get(name), Attributes.of(stat)
             if seen is None or not seen.is_link or seen.stat != attributes:
@@ -256,13 +258,19 @@ class DirectoryHub(LookingHub):
         return {wanted: names for wanted, names in self._candidates.items() if names}
 
     def _attributes_of(self, name: str) -> Attributes | None:
-        """Return those of a file, so that each process finds the same; None if there is none."""
+        """Return those of a file; None if there is none."""
         try:
-            attributes = Attributes.at(self._root / name)
+            return Attributes.at(self._root / name)
         except OSError as error:
             _warn_of_file(str(self._root / name), str(error))
             return None
-        return attributes.without_inode() if attributes is not None and self._invents_inodes else attributes
+
+    def _as_told(self, attributes: Attributes) -> Attributes:
+        """Return them such that each machine finds the same."""
+        if self._invents_inodes:
+            return attributes.without_inode()
+        # Whether a network file system tells it, depends on the machine's kernel.
+        return attributes if self._network is None else attributes._replace(born=None)
 
     def _hand_out(self, candidates: Mapping[Wanted, set[str]], files: Set[str]) -> float:
         """Give settled files to waits, and return for how many seconds nothing more will have settled."""
@@ -367,9 +375,14 @@ def _warn_of_name(path: str) -> None:
 def _network_file_system(root: Path) -> str | None:
     """Return the type of the network file system on which ``root`` is, or None."""
     with contextlib.suppress(OSError):
-        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        mounts = [[_OCTAL.sub(lambda code: chr(int(code[1], 8)), part) for part in line.split()] for line in lines]
         real = os.path.realpath(root)
         over = [m for m in mounts if real == m[1] or real.startswith(m[1].rstrip("/") + "/")]
-        if over and _NETWORK_FILE_SYSTEMS.fullmatch(kind := max(over, key=lambda m: len(m[1]))[2]):
+        # Of several at one place the last counts: that which automount has made over its own.
+        _, _, kind, options, *_ = max(reversed(over), key=lambda m: len(m[1]))
+        if "noserverino" in options.split(","):
+            kind += " (noserverino)"
+        if _NETWORK_FILE_SYSTEMS.fullmatch(kind):
             return kind
     return None

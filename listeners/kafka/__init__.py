@@ -100,6 +100,8 @@ class KafkaListener(FinalIdListener):
         topics = (topic,) if isinstance(topic, str) else tuple(sorted(set(topic)))
         if not topics:
             raise ValueError("topic is the name of a topic, or several of them")
+        if dead_letter in topics:
+            raise ValueError(f"dead_letter is another topic than those that are read, not {dead_letter!r}")
         source = Source(kafka_config_id, topics, group)
 
         def read(record: Record) -> dict[str, Any]:

@@ -180,8 +180,28 @@ class GroupHub(QueueHub):
         if self._assigned is None:
             await self._assign()
         if not self._ready():
-            self._take_in(await self._worker.do(self.reader.read, self.wanted))
+            messages = await self._worker.do(self.reader.read, self.wanted)
+            await self._see_whether_they_are_the_same(messages)
+            self._take_in(messages)
         await self._offer()
+
+    async def _see_whether_they_are_the_same(self, messages: list[Message]) -> None:
+        """
+        See that what was read is of the topics that were looked at: of one that was recreated the client reads on.
+
+        :raises BrokerUnavailable: it is not. When the hub connects again, it is read from its beginning.
+        """
+        assert self._group is not None
+        names = {str(message.topic()) for message in messages if message.error() is None}
+        if not names:
+            return
+        try:  # not by the thread that asks the coordinator, which may be silent for long
+            ids = await self._worker.do(self._group.topic_ids)
+        except BrokerUnavailable:  # the next look says what there is
+            return
+        for name in names:
+            if ids.get(name, self._topics[name].id) != self._topics[name].id:
+                raise BrokerUnavailable(f"the topic {name!r} was recreated")
 
     # What is settled.
 

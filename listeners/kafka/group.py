@@ -143,6 +143,14 @@ class Group:
         """
         return str(self._described()[self._source.topic].topic_id)
 
+    def topic_ids(self) -> dict[str, str]:
+        """
+        Return Kafka's own ids of the topics that are there.
+
+        :raises BrokerUnavailable: no broker answers, or none is there.
+        """
+        return {name: str(topic.topic_id) for name, topic in self._described().items()}
+
     def _described(self) -> dict[str, Any]:
         try:
             return described(self._clients, self._asks())

@@ -130,6 +130,15 @@ class NatsListener(FinalIdListener):
         # Events of the first edition do not say when the stream was made: they were held by claims.
         return coordinates(event["stream"], event.get("created", ""), event["durable"], event["sequence"])
 
+    def event_content(self, event: Any) -> Any:
+        """
+        Return its id, and when the stream stored it.
+
+        A stream that has lost its last messages, by a power failure or as its files were restored, gives their
+        sequences to others.
+        """
+        return [self.event_id(event), event["timestamp"]]
+
     async def acknowledge(self, event: Any) -> None:
         """Acknowledge the message by its sequence."""
         from airflow_events.listeners.nats.consume import acknowledge

@@ -151,7 +151,8 @@ async def _make(server: Server, source: Source, wanted: Wanted, stream: dict[str
     if wanted.again is not None:
         made, acknowledged_to = wanted.again
         config["deliver_policy"] = "all"
-        if made == stream["created"]:
+        # One that ends before has lost its last messages, as its files were restored, and what comes is new.
+        if made == stream["created"] and acknowledged_to <= stream["state"]["last_seq"]:
             config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": acknowledged_to + 1}
     if wanted.subject is not None:
         config["filter_subject"] = wanted.subject

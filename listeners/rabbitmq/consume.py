@@ -25,8 +25,8 @@ from airflow_events.listeners.rabbitmq.client import (
 )
 from airflow_events.listeners.rabbitmq.messages import Received
 from airflow_events.listeners.support.hub import Seeker
-from airflow_events.listeners.support.queue import Delivery, QueueHub
-from airflow_events.listeners.support.shared import background, within
+from airflow_events.listeners.support.queue import Delivery, InHand, QueueHub
+from airflow_events.listeners.support.shared import OnePerLoop, background, within
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,37 @@ _LOOK = 0.5
 _STALLED = 30.0
 # The most that a consumer may be sent ahead.
 _MOST = 65_535
+
+
+class _Behind(OnePerLoop):
+    """
+    Messages that stand behind others with their ids, by id, and who received them.
+
+    Of all hubs: two may receive from one queue, in two formats, say, and what a wait has is acknowledged by its
+    id.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[str, deque[tuple[Consumer, Received]]] = {}
+
+    def add(self, hub: Consumer, received: Received) -> None:
+        self._of.setdefault(received.id, deque()).append((hub, received))
+
+    def next(self, id: str) -> tuple[Consumer, Received] | None:
+        """Return the next one, which stands behind nothing any more."""
+        if (waiting := self._of.get(id)) is None:
+            return None
+        found = waiting.popleft()
+        if not waiting:
+            del self._of[id]
+        return found
+
+    def forget(self, hub: Consumer) -> None:
+        """Forget those of a hub, whose connection is gone."""
+        for id, waiting in list(self._of.items()):
+            self._of[id] = deque(one for one in waiting if one[0] is not hub)
+            if not self._of[id]:
+                del self._of[id]
 
 
 class Consumer(OnServer, QueueHub):
@@ -57,7 +88,7 @@ class Consumer(OnServer, QueueHub):
         self._room = 0
         self._of_consumer: set[int] = set()  # what the server sent to it, by delivery tag
         self._unsettled: set[int] = set()  # what it sent over the channel
-        self._behind: dict[str, deque[Received]] = {}
+        self._behind = _Behind.of_loop()
         self._consuming = asyncio.Lock()
         self._looked = 0.0  # for a stall, or when a message came
         self._is_stalled = False
@@ -82,7 +113,7 @@ class Consumer(OnServer, QueueHub):
         self._channel, self._tag, self._room = None, None, 0
         self._of_consumer.clear()
         self._unsettled.clear()
-        self._behind.clear()
+        self._behind.forget(self)
 
     async def serve(self) -> None:
         channel = self._open_channel()
@@ -167,26 +198,25 @@ class Consumer(OnServer, QueueHub):
             self._changed.set()
 
     def _offer(self, received: Received) -> None:
-        held = self.in_hand.get(received.id)
+        by = InHand.of_loop().hubs.get(received.id)
+        held = None if by is None else by.in_hand[received.id]
         again = held is not None and held.is_stale and held.message.content_id == received.content_id
         if held is None or again:
             self.offer(received.id, received)
         else:  # another one with the same id, which was sent twice, or is another message
-            self._behind.setdefault(received.id, deque()).append(received)
+            self._behind.add(self, received)
 
     def forget(self, id: str) -> None:
         super().forget(id)
-        if waiting := self._behind.get(id):
-            received = waiting.popleft()
-            if not waiting:
-                del self._behind[id]
-            self.offer(id, received)
+        if id not in InHand.of_loop().hubs and (next := self._behind.next(id)) is not None:
+            hub, received = next
+            hub.offer(id, received)
 
     def known_by(self, delivery: Delivery) -> str:
         return str(delivery.message.content_id)
 
     async def close(self) -> None:
-        self._behind.clear()
+        self._behind.forget(self)
         await super().close()
 
     async def acknowledge(self, deliveries: Mapping[str, Delivery]) -> None:

@@ -91,6 +91,8 @@ class RedisListener(QueueListener):
         from airflow_events.listeners.redis.consume import Entry, GroupHub, bury
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
+        if dead_letter == stream:
+            raise ValueError(f"dead_letter is another stream than the one that is read, not {dead_letter!r}")
         source = Source(redis_conn_id, stream, group)
 
         def read(entry: Entry) -> dict[str, Any]:

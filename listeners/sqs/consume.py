@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar
 
-from airflow_events.errors import EventUndecodable
+from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.sqs.client import (
     AWAY,
     LONG_POLL,
@@ -85,6 +85,11 @@ class SqsHub(QueueHub):
         """SQS's client, of a hub that is connected."""
         assert self._client is not None
         return self._client
+
+    @property
+    def url(self) -> str:
+        """The queue's."""
+        return self._url
 
     async def connect(self) -> None:
         with refusals(self.source):
@@ -221,7 +226,10 @@ async def bury(hub: SqsHub, message: Message, queue: str, error: EventUndecodabl
     why = _texts((REASON, error.reason), (SOURCE, error.where))
     own = dict(list(message.attributes.items())[: _ATTRIBUTES - len(why)])
     with refusals(source):
-        send = {"QueueUrl": await url_of(hub.client, queue), "MessageBody": message.received["Body"], **of_fifo}
+        url = await url_of(hub.client, queue)
+        if url == hub.url:
+            raise SourceMisconfigured(f"{source}: the dead letters of a queue must not go to the queue itself")
+        send = {"QueueUrl": url, "MessageBody": message.received["Body"], **of_fifo}
         try:
             await hub.client.send_message(**send, MessageAttributes={**own, **why})
         except exceptions.ClientError as refused:

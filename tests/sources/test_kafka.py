@@ -277,6 +277,24 @@ async def test_a_group_whose_offsets_expired_goes_on_and_has_them_again(broker, 
     await until_offset(broker, 1)
 
 
+async def test_of_a_topic_that_is_recreated_and_soon_longer_nothing_comes_twice(broker, waits, caplog):
+    broker.send("old")
+    assert await taken(waits, 1) == ["old"]
+    waiting = waits.poll(1)
+    await asyncio.sleep(2)  # it reads, and has looked
+    AdminClient(broker.bootstrap).delete_topics([broker.queue])[broker.queue].result(30)
+    broker.make_topic()
+    broker.send("a", "b", "c", "d")
+    found = [await soon(waiting, 60)]
+    await waits.commit(found[0], 1)
+    for number in range(2, 5):
+        found.append(await soon(waits.poll(number), 60))
+        await waits.commit(found[-1], number)
+    assert [event["value"] for event in found] == ["a", "b", "c", "d"]
+    assert "was deleted and recreated; it is read from its beginning" in caplog.text
+    await nothing(waits.poll(5), 2)
+
+
 def forget(broker):
     """Let the group's offsets be gone, as after seven days."""
     admin = AdminClient(broker.bootstrap)

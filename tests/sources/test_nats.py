@@ -7,6 +7,7 @@ import datetime as dt
 import ipaddress
 import itertools
 import json
+import shutil
 import socket
 
 import of_nats
@@ -895,3 +896,57 @@ async def test_a_watch_uses_the_same_connection_settings(started, monkeypatch):
     event = await soon(asyncio.create_task(seen))
     assert event["value"] == 1
     assert "secret-word" not in json.dumps(event, default=str)
+
+
+@pytest.fixture
+def restored(broker):
+    """The server comes back with the files that it had when this was made."""
+    store, backup = broker.server.folder / "store", broker.server.folder / "backup"
+
+    def keep():
+        broker.server.kill()
+        shutil.copytree(store, backup)
+        broker.server.start()
+
+    def restore():
+        broker.server.kill()
+        shutil.rmtree(store)
+        shutil.move(backup, store)
+        broker.server.start()
+
+    return keep, restore
+
+
+async def test_a_sequence_that_the_stream_gives_again_is_another_message(broker, waits, restored):
+    keep, restore = restored
+    keep()
+    broker.send("lost by the restore")
+    event = await soon(waits.poll())
+    await waits.commit(event)
+    await waits.end()
+    await asyncio.sleep(3)
+    restore()
+    broker.send("another")
+    other = await soon(waits.poll(1))
+    assert other["value"] == "another"
+    listener = NatsListener()
+    assert listener.event_id(event) == listener.event_id(other)
+    assert listener.event_content(event) != listener.event_content(other)
+
+
+async def test_a_consumer_that_was_further_than_the_restored_stream_skips_nothing(broker, waits, restored):
+    keep, restore = restored
+    broker.send("before")
+    await asyncio.sleep(1)
+    keep()
+    broker.send("b", "c", "d")
+    for number in range(4):
+        await waits.commit(await soon(waits.poll(number)), number)
+    waiting = waits.poll(9)
+    await asyncio.sleep(1)
+    restore()
+    broker.send("new 1", "new 2")
+    found = [await soon(waiting, 60)]
+    for number in range(10, 12):
+        found.append(await soon(waits.poll(number), 60))
+    assert [event["value"] for event in found] == ["before", "new 1", "new 2"]

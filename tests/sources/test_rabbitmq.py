@@ -776,3 +776,24 @@ async def test_a_host_that_says_nothing_keeps_none_from_the_next(broker, waits, 
     assert event["value"] == 1
     await waits.commit(event)
     silent.close()
+
+
+@pytest.mark.parametrize("how", ["another format", "another connection"])
+async def test_what_another_hub_of_the_queue_has_is_not_acknowledged_in_its_place(broker, waits, monkeypatch, how):
+    """A sender gives an id twice, with other bodies, and two waits of a triggerer read the queue by two hubs."""
+    monkeypatch.setenv("AIRFLOW_CONN_SECOND", json.dumps(broker.connection()))
+    other = {"values": "text"} if how == "another format" else {"rabbitmq_conn_id": "second"}
+    broker.publish(b'"A"', broker.queue, message_id="x")
+    first = await soon(waits.poll())
+    waiting = waits.poll(1, **other)
+    await asyncio.sleep(1)
+    await asyncio.to_thread(broker.publish, b'"B"', broker.queue, message_id="x")
+    await nothing(waiting)  # it stands behind the first
+    await waits.commit(first)
+    second = await soon(waiting)
+    assert second["digest"] != first["digest"]
+    await waits.release(second, 1, **other)
+    await waits.end()
+    await asyncio.to_thread(
+        until, lambda: [bytes(m.body) for m in broker.look(broker.queue)] == [b'"B"'], "B is left"
+    )

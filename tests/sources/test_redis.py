@@ -292,3 +292,8 @@ async def test_large_entries_are_read_a_few_at_once(broker, waits, monkeypatch):
     last = waits.watch(match={"id": 199}, since=datetime.now(timezone.utc) - timedelta(minutes=1))
     assert (await soon(last))["value"]["id"] == 199
     assert [each["count"] for each in asked][1:3] == [9, 9]
+
+
+async def test_dead_letters_do_not_go_to_the_stream_itself(broker, waits):
+    with pytest.raises(ValueError, match="dead_letter is another stream than the one that is read"):
+        await soon(waits.poll(on_undecodable="dead_letter", dead_letter=broker.queue))

@@ -574,3 +574,10 @@ async def test_secrets_are_in_no_log_and_no_event(broker, waits, caplog, capfd):
     written = capfd.readouterr()
     assert "Passed over" in caplog.text
     assert "not-for-logs" not in caplog.text + written.out + written.err + json.dumps(event, default=str)
+
+
+async def test_dead_letters_do_not_go_to_the_queue_itself(broker, waits):
+    broker.send_raw(b"{no json")
+    with pytest.raises(SourceMisconfigured, match="must not go to the queue itself"):
+        await soon(waits.poll(on_undecodable="dead_letter", dead_letter=broker.url))
+    assert broker.unacknowledged() == 1

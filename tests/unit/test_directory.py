@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -694,3 +695,88 @@ async def test_where_inodes_are_invented_they_tell_nothing(drops, monkeypatch):
     (drops / "other mount").replace(drops / "a")
     await commit(event)
     assert archived_names(drops) == ["a"]
+
+
+@pytest.mark.parametrize("listener", [DirectoryListener, DirectoryWatchListener])
+async def test_a_file_settles_where_inodes_are_invented(drops, monkeypatch, listener):
+    monkeypatch.setattr(hub, "_network_file_system", lambda root: "fuse.sshfs")
+    (drops / "a").write_text("x")
+    assert (await soon(poll(drops, listener=listener, settle=0.3)))["name"] == "a"
+
+
+MOUNTS = """\
+/dev/root / ext4 rw 0 0
+blobfuse2 /mnt/blob fuse rw,nosuid,nodev,relatime,user_id=0,group_id=0,allow_other 0 0
+systemd-1 /mnt/auto autofs rw,relatime,fd=29,pgrp=1,timeout=0 0 0
+me@host:/data /mnt/auto fuse.sshfs rw,nosuid,nodev,relatime,user_id=0,group_id=0 0 0
+//nas/share /mnt/nas cifs rw,relatime,vers=3.0,noserverino 0 0
+me@host:/data /mnt/my\\040share fuse.sshfs rw,nosuid 0 0
+"""
+
+
+@pytest.mark.parametrize("root", ["/mnt/blob", "/mnt/auto", "/mnt/nas", "/mnt/my share"])
+def test_what_invents_inodes_is_known(root, monkeypatch):
+    read = Path.read_text
+
+    def mounts(path, *args, **kwargs):
+        return MOUNTS if str(path) == "/proc/self/mounts" else read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", mounts)
+    found = hub._network_file_system(Path(root))
+    assert found is not None and hub._INVENTS_INODES.fullmatch(found), found
+
+
+async def test_over_the_network_a_file_has_one_identity_whether_its_birth_is_told_or_not(drops, monkeypatch):
+    """It depends on the kernel of the machine that has mounted it."""
+    monkeypatch.setattr(hub, "_network_file_system", lambda root: "nfs4")
+    (drops / "a").write_text("x")
+    event, at = await soon(poll(drops)), files.Attributes.at
+
+    def without_birth(cls, file):
+        return (found := at(file)) and found._replace(born=None)
+
+    monkeypatch.setattr(files.Attributes, "at", classmethod(without_birth))
+    other = elsewhere(lambda: soon(poll(drops, 1)))
+    assert DirectoryListener().event_id(event) == DirectoryListener().event_id(other)
+
+
+@pytest.fixture
+def bound(tmp_path):
+    """Two folders of one file system, each mounted by itself, as by ``subPath`` of a pod."""
+    made = []
+    for name in ("drops", "archive"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / name).mkdir()
+        bind = ["mount", "--bind", tmp_path / "data" / name, tmp_path / name]
+        if subprocess.run(bind, capture_output=True).returncode == 0:
+            made.append(tmp_path / name)
+    if len(made) == 2:
+        yield tmp_path
+    for one in made:
+        subprocess.run(["umount", one], check=True)
+    if len(made) < 2:
+        pytest.skip("nothing can be mounted here")
+
+
+async def test_an_archive_that_is_another_mount_of_the_same_file_system_is_refused(bound):
+    (bound / "drops" / "a").write_text("x")
+    with pytest.raises(ValueError, match=r"archive is another mount than .*drops"):
+        await soon(poll(bound / "drops", archive=str(bound / "archive")))
+
+
+@pytest.mark.parametrize("how", ["a hard link", "a copy with its time, where inodes are invented"])
+async def test_a_file_that_is_dropped_once_more_holds_up_nobody(drops, monkeypatch, how):
+    if how != "a hard link":
+        monkeypatch.setattr(hub, "_network_file_system", lambda root: "fuse.sshfs")
+    (drops / "a").write_text("x")
+    os.utime(drops / "a", (1_700_000_000, 1_700_000_000))
+    event = await soon(poll(drops))
+    await commit(event)
+    again = os.link if how == "a hard link" else shutil.copy2
+    again(event["path"], drops / "a")
+    (drops / "b").write_text("y")
+    redelivered = await soon(poll(drops, 1))
+    assert redelivered["id"] == event["id"]
+    await commit(redelivered, 1)  # as it is that the inbox knows
+    assert (await soon(poll(drops, 2)))["name"] == "b"
+    assert left(drops) == ["b"]
