@@ -135,6 +135,7 @@ class _TopicReader(Reader[_Position]):
         self._topic = clients.source.topic
         self._listed_at = 0.0
         self.leaderless: set[int] = set()
+        self._since = datetime.now(timezone.utc)
         # A broker answers what is asked over a connection in turn: a question would wait for a fetch that waits
         # for messages.
         kilobytes = READ_BYTES // 1024
@@ -157,6 +158,7 @@ class _TopicReader(Reader[_Position]):
 
     def begin(self, since: datetime, position: _Position | None, earliest: datetime) -> None:
         """Read from ``position`` on, or if it is None such that nothing of ``since`` or later is missed."""
+        self._since = since
         with self._clients.refusals():
             self._assign(self._position_at(since, self._partitions()) if position is None else position)
             self._list(earliest)
@@ -184,7 +186,8 @@ class _TopicReader(Reader[_Position]):
     def _list(self, earliest: datetime) -> None:
         """Read what can be read since, such as a partition that was added, from where somebody may want it."""
         if new := [number for number in self._partitions() if number not in self.position]:
-            self._assign({**self._position_at(earliest, new), **self.position})
+            # Those who join later may look from as far back as all else was read from.
+            self._assign({**self._position_at(min(earliest, self._since), new), **self.position})
 
     def _partitions(self) -> list[int]:
         """Return the partitions that can be read: those that have a leader."""

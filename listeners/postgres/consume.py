@@ -172,17 +172,24 @@ class TableHub(LookingHub):
         """Return the waits that have no row yet, by what they want; those that can have none fail."""
         waiting: dict[Wanted | None, deque[Seeker]] = {}
         for wanted, seekers in self.waiting.items():
-            if wanted is not None and self._value_type != "jsonb":
+            if wanted is not None and (reason := self._why_no_row_has(wanted)):
                 for seeker in seekers:
-                    seeker.fail(
-                        SourceMisconfigured(
-                            f"{self.name}: match needs a value of type jsonb, and the column "
-                            f"{self._source.columns.value!r} is of type {self._value_type}"
-                        )
-                    )
+                    seeker.fail(SourceMisconfigured(f"{self.name}: {reason}"))
             if some := deque(seeker for seeker in seekers if not seeker.done):
                 waiting[wanted] = some
         return waiting
+
+    def _why_no_row_has(self, wanted: Wanted) -> str:
+        if self._value_type != "jsonb":
+            column = self._source.columns.value
+            return f"match needs a value of type jsonb, and the column {column!r} is of type {self._value_type}"
+        if self._codec is not None:
+            try:
+                for text in (*wanted[0], *wanted[1]):
+                    text.encode(self._codec)
+            except UnicodeEncodeError as error:
+                return f"no row can have what match wants, in the database's encoding: {error}"
+        return ""
 
     def _hand_out(self, waiting: deque[Seeker], origin: Origin, row: Any, created_at: Any, raw: Any) -> None:
         """Give a row to the wait that has waited longest of those that want it."""

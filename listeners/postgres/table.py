@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -352,25 +353,36 @@ def looking(
             return sql.SQL("({} ->> {}::text)").format(value, parameter(last))
         return sql.SQL("({} #>> {}::text[])").format(value, parameter([*path, last]))
 
+    found_by: list[list[Wanted]] = [[]] if None in wanted else []
     for names, ones in by_fields.items():
         columns, texts, equal = [], [], []
+        written = [(one, values) for one in ones for values in _as_written(one)]
+        found_by.append([one for one, _ in written])
         for number, name in enumerate(names):
             column = sql.Identifier(f"airflow_events_{number}")
             columns.append(column)
-            texts.append(sql.SQL("{}::text[]").format(parameter([one[1][number] for one in ones])))
+            texts.append(sql.SQL("{}::text[]").format(parameter([values[number] for _, values in written])))
             equal.append(sql.SQL("{} = {}").format(field(name), column))
         parts.append(
             source.statement(
                 MATCHING,
                 texts=sql.SQL(", ").join(texts),
-                most=parameter([wanted[one] for one in ones]),
+                most=parameter([wanted[one] for one, _ in written]),
                 names=sql.SQL(", ").join(columns),
                 equal=sql.SQL(" AND ").join(equal),
                 **more,
             )
         )
-    found_by: list[list[Wanted]] = [[]] if None in wanted else []
-    return Look(source.statement(LOOK, rows=sql.Composed(parts)), asked, found_by + list(by_fields.values()))
+    return Look(source.statement(LOOK, rows=sql.Composed(parts)), asked, found_by)
+
+
+# A text that `Match` takes for JSON's may stand in a value as a template has written it.
+_IN_A_TEXT = {"true": "True", "false": "False", "null": "None"}
+
+
+def _as_written(one: Wanted) -> Iterable[tuple[str, ...]]:
+    """Return the texts that the fields of a value may have."""
+    return itertools.product(*((text, _IN_A_TEXT[text]) if text in _IN_A_TEXT else (text,) for text in one[1]))
 
 
 def ordering(source: Source, order: tuple[str, ...]) -> sql.Composed:

@@ -131,7 +131,7 @@ class QueryHub(Hub[Asker]):
                     asker.fail(
                         SourceMisconfigured(f"{self.name}: the query {question.query[:200]!r} is refused: {error}")
                     )
-        except SourceMisconfigured as error:
+        except (SourceMisconfigured, TypeError) as error:  # such as a mapping of parameters for a query with %s
             for asker in askers:
                 asker.fail(SourceMisconfigured(f"{self.name}: {error}"))
         except (ValueError, ArithmeticError, RecursionError) as error:  # a value that Python cannot read

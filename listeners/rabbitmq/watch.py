@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
@@ -16,6 +16,8 @@ from airflow_events.listeners.support.values import Format
 from airflow_events.listeners.support.watching import MILLISECOND, LogHub, Message, Reader, message_of
 
 _T = TypeVar("_T")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 # How many messages may be on their way, at most: the broker bounds them by nothing else.
 _AT_ONCE = 100
@@ -43,7 +45,8 @@ class StreamHub(OnServer, LogHub[int]):
     async def reader(self, since: datetime, position: int | None) -> Reader[int]:
         assert self._server is not None
         channel = await within(self._server.channel())
-        start = since.replace(microsecond=0) if position is None else position
+        # The protocol knows no moment before the epoch.
+        start = max(since, _EPOCH).replace(microsecond=0) if position is None else position
         arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
         with refusals(self.source):
             tag = await within(_consume(channel, self.source, arrived, start, _AT_ONCE))

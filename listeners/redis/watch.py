@@ -72,7 +72,7 @@ class StreamHub(LogHub[_Id]):
 
     async def reader(self, since: datetime, position: _Id | None) -> Reader[_Id]:
         assert self._client is not None
-        before = max(round(since.timestamp() * 1000) - 1, 0), _LAST_OF_MILLISECOND
+        before = max(int(since.timestamp() * 1000) - 1, 0), _LAST_OF_MILLISECOND
         return _EntryReader(self._client, self._source, self._message, before if position is None else position)
 
     async def dropped_until(self) -> datetime | None:

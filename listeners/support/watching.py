@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # Python has them it may be twenty times that. The log is read again for waits that come later.
 _KEPT = 10_000
 _KEPT_BYTES = 4 * 2**20
+# How many of them, and of how many bytes, are kept and dropped together though they were read one by one.
+_TOGETHER, _TOGETHER_BYTES = 100, 2**16
 
 READ_BYTES = 2 * 2**20
 """How many bytes a `Reader` should return at once, where it can tell before; one message may be larger."""
@@ -217,7 +219,13 @@ class _End(_Reading[_P]):
         return [message for _, batch in self._batches for message in batch]
 
     def has_read(self, before: _P, messages: list[Message]) -> None:
-        self._batches.append((before, messages))
+        last = self._batches[-1][1] if self._batches else []
+        both = [*last, *messages]
+        if last and len(both) <= _TOGETHER and sum(message.size for message in both) <= _TOGETHER_BYTES:
+            # A position may be as large as a topic has partitions: there is not one for each message.
+            self._batches[-1] = self._batches[-1][0], both
+        else:
+            self._batches.append((before, messages))
         self._count_in(messages, 1)
         while self._count > _KEPT or self._bytes > _KEPT_BYTES:
             _, oldest = self._batches.popleft()
@@ -240,8 +248,9 @@ class LogHub(Hub[Watcher], Generic[_P]):
     def __init__(self, name: str) -> None:
         self._new: list[Watcher] = []
         self._end: _End[_P] | None = None
-        # By the ranks of those who are caught up.
-        self._catching: dict[int, _Reading[_P]] = {}
+        # By the ranks of those who are caught up; a reading that is at rest by itself.
+        self._catching: dict[Hashable, _Reading[_P]] = {}
+        self._is_catching_up = False  # whether one of these has read something in the last round
         self._late: dict[int, list[Watcher]] = {}
         self._places: dict[Watcher, _Reading[_P]] = {}
         self._dropped: datetime | None = None
@@ -291,8 +300,9 @@ class LogHub(Hub[Watcher], Generic[_P]):
             messages = await self._end.read(self, 0 if self._catching else _BLOCK)
             await self._offer(messages, self._end)
             self._end.offered()
-            for rank in list(self._catching):
-                await self._catch_up(rank, self._end)
+            seconds = 0.0 if self._is_catching_up else _BLOCK / max(len(self._catching), 1)
+            read = [await self._catch_up(key, self._end, seconds) for key in list(self._catching)]
+            self._is_catching_up = any(read)
         except BaseException:
             for reading in self._readings():
                 reading.disconnected()
@@ -346,11 +356,11 @@ class LogHub(Hub[Watcher], Generic[_P]):
 
     def _place_late(self, watcher: Watcher) -> None:
         rank = _rank(datetime.now(timezone.utc) - watcher.since)
-        reading = self._catching.get(rank)
-        if reading is not None and reading.since <= watcher.since:
-            self._place(watcher, reading)
-        else:
-            self._late.setdefault(rank, []).append(watcher)
+        for key, reading in self._catching.items():
+            if key in (rank, reading) and reading.since <= watcher.since:
+                self._place(watcher, reading)
+                return
+        self._late.setdefault(rank, []).append(watcher)
 
     async def _place_at_end(self, watchers: Iterable[Watcher], end: _End[_P]) -> None:
         """Serve them at the log's end from now on; what is kept they may not have seen."""
@@ -368,20 +378,49 @@ class LogHub(Hub[Watcher], Generic[_P]):
             self._new += [watcher for watcher in only if not watcher.done]
             raise
 
-    async def _catch_up(self, rank: int, end: _End[_P]) -> None:
-        """Read on for those who are caught up, and let them join those at the end if they have come so far."""
-        reading = self._catching[rank]
+    async def _catch_up(self, key: Hashable, end: _End[_P], seconds: float) -> bool:
+        """
+        Read on for those who are caught up, and let them join those at the end if they have come so far.
+
+        Return whether there was something to read.
+        """
+        reading = self._catching[key]
+        found = False
         if reading.watchers:
-            messages = await reading.read(self, _BLOCK / len(self._catching))
+            messages = await reading.read(self, seconds)
             await self._offer(messages, reading)
             reading.offered()
+            found = bool(messages)
             here, there = reading.position, end.kept_from
             has_met = here is not None and there is not None and self.reached(here, there)
             if reading.watchers and not has_met:
-                return
+                if not found and seconds:
+                    await self._rest(key, reading)
+                return found
             await self._place_at_end(list(reading.watchers), end)
-        del self._catching[rank]
+        del self._catching[key]
         await reading.close()
+        return found
+
+    async def _rest(self, key: Hashable, reading: _Reading[_P]) -> None:
+        """
+        Let others of its rank be caught up: the reading has read what there is, and has not met the end.
+
+        That may begin behind whatever has been read, and is met when something new comes. Those that are at the
+        same place go on as one.
+        """
+        self._catching[reading] = self._catching.pop(key)
+        here = reading.position
+        for other_key, other in list(self._catching.items()):
+            there = other.position
+            if other_key is not other or other is reading or here is None or there is None:
+                continue
+            if self.reached(here, there) and self.reached(there, here):
+                for watcher in list(reading.watchers):
+                    self._place(watcher, other)
+                del self._catching[reading]
+                await reading.close()
+                return
 
     async def _offer(
         self, messages: list[Message], reading: _Reading[_P], only: set[Watcher] | None = None

@@ -116,7 +116,7 @@ class WaitRow:
         wants = _wants(operator, trigger)
         if wants is None or (listener is HttpListener and wants["listener"] != _LISTENER):
             raise NoSuchWait(f"{wait.id} does not wait for HTTP events: it is no wait of HttpListener")
-        if wait.map_index < 0 and operator.get_needs_expansion():
+        if wait.map_index < 0 and operator is not None and operator.get_needs_expansion():
             raise TooEarly(f"{wait.id} is mapped, and not expanded yet: name its map_index then")
         return cls(session, wait, task, ti, operator, wants, trigger, row, listener)
 

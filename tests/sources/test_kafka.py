@@ -18,6 +18,7 @@ from broker import nothing, running, soon, until_told
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, ResourceType
 from of_kafka import Inbox, Kafka
+from test_watch import ago
 
 from conftest import Waits
 from deployment import until
@@ -856,3 +857,18 @@ async def test_tokens_that_do_not_do(guarded, broker, waits, monkeypatch):
         monkeypatch.setenv("AIRFLOW_CONN_TOKENS", by_tokens(guarded, **extra))
         with pytest.raises(refused, match=f"'tokens'.*{message}"):
             await soon(waits.poll(kafka_config_id="tokens"), 60)
+
+
+async def test_a_partition_that_is_added_is_read_from_where_all_others_were(broker, waits, monkeypatch):
+    """Somebody who comes later may look from further back than who waited when it was seen."""
+    monkeypatch.setattr(watch, "_LISTING", 3)
+    first = waits.watch(1, match={"id": "never"}, since=ago(seconds=1))
+    await nothing(first, 2)
+    began = datetime.now(timezone.utc)
+    waits.watch(2, match={"id": "never"}, since=ago(seconds=-20))
+    await asyncio.sleep(1)
+    first.cancel()
+    AdminClient(broker.bootstrap).create_partitions([NewPartitions(broker.queue, 2)])[broker.queue].result(30)
+    broker.produce({"value": b'{"id": 1}', "partition": 1})
+    await asyncio.sleep(10)
+    assert (await soon(waits.watch(3, match={"id": 1}, since=began)))["partition"] == 1

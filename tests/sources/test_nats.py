@@ -950,3 +950,12 @@ async def test_a_consumer_that_was_further_than_the_restored_stream_skips_nothin
     for number in range(10, 12):
         found.append(await soon(waits.poll(number), 60))
     assert [event["value"] for event in found] == ["before", "new 1", "new 2"]
+
+
+async def test_a_watch_of_a_quiet_subject_is_served_though_the_stream_goes_on(broker, waits):
+    broker.publish(f"{broker.queue}.a", b'{"id": "it"}')
+    broker.publish(f"{broker.queue}.b", b'{"id": "x"}')
+    await asyncio.sleep(1)
+    of_a = {"since": ago(minutes=5), "subject": f"{broker.queue}.a"}
+    await nothing(waits.watch(1, match={"id": "never"}, **of_a), 2)
+    assert (await soon(waits.watch(2, match={"id": "it"}, **of_a)))["value"] == {"id": "it"}

@@ -1349,3 +1349,40 @@ async def test_a_watch_on_no_server(connect, watch, monkeypatch):
         await soon(watch("SELECT 1", postgres_conn_id="nowhere"))
     with pytest.raises(SourceMisconfigured, match="of type 'mysql', and 'postgres'"):
         await soon(watch("SELECT 1", postgres_conn_id="other"))
+
+
+async def test_parameters_of_the_other_kind_fail_their_own_waits(broker, watch):
+    good = watch(f"SELECT id FROM {broker.queue}", interval=0.5)
+    await nothing(good, 1)
+    bad = [watch("SELECT %s AS a", parameters={"a": 1}), watch("SELECT %(a)s AS a", parameters=[1])]
+    await asyncio.wait(bad, timeout=10)
+    assert not good.done(), good.exception()
+    for task in bad:
+        with pytest.raises(SourceMisconfigured, match="placeholder"):
+            await soon(task)
+    broker.send(1)
+    await soon(good)
+
+
+@pytest.mark.parametrize("text", ["True", "False", "None", "true", "null"])
+async def test_a_text_matches_itself_however_json_writes_it(broker, waits, text):
+    broker.send({"kind": text})
+    assert (await soon(waits.poll(match={"kind": text})))["value"] == {"kind": text}
+
+
+async def test_a_text_that_the_database_has_no_letters_for_is_no_concern_of_others(broker, waits, connect):
+    broker.run("CREATE DATABASE other ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
+    with broker.server.connect(dbname="other") as connection:
+        connection.execute(create_table(broker.queue, value_type="jsonb"))
+    connect(schema="other")
+    try:
+        other = waits.poll(0, match={"kind": "paid"}, poll_interval=0.5)
+        await nothing(other, 1)
+        with pytest.raises(
+            SourceMisconfigured, match="no row can have what match wants, in the database's encoding"
+        ):
+            await soon(waits.poll(1, match={"kind": "支払い"}, poll_interval=0.5))
+        await nothing(other, 1)
+    finally:
+        await waits.end()
+        broker.run("DROP DATABASE other WITH (FORCE)")

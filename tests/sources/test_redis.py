@@ -297,3 +297,12 @@ async def test_large_entries_are_read_a_few_at_once(broker, waits, monkeypatch):
 async def test_dead_letters_do_not_go_to_the_stream_itself(broker, waits):
     with pytest.raises(ValueError, match="dead_letter is another stream than the one that is read"):
         await soon(waits.poll(on_undecodable="dead_letter", dead_letter=broker.queue))
+
+
+@pytest.mark.parametrize("micro", [100, 900])
+async def test_an_entry_of_the_same_millisecond_counts(broker, waits, micro):
+    now = datetime.now(timezone.utc).replace(microsecond=123_000)
+    with broker.client as client:
+        client.xadd(broker.queue, {"v": b'{"id": 1}'}, id=f"{round(now.timestamp() * 1000)}-0")
+    since = now + timedelta(microseconds=micro)
+    assert (await soon(waits.watch(match={"id": 1}, since=since)))["value"] == {"id": 1}

@@ -138,3 +138,20 @@ async def test_matches_that_are_none(broker, waits):
         await soon(waits.watch(match="a b"))
     with pytest.raises(TypeError, match="a mapping, a JMESPath expression or None, not 5"):
         await soon(waits.watch(match=5))
+
+
+async def test_a_quiet_log_is_read_for_who_comes_later_from_further_back(broker, waits):
+    """Who came before reads on until it meets the end, which nothing new has come to."""
+    broker.send({"id": "it"}, {"id": "other"})
+    await asyncio.sleep(1.5)
+    await nothing(waits.watch(1, match={"id": "never"}, since=ago(minutes=5)), 2)
+    assert (await soon(waits.watch(2, match={"id": "it"}, since=ago(minutes=5))))["value"] == {"id": "it"}
+
+
+async def test_a_moment_before_all_others_harms_nobody(broker, waits):
+    other = waits.watch(1, match={"id": 1}, since=ago(seconds=1))
+    await nothing(other, 1.5)
+    old = waits.watch(2, match={"id": 1}, since="1970-01-01T00:00+01:00")
+    await nothing(other, 1.5)
+    broker.send({"id": 1})
+    assert [(await soon(task))["value"] for task in (other, old)] == [{"id": 1}] * 2

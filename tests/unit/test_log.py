@@ -216,6 +216,7 @@ async def test_a_connection_that_is_lost_while_some_catch_up_loses_nothing(hub):
 async def test_the_kept_messages_are_bounded_by_number_and_by_bytes(hub, monkeypatch):
     monkeypatch.setattr(log, "_KEPT", 100)
     monkeypatch.setattr(log, "_KEPT_BYTES", 1000)
+    monkeypatch.setattr(log, "_TOGETHER", 1)  # so that they are dropped one by one
     await at_the_end(hub)
     for size, kept in ((1, 100), (50, 20), (5000, 0)):
         for _ in range(200):
@@ -225,6 +226,17 @@ async def test_the_kept_messages_are_bounded_by_number_and_by_bytes(hub, monkeyp
         assert len(hub._end.kept()) == kept
         # What is not kept any more is read again.
         assert (await soon(hub.watch({"id": size}, ago(minutes=1))))["value"] == {"id": size}
+
+
+async def test_what_is_read_one_by_one_is_kept_with_few_positions(hub):
+    await at_the_end(hub)
+    for number in range(250):
+        hub.send({"id": number})
+        await until(lambda: hub._end.position == len(hub.messages))
+    assert len(hub._end.kept()) == 250
+    assert len(hub._end._batches) <= 4
+    for number in (0, 99, 100, 249):
+        assert (await soon(hub.watch({"id": number}, ago(minutes=1))))["value"] == {"id": number}
 
 
 async def test_a_log_that_was_made_anew_is_read_from_its_beginning(hub):
