@@ -283,7 +283,8 @@ async def test_of_a_topic_that_is_recreated_and_soon_longer_nothing_comes_twice(
     assert await taken(waits, 1) == ["old"]
     waiting = waits.poll(1)
     await asyncio.sleep(2)  # it reads, and has looked
-    AdminClient(broker.bootstrap).delete_topics([broker.queue])[broker.queue].result(30)
+    admin = AdminClient(broker.bootstrap)  # which has to outlive what it was asked
+    admin.delete_topics([broker.queue])[broker.queue].result(30)
     broker.make_topic()
     broker.send("a", "b", "c", "d")
     found = [await soon(waiting, 60)]
@@ -868,7 +869,8 @@ async def test_a_partition_that_is_added_is_read_from_where_all_others_were(brok
     waits.watch(2, match={"id": "never"}, since=ago(seconds=-20))
     await asyncio.sleep(1)
     first.cancel()
-    AdminClient(broker.bootstrap).create_partitions([NewPartitions(broker.queue, 2)])[broker.queue].result(30)
+    admin = AdminClient(broker.bootstrap)
+    admin.create_partitions([NewPartitions(broker.queue, 2)])[broker.queue].result(30)
     broker.produce({"value": b'{"id": 1}', "partition": 1})
     await asyncio.sleep(10)
     assert (await soon(waits.watch(3, match={"id": 1}, since=began)))["partition"] == 1
