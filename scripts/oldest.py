@@ -18,6 +18,11 @@ from pathlib import Path
 
 import bootstrap
 
+# One wait, several, and a killed server, of each source: a part of every check.
+QUICK = (
+    "tests/sources/test_consume.py",
+    *("-n", "2", "-k", "coordinates or commit_in_any_order or is_killed_while or of_another_type"),
+)
 COMMON = ("tests/sources/test_consume.py", "tests/sources/test_watch.py", "tests/sources/test_starts.py")
 # Extras that are not for a source.
 _OTHERS = ("benchmark", "docs", "kafka-registry", "release", "test")

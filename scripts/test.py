@@ -3,10 +3,11 @@
 Run the tests against the built wheel: python3 scripts/test.py [--release | arguments of pytest].
 
 Without arguments the quick ones come first. The others mostly wait, for a source or for Airflow's loops, so two
-run beside one another: those with a real Airflow, and those of the sources, after which come those that kill much
-of theirs, and some more with a real Airflow. Three at once starve each other on two processors. What a part says
-is printed when it has ended. What is marked as a variant is left out: with ``--release`` it is run too, and ten
-times as many schedules of the model. With other arguments, pytest gets them as they are.
+run beside one another: those with a real Airflow, and those of the sources, some of these again with the oldest
+clients, after which come those that kill much of theirs, and some more with a real Airflow. Three at once starve
+each other on two processors. What a part says is printed when it has ended. What is marked as a variant is left
+out: with ``--release`` it is run too, and ten times as many schedules of the model. With other arguments, pytest
+gets them as they are.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO
 
 import bootstrap
+import oldest
 
 RELEASE = "--release"
 # Each kills much of its Airflow, or starts one of its own.
@@ -34,6 +37,7 @@ class Part:
 
     name: str
     arguments: tuple[str, ...]
+    environment: Callable[[], dict[str, str]] | None = None
     _process: subprocess.Popen[bytes] | None = None
     _said: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     _began: float = 0
@@ -44,6 +48,7 @@ class Part:
         self._process = subprocess.Popen(
             [*pytest, *self.arguments],
             cwd=bootstrap.ROOT,
+            env=None if self.environment is None else self.environment(),
             stdout=self._said if quietly else None,
             stderr=subprocess.STDOUT if quietly else None,
         )
@@ -75,8 +80,9 @@ SOURCES = Part("sources", ("tests/sources", "-n", "4"))
 AIRFLOW = Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in (*WITH_FAULTS, *OF_OTHER_LANE))))
 STARTS = Part("a real Airflow: what starts runs, and from one DAG to another", OF_OTHER_LANE)
 FAULTS = Part("a real Airflow under faults", WITH_FAULTS)
+OLDEST = Part("sources, with the oldest clients", oldest.QUICK, oldest.environment)
 # Those of a lane run one after another.
-LANES = ((AIRFLOW,), (SOURCES, FAULTS, STARTS))
+LANES = ((AIRFLOW,), (SOURCES, OLDEST, FAULTS, STARTS))
 
 
 def run_all(pytest: list[str]) -> int:
