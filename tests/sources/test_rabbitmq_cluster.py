@@ -29,7 +29,8 @@ async def again(broker, number):
     await asyncio.to_thread(until, lambda: broker.unacknowledged() >= 0, "the node knows its queues", 60, 1)
 
 
-async def test_each_message_is_taken_once_though_each_node_is_killed(broker, waits):
+async def test_each_message_is_taken_once_though_each_node_is_killed(broker, waits, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "300")
     known, taken = set(), []
 
     async def take(number):
