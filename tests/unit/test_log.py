@@ -343,7 +343,7 @@ async def test_what_is_kept_is_matched_with_those_who_come(hub, monkeypatch):
     await until(lambda: hub._end is not None and len(hub._end.watchers) == 300)
     for number in range(100):
         hub.send({"id": number})
-    await until(lambda: hub._end.position == 100)
+    await until(lambda: hub._end.position == 100 and not hub._end._not_offered)
     tried = []
     monkeypatch.setattr(Match, "_matches", lambda match, value: tried.append(match) or value["id"] == 90)
     assert (await soon(hub.watch("id == `90`")))["number"] == 90
