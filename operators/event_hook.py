@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -117,44 +118,52 @@ class _Sender:
     ti: UUID
     _proof: str = ""
     _sent: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # a task may send in several threads
 
     def name(self, key: str, given: str | None) -> str:
         """Return what tells an event from others to the same key, the same in all tries."""
         if given is not None:
             return f"={given}"
-        self._sent[key] += 1
-        return str(self._sent[key])
+        with self._lock:
+            self._sent[key] += 1
+            return str(self._sent[key])
 
     def post(self, client: httpx.Client, body: bytes) -> httpx.Response:
         """Send a request, and prove once more who sends it where the proof is not known any more."""
-        response = self._post(client, body) if self._proof else None
+        proof = self._proof
+        response = self._post(client, body, proof) if proof else None
         if response is None or response.status_code == httpx.codes.UNAUTHORIZED:
-            self._prove()
-            response = self._post(client, body)
+            with self._lock:
+                if self._proof == proof:  # and no other thread has proved it meanwhile
+                    self._prove()
+            response = self._post(client, body, self._proof)
         return response
 
-    def _post(self, client: httpx.Client, body: bytes) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self._proof}", "Content-Type": "application/json"}
+    def _post(self, client: httpx.Client, body: bytes, proof: str = "") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {proof}", "Content-Type": "application/json"}
         return client.post(f"{settings.api_url()}/tasks/{self.ti}/events", content=body, headers=headers)
 
     def _prove(self) -> None:
-        self._proof = task_proof.new()
+        proof = task_proof.new()
         expires = datetime.now(timezone.utc) + _PROOF_LASTS
         # Not by the context's state store, whose backend may keep values where no API server looks.
         stored = SetTaskStateStore(
-            ti_id=self.ti, key=task_proof.STATE, value=task_proof.digest(self._proof), expires_at=expires
+            ti_id=self.ti, key=task_proof.STATE, value=task_proof.digest(proof), expires_at=expires
         )
         task_runner.SUPERVISOR_COMMS.send(stored)
+        self._proof = proof
 
 
 _sender: _Sender | None = None
+_making = threading.Lock()
 
 
 def _sender_of(ti: UUID) -> _Sender:
     global _sender
-    if _sender is None or _sender.ti != ti:
-        _sender = _Sender(ti)
-    return _sender
+    with _making:
+        if _sender is None or _sender.ti != ti:
+            _sender = _Sender(ti)
+        return _sender
 
 
 def _answer(key: str, post: Callable[[httpx.Client], httpx.Response]) -> dict[str, Any]:

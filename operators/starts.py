@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -121,7 +122,9 @@ class _StartOn:
             message says why.
         :raises ListenerUnavailable: a triggerer cannot have the listener.
         """
-        trigger = _trigger(listener, args, kwargs, **self._what)
+        # Airflow has one trigger for all assets whose triggers are the same: each event would start runs of all.
+        named = {"name": self._name} if self._name else {}
+        trigger = _trigger(listener, args, kwargs, **self._what, **named)
         name = self._name or _name(listener, args, kwargs, trigger, self._what)
         return EventStart(name, group=START_GROUP, watchers=[AssetWatcher("start_on", trigger)])
 
@@ -218,6 +221,9 @@ def _name(
     is_short = shown == f"{listener.__name__}({', '.join(arguments)})"
     # Assets of one name are one asset: what makes another trigger has to make another name.
     shown += "".join(f" {name}={value}" for name, value in what.items() if name != "makes")
+    if not listener.__module__.startswith("airflow_events."):  # two files may each have a class of this name
+        whose = reference.identify(reference.refer(listener))
+        shown += f" #{hashlib.sha256(whose.encode()).hexdigest()[:8]}"
     if not is_short or len(shown) > 500 or not shown.isascii():
         shown = f"{shown[:500].encode('ascii', 'backslashreplace').decode()} #{digest(trigger)[:8]}"
     return shown

@@ -33,6 +33,7 @@ class StartTrigger(BaseEventTrigger):
     :param batch: how many events a run has at most, of a ``batch``.
     :param within: seconds after the first of them until it has those that have come.
     :param match: as of `Rules`; ``key`` and ``logical_date`` likewise.
+    :param name: that the author gave the asset. It makes triggers different that poll for the same.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class StartTrigger(BaseEventTrigger):
         match: str | None = None,
         key: str | None = None,
         logical_date: str | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.listener = listener
@@ -60,6 +62,7 @@ class StartTrigger(BaseEventTrigger):
             for name, rule in (("match", match), ("key", key), ("logical_date", logical_date))
             if rule is not None
         }
+        self.name = name
 
     @classmethod
     def of(cls, listener: type[EventListener], args: Any, kwargs: Any, **what: Any) -> StartTrigger:
@@ -86,6 +89,7 @@ class StartTrigger(BaseEventTrigger):
                 "batch": self.batch,
                 "within": self.within,
                 **self.rules,  # those that are given, so that an upgrade leaves other triggers as they are
+                **({} if self.name is None else {"name": self.name}),
             },
         )
 

@@ -132,7 +132,7 @@ class _Batch:
     @classmethod
     def lock(cls, session: Session, entries: Sequence[StartRun]) -> _Batch:
         begin_writing(session)
-        dags = _dags_of(session, {entry.trigger for entry in entries}, lock=True)
+        dags = dags_of(session, {entry.trigger for entry in entries}, lock=True)
         taken = taken_of(session, [told.identity for entry in entries for told in entry.events])
         return cls(session, datetime.now(timezone.utc), dags, taken)
 
@@ -146,7 +146,7 @@ class _Batch:
 
 def room(session: Session, entries: Sequence[StartRoom]) -> list[Answer]:
     """Answer for how many events there is room, and keep what triggers say of their sources, for whoever looks."""
-    dags = _dags_of(session, {entry.trigger for entry in entries}, lock=False)
+    dags = dags_of(session, {entry.trigger for entry in entries}, lock=False)
     _note(session, {entry.trigger: entry for entry in entries if dags.get(entry.trigger)})
     return [_answer(Answer(Status.DONE), dags.get(entry.trigger), entry) for entry in entries]
 
@@ -339,7 +339,8 @@ def _carefully(session: Session, make: Callable[[], None]) -> Answer | None:
             make()
     except DBAPIError:
         raise
-    except ParamValidationError as error:  # the DAG has a param whose name is event, which this one does not fit
+    # The DAG has a param whose name is event, which this one does not fit; or had not begun at its logical date.
+    except (ParamValidationError, _NoTasks) as error:
         refused = Answer(Status.REJECTED, str(error))
     except Exception as error:
         log.warning("Nothing could be made of an event", exc_info=True)
@@ -350,10 +351,30 @@ def _carefully(session: Session, make: Callable[[], None]) -> Answer | None:
     return refused
 
 
+class _NoTasks(ValueError):
+    """Airflow would make a run without a task, which succeeds."""
+
+
+def _check_date(dag: SerializedDAG, moment: datetime) -> None:
+    """
+    Check that a run of this logical date has tasks: Airflow makes those that it lies in the start and end date of.
+
+    :raises _NoTasks: it has none.
+    """
+    spans = [(task.start_date, task.end_date) for task in dag.tasks]
+    if spans and not any((not start or start <= moment) and (not end or moment <= end) for start, end in spans):
+        raise _NoTasks(
+            f"the logical date {moment.isoformat()} is before start_date, or after end_date, of {dag.dag_id}"
+        )
+
+
 def _create_run(
     batch: _Batch, dag_id: str, run_id: str, conf: dict[str, Any], logical_date: datetime | None
 ) -> None:
-    batch.serialized(dag_id).create_dagrun(
+    dag = batch.serialized(dag_id)
+    if logical_date is not None:
+        _check_date(dag, logical_date)
+    dag.create_dagrun(
         run_id=run_id,
         logical_date=logical_date,
         data_interval=None if logical_date is None else (logical_date, logical_date),
@@ -371,7 +392,7 @@ def _dag_bag() -> DBDagBag:
     return DBDagBag(load_op_links=False)
 
 
-def _dags_of(session: Session, triggers: Collection[int], *, lock: bool) -> _Dags:
+def dags_of(session: Session, triggers: Collection[int], *, lock: bool) -> _Dags:
     """
     Return the DAGs that triggers start, without those that are gone.
 

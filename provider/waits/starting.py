@@ -15,7 +15,7 @@ from airflow.models.dagrun import DagRun
 from airflow.models.trigger import Trigger
 from airflow_events.inbox.entries import RUN_ID_PREFIX, START_GROUP
 from airflow_events.inbox.models import EventStart
-from airflow_events.inbox.starts import Dag
+from airflow_events.inbox.starts import Dag, dags_of
 from airflow_events.waits.listing import Triggerer, triggerer_of
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
@@ -100,21 +100,25 @@ def starts(session: Session, *, dag_ids: Collection[str] | None = None) -> list[
     if found:
         active = DagRun.active_runs_of_dags(dag_ids=found, exclude_backfill=True, session=session)
     last = _last(session, found)
-    return [_start(row, active.get(row.dag_id, 0), last[row.dag_id]) for row in rows]
+    # Also those that whoever looks may not see: an event starts a run of all of them, or of none.
+    together = dags_of(session, {row.trigger_id for row in rows if row.trigger_id is not None}, lock=False)
+    return [
+        _start(row, active.get(row.dag_id, 0), last[row.dag_id], together.get(row.trigger_id, ())) for row in rows
+    ]
 
 
 def _lately() -> datetime:
     return datetime.now(timezone.utc) - _LATELY
 
 
-def _start(row: Any, active: int, last: Any) -> Start:
+def _start(row: Any, active: int, last: Any, together: Collection[Dag]) -> Start:
     dag = Dag.of(row, active)
     up_to = None if row.trigger_id is None else _up_to(row.encrypted_kwargs)
     triggerer = triggerer_of(row)
     return Start(
         dag_id=row.dag_id,
         asset=row.name,
-        state=_state(dag, up_to, row, triggerer),
+        state=_state(dag, up_to, row, triggerer, together),
         active=active,
         up_to=dag.max_active_runs if up_to is None else up_to,
         last_event=None if last is None else last.created_at or last.run_after,
@@ -133,7 +137,7 @@ def _up_to(encrypted_kwargs: str) -> int | None:
     return up_to
 
 
-def _state(dag: Dag, up_to: int | None, row: Any, triggerer: Triggerer | None) -> str:
+def _state(dag: Dag, up_to: int | None, row: Any, triggerer: Triggerer | None, together: Collection[Dag]) -> str:
     if dag.is_paused:
         return "paused"
     if dag.is_broken:
@@ -144,7 +148,7 @@ def _state(dag: Dag, up_to: int | None, row: Any, triggerer: Triggerer | None) -
         return "no triggerer"
     if row.trouble is not None:
         return "failing"
-    return "open" if dag.left(up_to) else "full"
+    return "open" if all(one.left(up_to) for one in (dag, *together)) else "full"
 
 
 def _last(session: Session, dag_ids: list[str]) -> defaultdict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
+import types
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
@@ -612,3 +614,84 @@ def test_a_serialized_dag_says_what_starts_its_runs():
             "within": 0.0,
         },
     }
+
+
+@pytest.mark.parametrize("at", ["2026-10-31T00:00:00+00:00", "2026-12-02T00:00:00+00:00"])
+def test_no_run_is_made_of_which_airflow_makes_no_task(airflow, at):
+    schedule = start_on.override(logical_date="at")(DirectoryListener, "drops")
+    span = {
+        "start_date": datetime(2026, 11, 1, tzinfo=timezone.utc),
+        "end_date": datetime(2026, 12, 1, tzinfo=timezone.utc),
+    }
+    airflow.parse("order", schedule=schedule, **span)
+    answer = airflow.start(1, logical_date=at)
+    assert (answer.status, airflow.runs(), airflow.taken()) == (Status.REJECTED, [], {})
+    assert airflow.start(2, logical_date="2026-11-01T00:00:00+00:00").status == Status.DONE
+    assert airflow.start(3).status == Status.DONE
+    assert [len(run.task_instances) for run in airflow.runs()] == [2, 2]
+
+
+def triggers_of(airflow, files):
+    """Parse files, twice each, and return the triggers of the assets by their names."""
+    s = airflow.session
+    s.add(DagBundleModel(name="b"))
+    if s.scalar(select(func.count()).select_from(LogTemplate)) == 0:
+        s.add(LogTemplate(filename="", elasticsearch_id=""))
+    s.flush()
+    for _ in range(2):
+        for file, dags in files.items():
+            lazy = []
+            for dag_id, schedule in dags.items():
+                with DAG(dag_id, schedule=schedule) as dag:
+                    BaseOperator(task_id="t")
+                dag.fileloc, dag.relative_fileloc = __file__, file
+                lazy.append(LazyDeserializedDAG.from_dag(dag))
+            errors = {}
+            update_dag_parsing_results_in_db("b", None, lazy, errors, None, set(), s)
+            assert not errors
+            airflow.set_paused(*dags, paused=False)
+            s.expire_all()
+    query = select(AssetModel.name, AssetWatcherModel.trigger_id).join(AssetWatcherModel)
+    return dict(s.execute(query).all())
+
+
+@pytest.mark.parametrize("in_one_file", [True, False])
+def test_two_names_share_the_events_out(airflow, in_one_file):
+    one, two = (start_on.override(name=name)(DirectoryListener, "drops") for name in ("one", "two"))
+    triggers = triggers_of(
+        airflow,
+        {"a.py": {"one": one, "two": two}} if in_one_file else {"a.py": {"one": one}, "b.py": {"two": two}},
+    )
+    assert triggers["one"] != triggers["two"]
+    assert airflow.start(1, trigger=triggers["one"]).dags == ("one",)
+    assert (len(airflow.runs("one")), len(airflow.runs("two"))) == (1, 0)
+
+
+def test_what_is_held_up_by_another_dag_is_not_open(airflow):
+    airflow.parse("order", "audit", max_active_runs=2)
+    s = airflow.session
+    job = Job(
+        job_type="TriggererJob", state="running", hostname="box", latest_heartbeat=datetime.now(timezone.utc)
+    )
+    s.add(job)
+    s.flush()
+    s.execute(update(Trigger).values(triggerer_id=job.id))
+    assert [one.state for one in waits_of_airflow.starts(s)] == ["open", "open"]
+    airflow.set_paused("audit", paused=True)
+    assert airflow.room().room == 0
+    assert {one.dag_id: one.state for one in waits_of_airflow.starts(s)} == {"audit": "paused", "order": "full"}
+    [order] = waits_of_airflow.starts(s, dag_ids=["order"])
+    assert order.state == "full"
+
+
+def test_listeners_of_one_name_are_two_sources(airflow, monkeypatch):
+    made = []
+    for module in ("drops_of_a", "drops_of_b"):
+        monkeypatch.setitem(sys.modules, module, here := types.ModuleType(module))
+        here.Drops = type("Drops", (DirectoryListener,), {"__module__": module, "__qualname__": "Drops"})
+        made.append(here.Drops)
+    one, two = (start_on(listener, "drops") for listener in made)
+    triggers = triggers_of(airflow, {"a.py": {"one": one}, "b.py": {"two": two}})
+    assert len(triggers) == 2, triggers
+    for name, trigger in triggers.items():
+        assert len(airflow.room(trigger=trigger).dags) == 1, name

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -232,3 +236,33 @@ def test_an_api_server_that_is_busy_or_away_is_asked_again(running, server, monk
     assert failed.value.status is None
     server.start()
     assert EventHook().send("key", 3)["status"] == "kept"
+
+
+class SlowStore:
+    """The task's state store, to which one request is under way at a time, and an API server that looks there."""
+
+    def __init__(self):
+        self.lock, self.stored = threading.Lock(), None
+
+    def send(self, message):
+        with self.lock:
+            time.sleep(0.05)
+            self.stored = message.value
+
+    def post(self, url, content, headers):
+        time.sleep(0.005)
+        proof = headers["Authorization"].removeprefix("Bearer ")
+        return httpx.Response(200 if task_proof.is_of(proof, self.stored) else 401, json={})
+
+
+def test_threads_of_one_task_that_send_at_once_get_through(monkeypatch):
+    store = SlowStore()
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", store, raising=False)
+    sender, together = event_hook._Sender(uuid.uuid4()), threading.Barrier(4)
+
+    def send(_):
+        together.wait()
+        return sender.post(store, b"{}").status_code
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(send, range(4))) == [200] * 4
