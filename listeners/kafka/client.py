@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from airflow.sdk.exceptions import AirflowException
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.support.connections import check_extras, connection, endpoints, extras, misconfigured
+from airflow_events.listeners.support.hub import LoginRefused
 from airflow_events.listeners.support.timestamps import of_epoch
 from airflow_events.listeners.support.values import named, text_of
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection
@@ -30,15 +32,18 @@ log = logging.getLogger(__name__)
 
 # Seconds that a broker has for an answer.
 PATIENCE = 10.0
+# Seconds after which a refusal is looked for, and for which another broker may still answer.
+_REFUSED_FOR = 0.5
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # librdkafka's own: a line for each attempt to connect would be several each second. What matters becomes ours.
 _OURS: dict[str, Any] = {
     "client.id": "airflow-events",
     "log_level": 2,
-    "reconnect.backoff.max.ms": 2000,
     "socket.keepalive.enable": True,
 }
+# Unless the connection has one of them: the client refuses a pair that does not fit.
+_BACKOFF: dict[str, Any] = {"reconnect.backoff.ms": 1000, "reconnect.backoff.max.ms": 2000}
 _PORT = 9092
 # A consumer's, unless the connection says otherwise.
 _BUFFERS = {"queued.min.messages": 1000, "queued.max.messages.kbytes": 16384}
@@ -102,6 +107,7 @@ _DENIED = {
     KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED, KafkaError._SSL,
 }  # fmt: skip
+_LOGIN = {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED}
 # What is said with one of these codes though it passes: a broker, or a proxy before it, that hangs up or is busy,
 # and a place of tokens that does not answer.
 _PASSING = (
@@ -241,6 +247,9 @@ class Clients:
         try:
             yield
         except FutureTimeout as error:
+            if (trouble := self.trouble) is not None and _is_denied(trouble):
+                self.trouble = None
+                raise self.translated(trouble) from error
             raise BrokerUnavailable("the brokers have not answered in time") from error
         except (KafkaException, SystemError) as error:
             if self._no_token is not None:  # of which the client says that it took too long, or nothing
@@ -254,15 +263,34 @@ class Clients:
                 found, self.trouble = self.trouble, None  # why it took too long
             raise self.translated(found) from error
 
+    @property
+    def is_denied(self) -> bool:
+        """Whether a broker has refused us, as a client has said on its own account."""
+        return self.trouble is not None and _is_denied(self.trouble)
+
+    def answer(self, admin: AdminClient, asked: Future[_T]) -> _T:
+        """
+        Return what ``asked`` returns; soon after a broker has refused us, wait no longer.
+
+        The client would go on to log in, several times in a second, and a login may be locked for that.
+        """
+        end = time.monotonic() + PATIENCE + 5
+        while True:
+            try:
+                return asked.result(_REFUSED_FOR)
+            except FutureTimeout:
+                if self.is_denied or time.monotonic() > end:  # for half a second another broker could answer
+                    raise
+                admin.poll(0)
+
     def translated(self, error: KafkaError) -> Exception:
         """Return what we raise for an error of Kafka's."""
         code = error.code()
         if code == KafkaError._SSL and _is_denied(error):
-            return SourceMisconfigured(f"{self.source}: the TLS verification failed: {error.str()}")
+            return LoginRefused(f"{self.source}: the TLS verification failed: {error.str()}")
         if _is_denied(error):
-            return SourceMisconfigured(
-                f"{self.source}: the connection's user may not use it: {error.str()} ({error.name()})"
-            )
+            refused = LoginRefused if code in _LOGIN else SourceMisconfigured
+            return refused(f"{self.source}: the connection's user may not use it: {error.str()} ({error.name()})")
         if code in _MISCONFIGURED:
             return SourceMisconfigured(f"{self.source}: it is refused: {error.str()} ({error.name()})")
         where = f"; {self._unreached}" if code in _SILENT and self._unreached else ""
@@ -327,7 +355,7 @@ async def _settings(source: Source) -> dict[str, Any]:
         raise misconfigured(found, f"has the extra {others[0]!r}, which is neither text nor a number")
     if _wants_tokens(settings) and (tokens := await asyncio.to_thread(_tokens, found, settings)):
         settings["oauth_cb"] = tokens
-    return {**_OURS, **settings}
+    return {**_OURS, **({} if _BACKOFF.keys() & settings.keys() else _BACKOFF), **settings}
 
 
 def _is_known(name: str) -> bool:
@@ -448,7 +476,7 @@ def described(clients: Clients, admin: AdminClient) -> dict[str, Any]:
         topics = TopicCollection(list(clients.source.topics))
         for topic, asked in admin.describe_topics(topics, request_timeout=PATIENCE).items():
             try:
-                found[topic] = asked.result(PATIENCE + 5)
+                found[topic] = clients.answer(admin, asked)
             except KafkaException as error:
                 admin.poll(0)  # what it has to say on its own account, such as that it is not let in
                 if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:

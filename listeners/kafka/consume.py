@@ -235,10 +235,17 @@ class GroupHub(QueueHub):
         gaps: Mapping[str, Ranges] = self._gaps.pop(name, {})
         both = {place: [*settled.get(place, ()), *gaps.get(place, ())] for place in {**settled, **gaps}}
         source = source_of(topic.cluster, name, self._source.group)
-        known = await Positions.of_loop().exchange(source, both)
+        known = await self._inbox(source, both)
         for number, partition in topic.partitions.items():
             # Answers may come in another order than they were given.
             partition.settled = union([*partition.settled, *known.settled.get(partition_of(topic.id, number), ())])
+
+    async def _inbox(self, *asked: Any) -> Known:
+        """Ask the inbox. That it does not answer is no silence of Kafka's, and is waited for without an end."""
+        return await self.elsewhere(
+            Positions.of_loop().exchange(*asked),
+            "Airflow's inbox does not answer, and is asked until it does; nothing is read meanwhile",
+        )
 
     def _commit(self) -> asyncio.Task[None]:
         """Let the group's offsets follow, some while after."""
@@ -343,15 +350,14 @@ class GroupHub(QueueHub):
         :raises BrokerUnavailable: for that reason it is not known where to begin.
         """
         source = source_of(about.cluster, about.topic, self._source.group)
-        positions = Positions.of_loop()
-        known = await positions.exchange(source, self._gaps.pop(about.topic, {}))
+        known = await self._inbox(source, self._gaps.pop(about.topic, {}))
         if silent is not None and not known.settled:
             raise silent
         self._check_owner(about, known)
         begins = await self._begins(about, known)
         settled = self._set_by_others(about, known)
         if begins or settled:
-            known = await positions.exchange(source, settled, begins)
+            known = await self._inbox(source, settled, begins)
         topic = self._topics.get(about.topic)
         if topic is None or topic.id != about.id:
             topic = self._topics[about.topic] = _Topic(about.cluster, about.id, known.owner)
@@ -492,8 +498,8 @@ class GroupHub(QueueHub):
             if after(self._topics[name].partitions[number].settled, offset) > offset:
                 del self._free[id]  # another triggerer was faster
         ready = self._ready()
-        events = await self._decoder.patiently(
-            lambda: [self._event(self._free[id]) for id in ready], self._tell_all
+        events = await self.elsewhere(
+            self._decoder.patiently(lambda: [self._event(self._free[id]) for id in ready], self._tell_all)
         )
         for id, event in zip(ready, events, strict=True):
             self.offer(id, self._free.pop(id)._replace(event=event))

@@ -113,7 +113,9 @@ class TopicHub(LogHub[_Position]):
             await reader.close()
 
     async def messages(self, sent: list[Sent]) -> list[Message]:
-        return await self._decoder.patiently(lambda: [self._message(message) for message in sent], self._tell_all)
+        return await self.elsewhere(
+            self._decoder.patiently(lambda: [self._message(message) for message in sent], self._tell_all)
+        )
 
     def _message(self, sent: Sent) -> Message:
         return message_of(

@@ -243,7 +243,8 @@ class Server:
             return checked(answer)
         except APIError as error:
             if error.err_code in _NO_JETSTREAM:
-                raise SourceMisconfigured(f"the connection {self._conn_id!r}: {error.description}") from error
+                # As after its disk was full, until the server is started again.
+                raise SourceMissing(f"the connection {self._conn_id!r}: {error.description}") from error
             raise
 
     async def make(self, what: str, **request: Any) -> None:

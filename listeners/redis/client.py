@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
 import re
+from collections import defaultdict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,8 @@ from airflow_events.listeners.support.connections import (
     number,
     secure,
 )
-from airflow_events.listeners.support.shared import connected
+from airflow_events.listeners.support.hub import LoginRefused
+from airflow_events.listeners.support.shared import OnePerLoop, connected
 from airflow_events.listeners.support.timestamps import of_epoch
 from airflow_events.listeners.support.values import Format, decode, digest_of
 from redis import exceptions
@@ -67,6 +71,9 @@ _PASSING_TYPES = (
 _CONNECT, _ANSWER = 10, 30
 # Seconds that a Sentinel has for an answer, before another is asked.
 _PATIENCE = 5
+# How many acknowledge at once, of what another process received; and connections to a node of a cluster, where
+# one more than there may be is refused.
+_AT_ONCE, _TO_A_NODE = 4, 32
 _PORT, _SENTINEL_PORT = 6379, 26379
 _SAFE = ("rediss", "valkeys")
 _SCHEMES = ("redis", "valkey", *_SAFE)
@@ -143,7 +150,7 @@ def refusals(source: Source) -> Any:
     try:
         yield
     except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
-        raise SourceMisconfigured(f"{source}: the server refuses the connection's login: {error}") from error
+        raise LoginRefused(f"{source}: the server refuses the connection's login: {error}") from error
     except exceptions.NoPermissionError as error:
         raise SourceMisconfigured(f"{source}: the connection's user may not use it: {error}") from error
     except exceptions.ResponseError as error:
@@ -162,7 +169,7 @@ def refusals(source: Source) -> Any:
         raise SourceMisconfigured(f"{source}: there is a key of that name, and it is no stream") from error
     except exceptions.RedisClusterException as error:  # no node answers, or none as it should
         if isinstance(error.__cause__, exceptions.AuthenticationError):
-            raise SourceMisconfigured(
+            raise LoginRefused(
                 f"{source}: the server refuses the connection's login: {error.__cause__}"
             ) from error
         if "Cluster mode is not enabled" in str(error):
@@ -172,9 +179,23 @@ def refusals(source: Source) -> Any:
         raise
 
 
-def client_of(conn_id: str) -> contextlib.AbstractAsyncContextManager[Redis]:
+class _Turns(OnePerLoop):
+    """Who may use such a client: that of a cluster refuses at once what it has no connection for."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
+
+
+@contextlib.asynccontextmanager
+async def client_of(conn_id: str) -> AsyncIterator[Redis]:
     """Use the client by which this process acknowledges what another one received."""
-    return connected(("redis client", conn_id), lambda: connect(conn_id, 4), lambda client: client.aclose())
+    async with (
+        connected(
+            ("redis client", conn_id), lambda: connect(conn_id, _AT_ONCE), lambda client: client.aclose()
+        ) as client,
+        _Turns.of_loop().of[conn_id],
+    ):
+        yield client
 
 
 async def connect(conn_id: str, connections: int) -> Redis:
@@ -288,7 +309,7 @@ def _of_cluster(nodes: list[Endpoint], options: dict[str, Any], connections: int
     """Make a client of a cluster, which has the methods of one of a single server that are used here."""
     return RedisCluster(
         startup_nodes=[ClusterNode(node.host, node.port or _PORT) for node in nodes],
-        max_connections=max(connections, 2),
+        max_connections=max(connections, _TO_A_NODE),
         **options,
     )
 

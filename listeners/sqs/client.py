@@ -21,6 +21,7 @@ from airflow.providers.amazon.aws.utils.connection_wrapper import AwsConnectionW
 from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events.errors import SourceMisconfigured, SourceMissing
 from airflow_events.listeners.support.connections import connection, known_extras
+from airflow_events.listeners.support.hub import LoginRefused
 from botocore import UNSIGNED, exceptions
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
@@ -172,8 +173,8 @@ def refusals(source: Source) -> Iterator[None]:
         no_issuer = code == _NO_ISSUER[0] and _NO_ISSUER[1] in str(error)
         if status >= 500 or status == 429 or code in _BUSY or "throttl" in code.lower() or no_issuer:
             raise _Busy(str(error)) from error
-        if status in (401, 403) or "AccessDenied" in code:
-            raise SourceMisconfigured(f"{source}: the connection's user may not use it: {error}") from error
+        if status in (401, 403) or "AccessDenied" in code or "ExpiredToken" in code:
+            raise LoginRefused(f"{source}: the connection's user may not use it: {error}") from error
         raise
     except exceptions.BotoCoreError as error:
         raise SourceMisconfigured(f"{source}: the connection cannot be used: {error}") from error
@@ -251,6 +252,8 @@ def _prepare(source: Source, found: Connection | None) -> tuple[Any, dict[str, A
         )
     session = aiobotocore.session.get_session()
     session.register_component("data_loader", _loader)
+    if provided.profile_name != "default":  # for what it says besides credentials, such as an endpoint
+        session.set_config_variable("profile", provided.profile_name)
     if hook.config.signature_version is not UNSIGNED:
         if (credentials := _credentials_of(provided)) is None:
             raise SourceMissing(f"{source}: the connection has no credentials, and boto3 finds none")

@@ -26,6 +26,8 @@ class Superseded(Exception):
 _ANSWERS = (AtRedelivery, EventLost, Superseded)
 # Seconds that a commit which takes too long has to end.
 _LONGEST_GOODBYE = 5.0
+# Seconds that giving back may take.
+_LONGEST_RELEASE = 20.0
 # Seconds after which an event is given back that nothing can be done with now.
 _LATER = 300.0
 
@@ -177,9 +179,25 @@ async def release(listener: type[EventListener], wait: Wait, event: Any | None, 
     """Give back what the wait holds, if the listener can; that it failed is only logged."""
     if not releases(listener):
         return
+    has_portal = greenback.has_portal()
+
+    async def give_back() -> None:
+        await inherit_portal(has_portal)
+        await listener().event_released(event, *args, **kwargs)
+
     try:
         with working_for(wait):
-            await listener().event_released(event, *args, **kwargs)
+            task = asyncio.ensure_future(give_back())
+        try:
+            # The timeout is for a source that never answers: a wait must not end by that alone.
+            await asyncio.wait({task}, timeout=_LONGEST_RELEASE)
+            if not task.done():
+                raise asyncio.TimeoutError
+            if task.cancelled():
+                raise RuntimeError("event_released cancelled itself")
+            task.result()
+        finally:
+            task.cancel()
     except Exception:
         log.warning(
             "%s.event_released failed for the wait %s; the source has to deliver it again by itself",

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events import settings
-from airflow_events.errors import SourceMissing, SourceUnreachable
+from airflow_events.errors import SourceMisconfigured, SourceMissing, SourceUnreachable
 from airflow_events.listeners.base import current_wait
 from airflow_events.listeners.support.shared import OnePerLoop, background, woken
 from airflow_events.listeners.support.turns import Turns
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _GOODBYE = 8
 # Seconds after which a hub that pauses says that it lives.
 _LONGEST_PAUSE = 10.0
+# Seconds between two notes that somebody else than the source is waited for.
+_ELSEWHERE = 10.0
 # How many waits that were given an event go on in one turn of the event loop.
 _AT_ONCE = 50
 # Seconds between two attempts to connect.
@@ -40,6 +42,10 @@ _PAUSES = wait_exponential(multiplier=0.2, max=15) + wait_random(0, 0.3)
 
 class NoAnswer(ConnectionError):
     """The source was asked and has not answered in time, or its client has given up without saying why."""
+
+
+class LoginRefused(SourceMisconfigured):
+    """The login is refused, or has expired; it may have been renewed since the Airflow connection was read."""
 
 
 shared_log: contextvars.ContextVar[str] = contextvars.ContextVar("airflow_events.shared_log")
@@ -110,6 +116,7 @@ class Seeker:
 
 
 _S = TypeVar("_S", bound=Seeker)
+_T = TypeVar("_T")
 
 
 # What is said of a source, or by a secrets backend of a connection, that was there and may come again.
@@ -246,6 +253,24 @@ class Hub(abc.ABC, Generic[_S]):
         """Note that the source has answered, in a `connect` or a `serve` that takes long."""
         self._heard = time.monotonic()
 
+    async def elsewhere(self, work: Coroutine[Any, Any, _T], trouble: str = "") -> _T:
+        """
+        Wait for somebody else in a `connect` or a `serve`, without a bound: that is no silence of the source's.
+
+        :param trouble: what the waits are told, once, if it takes long.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=_ELSEWHERE))[0]:
+                self.heard()
+                if trouble:
+                    self._tell_all(logging.WARNING, "%s: %s", self.name, trouble)
+                    trouble = ""
+            self.heard()
+            return task.result()
+        finally:
+            task.cancel()
+
     async def pause(self, seconds: float) -> None:
         """Wait, but not longer than until another seeker has come. Meanwhile the source has nothing to say."""
         self._changed.clear()
@@ -277,6 +302,7 @@ class Hub(abc.ABC, Generic[_S]):
         away_since, attempts = time.monotonic(), 0
         lost: tuple[type[BaseException], ...] = (NoAnswer, *self.lost)
         while True:
+            has_served = False
             try:
                 await self._bounded(self.connect(), self.connect_within, "connect")
                 self._up.set()
@@ -293,7 +319,14 @@ class Hub(abc.ABC, Generic[_S]):
                         self._logs_told.clear()  # or they would keep waits that have ended
                         self._tell_all(logging.INFO, "%s is reachable again", self.name)
                     away_since, attempts, self._was_there = 0.0, 0, True
+                    has_served = True
             except Exception as error:
+                if has_served and isinstance(error, LoginRefused):  # the connection is read again, once
+                    log.info(
+                        "%s: the login is refused that was taken before; it is read again: %s", self.name, error
+                    )
+                    await self._disconnect()
+                    continue
                 if not isinstance(error, (*lost, *_GONE) if self._was_there else lost):
                     raise
                 attempts += 1
