@@ -107,6 +107,14 @@ class ArgumentsChanged(EventsError):
         )
 
     @classmethod
+    def of_one(cls, wait_id: str) -> ArgumentsChanged:
+        """Say so of a task that waits for many now, and waited for one event when that was recorded."""
+        return cls(
+            f"an event was recorded for {wait_id} when the task waited for one, and it waits for many now. "
+            "Restore the DAG, or forget the event, and clear the task"
+        )
+
+    @classmethod
     def at(cls, index: int, count: int) -> ArgumentsChanged:
         """Say so of an event of a list of ``count``."""
         error = cls(

@@ -87,6 +87,11 @@ _SOON = 5.0
 # Seconds for which an event that another wait has is acknowledged in its place.
 _LONGEST_TO_SETTLE = 10.0
 
+# Seconds before a source is polled again that gives a message once more which was passed over, and of how many
+# such messages a process knows.
+_AGAIN, _REMEMBERED = 5.0, 10_000
+_passed_over: dict[str, None] = {}
+
 # Clocks that are no further apart are taken to agree, but for the time that an answer takes.
 _CLOCKS_APART = timedelta(seconds=2)
 
@@ -872,10 +877,18 @@ async def fails_for(
     """
     if error.event_id is None:
         return True
-    answer = await ask(entry(SetAside, identity=identity(scope, error.event_id), reason=str(error)))
-    if answer.status == Status.TAKEN:
-        log.info("Passed over, since %s has failed for it: %s", answer.message, error)
-    return answer.status != Status.TAKEN
+    known_by = identity(scope, error.event_id)
+    answer = await ask(entry(SetAside, identity=known_by, reason=str(error)))
+    if answer.status != Status.TAKEN:
+        return True
+    if known_by in _passed_over:  # its listener does not pass over it by itself, and would be asked again at once
+        await asyncio.sleep(_AGAIN)
+        return False
+    _passed_over[known_by] = None
+    if len(_passed_over) > _REMEMBERED:
+        del _passed_over[next(iter(_passed_over))]
+    log.info("Passed over, since %s has failed for it: %s", answer.message, error)
+    return False
 
 
 async def settle(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk.execution_time.xcom import XCom
 from airflow.triggers.base import TriggerEvent
-from airflow_events.inbox.entries import Answer, Begin, End, Entry, Status
-from airflow_events.listeners.base import EventListener, Wait, describe
+from airflow_events.errors import ArgumentsChanged
+from airflow_events.inbox.entries import Answer, Begin, End, Entry, Lose, Status
+from airflow_events.listeners.base import EventListener, Wait, commits, describe
 from airflow_events.triggers import outcome, reference
 from airflow_events.triggers.calls import Calls, packed, result, unpacked
 from airflow_events.triggers.event import _ENDED, _HOLDER, GRACE, EventTrigger, _by_a_worker, _now
@@ -96,6 +97,13 @@ class EventsTrigger(EventTrigger):
         begun, wait = await self._begin(listener, wait)
         if begun.status == Status.REJECTED:
             return await self._end_without_event(_by_a_worker(outcome.Rejected(begun.message, begun.by)))
+        if (
+            begun.status == Status.CHANGED or begun.stored is not None
+        ):  # it waited for one event, in an earlier DAG
+            if begun.stored is None or commits(listener):
+                raise ArgumentsChanged.of_one(wait.id)
+            await self._ask(self._entry(Lose, record_id=begun.stored.record_id))
+            return False
         held = Held(Inbox.of_loop().ask, self._ti, self._generation, self._scope(listener))
         gathering = self._gathering = Gathering(listener, wait, self._calls, held, wanted=self._wanted)
         await gathering.read()

@@ -117,7 +117,6 @@ class Poll:
                         look_at = next_look()
             finally:
                 await self.end()
-                await InHand.of_loop().poll_ended(self._listener, self._wait.id, self.event)
         if task.done() and not task.cancelled():
             event = task.result()
             self.arrived = time.time()
@@ -129,10 +128,12 @@ class Poll:
         raise TimeIsUp
 
     async def end(self) -> None:
-        """End what is still running of it."""
+        """End what is still running of it, and give back what it was given and has not returned."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=_LONGEST_GOODBYE)
+        with working_for(self._wait):
+            await InHand.of_loop().poll_ended(self._listener, self._wait.id, self.event)
 
     async def _woken(self, task: asyncio.Task[Any], look_at: float) -> None:
         """

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
+from airflow.models.crypto import get_fernet
 from airflow.models.renderedtifields import RenderedTaskInstanceFields
 from airflow.models.taskinstance import TaskInstance
-from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
 from airflow.utils.state import TaskInstanceState
 from airflow_events.inbox import hosts, legacy, sought, starts, tasks
@@ -65,7 +65,6 @@ from airflow_events.inbox.models import (
 )
 from airflow_events.inbox.taken import Taken, key_of, second_key, taken_of, write_taken
 from airflow_events.inbox.tasks import Task
-from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.positions import digest, united
 from sqlalchemy import and_, bindparam, case, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import DBAPIError
@@ -468,11 +467,16 @@ def _park_one(batch: _Batch, entry: Park, parked: list[uuid.UUID], wakes: list[d
     at = None if entry.at is None else min(datetime.fromisoformat(entry.at), LATEST)
     if at is not None:
         wakes.append(at)
-    kwargs = Trigger.encrypt_kwargs(serde.decode(entry.kwargs))
+    kwargs = _encrypted(entry.kwargs)
     wake = None if entry.then is None else json.dumps(entry.then)
     batch.change(task, entry.place, parked=kwargs, parked_try=str(task.id), wake_at=at, wake=wake)
     parked.append(task.id)
     return Answer(Status.DONE)
+
+
+def _encrypted(kwargs: str) -> str:
+    """Return what a trigger was made of as Airflow keeps it, which makes no objects of it either."""
+    return get_fernet().encrypt(kwargs.encode()).decode()
 
 
 def join(session: Session, entries: Sequence[Join]) -> list[Answer]:
@@ -489,7 +493,7 @@ def join(session: Session, entries: Sequence[Join]) -> list[Answer]:
             answers.append(Answer(Status.HAS))
         else:
             if wait.host is None or wait.parked_try != str(task.id):  # or else its answer was lost
-                kwargs = Trigger.encrypt_kwargs(serde.decode(entry.kwargs))
+                kwargs = _encrypted(entry.kwargs)
                 joined = {"parked": kwargs, "parked_try": str(task.id), "host": host, "hosted_at": batch.now}
                 batch.change(task, entry.place, **joined)
                 joining[host].append(task.id)
@@ -546,7 +550,9 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
 def _kwargs(row: Any) -> str:
     """Return the arguments of a wait's trigger; empty if they cannot be read, as those of the others can."""
     try:
-        return serde.encode(Trigger._decrypt_kwargs(row.parked))
+        kept: str = row.parked
+        # As Airflow reads them, but for the objects that they stand for: an API server may not have the classes.
+        return kept if kept.startswith("{") else get_fernet().decrypt(kept.encode()).decode()
     except Exception:
         log.exception("What the hosted wait %s keeps cannot be read", row.id)
         return ""

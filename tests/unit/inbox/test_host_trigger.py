@@ -20,7 +20,7 @@ from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
 from airflow_events.triggers.host import HostTrigger
 from awaiting import until
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 
 class Watch(EventListener):
@@ -145,15 +145,15 @@ async def test_a_hosted_wait_that_fails_fails_its_try(world, monkeypatch, when):
 
 async def test_one_that_cannot_be_read_fails_its_try_and_leaves_the_others_their_host(world, monkeypatch, caplog):
     unreadable, other = await world.wait("a"), await world.wait("b")
-    decrypt = Trigger._decrypt_kwargs
-    kept = world.waits.row(unreadable).parked
+    session = world.waits.session
+    of_it = EventWait.parked == world.waits.row(unreadable).parked
+    session.execute(update(EventWait).where(of_it).values(parked="of another key"))
+    session.commit()
 
-    def with_another_key(parked):
-        if parked == kept:
-            raise ValueError("another Fernet key")
-        return decrypt(parked)
+    def refuse(token):
+        raise ValueError("another Fernet key")
 
-    monkeypatch.setattr(Trigger, "_decrypt_kwargs", staticmethod(with_another_key))
+    monkeypatch.setattr(transactions, "get_fernet", lambda: SimpleNamespace(decrypt=refuse))
     async with world.running():
         await until(lambda: Watch.polled and world.waits.state(unreadable).next_method == "__fail__")
     assert Watch.polled == [(world.waits._keys[other][2], "b")]

@@ -12,8 +12,8 @@ from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
 from airflow_events.inbox import rotation, transactions, waking
 from airflow_events.inbox.alarm import Alarm
-from airflow_events.inbox.entries import End, Finish, Park, Record, Status, as_json
-from airflow_events.inbox.models import EventWait
+from airflow_events.inbox.entries import End, Finish, Hosted, Join, Park, Record, Status, as_json
+from airflow_events.inbox.models import EventHost, EventWait
 from airflow_events.listeners.support import serde
 from cryptography.fernet import Fernet
 from sqlalchemy import select, update
@@ -264,3 +264,16 @@ def test_the_fernet_key_is_rotated(waits, keys, monkeypatch):
     keys(new)
     assert [Trigger._decrypt_kwargs(waits.row(ti).parked) for ti in tis[:3]] == [KWARGS] * 3
     assert "a:B" not in waits.row(tis[0]).parked
+
+
+def test_arguments_of_a_class_that_the_api_server_lacks_are_kept_as_they_are(waits):
+    config = {"__classname__": "only_on_triggerers.Config", "__version__": 0, "__data__": {"x": 1}}
+    kwargs, host = json.dumps({"listener": "a:B", "listener_args": [config]}), "ab" * 32
+    hosted, parked = (waits.deferred(next_method="execute_complete") for _ in range(2))
+    for ti in hosted, parked:
+        waits.begin(ti)
+    transactions.join(waits.session, [Join(hosted, generation=1, kwargs=kwargs, host=host)])
+    transactions.park(waits.session, [Park(parked, generation=1, kwargs=kwargs)])
+    trigger = waits.session.scalar(select(EventHost.trigger_id))
+    [answer] = transactions.hosted(waits.session, [Hosted(host=host, trigger=trigger)])
+    assert answer.hosted == ((hosted, kwargs, 1),)
