@@ -36,6 +36,8 @@ class RawHeader(ContentHeader):
         return struct.pack(">HxxQ", Basic.frame_id, self.body_size) + self.raw
 
 
+# Bytes of a body that one frame has.
+_FRAME = 100_000
 # How many queues are made when the server starts.
 _MADE = 25
 
@@ -138,7 +140,7 @@ class RabbitMQ(Broker):
             frames = [
                 Basic.Publish(exchange="", routing_key=queue),
                 header,
-                *([ContentBody(body)] if body else []),
+                *(ContentBody(body[start : start + _FRAME]) for start in range(0, len(body), _FRAME)),
             ]
             await channel.write_queue.put(ChannelFrame.marshall(channel.number, frames))
             await channel.tx_commit()

@@ -39,8 +39,8 @@ class Server:
                 self._command(self), stdout=log, stderr=log, cwd=self.folder, **self._popen
             )
 
-    def wait(self, patience: float = 60) -> None:
-        """Wait until it answers, for so many seconds."""
+    def wait(self, patience: float = 180) -> None:
+        """Wait until it answers, for so many seconds: on a machine that starts several others as well."""
         until(self._ready, f"{self._command(self)[0]} answers", timeout=patience, pause=0.02)
 
     def _ready(self) -> bool:
