@@ -97,9 +97,7 @@ class EventsTrigger(EventTrigger):
         begun, wait = await self._begin(listener, wait)
         if begun.status == Status.REJECTED:
             return await self._end_without_event(_by_a_worker(outcome.Rejected(begun.message, begun.by)))
-        if (
-            begun.status == Status.CHANGED or begun.stored is not None
-        ):  # it waited for one event, in an earlier DAG
+        if begun.status == Status.CHANGED or begun.stored is not None:  # of an earlier DAG: it waited for one
             if begun.stored is None or commits(listener):
                 raise ArgumentsChanged.of_one(wait.id)
             await self._ask(self._entry(Lose, record_id=begun.stored.record_id))

@@ -92,6 +92,13 @@ def copy_run(airflow: Any, run: Any, count: int, *, hosted: bool = True) -> list
     return copies
 
 
+def holders(airflow: Any, dag_id: str) -> set[str]:
+    """Return the processes that poll for a DAG's hosted waits; of a copy that no host has begun, `NOBODY`."""
+    query = "SELECT DISTINCT holder FROM event_wait WHERE dag_id = %s AND host IS NOT NULL"
+    with connect(airflow.database) as connection:
+        return {holder for (holder,) in connection.execute(query, (dag_id,))}
+
+
 def join(connection: Any, run: Any, copies: Sequence[Any]) -> None:
     """Let copies of a run with one wait, of which no host has known, join the run's own host now."""
     connection.execute(

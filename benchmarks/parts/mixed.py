@@ -10,7 +10,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.connections import sockets_of
-from parts.copies import NOBODY, copy_run
+from parts.copies import NOBODY, copy_run, holders
 from parts.processes import (
     busy,
     collected,
@@ -27,6 +27,7 @@ from parts.timers import spread
 
 # Waits in a run of the DAG, one of each kind. While they begin, Airflow sends the whole DAG for each.
 IN_RUN = 3
+DAG = f"mixed_{IN_RUN}"
 # Messages that are sent one after another, those that are sent while there is no triggerer, and, of the waits that
 # are there, those that get one at the same moment: without a task that follows, and with one.
 ALONE = 20
@@ -52,14 +53,19 @@ def mixed(stage: Stage) -> Rows:
     # What is sent to some alone is for a run each.
     count = max(max(stage.options.waits) // IN_RUN, 8 * ALONE) * IN_RUN
     began = time.monotonic()
-    runs = open_waits(airflow, f"mixed_{IN_RUN}", IN_RUN, count, queue=broker.queue)
+    runs = open_waits(airflow, DAG, IN_RUN, count, queue=broker.queue)
     until(lambda: without_trigger(stage, count), f"{count} wait", timeout=60 + count, pause=1)
     until_all_wait = time.monotonic() - began
     print(f"{count} wait after {until_all_wait:.0f} s", flush=True)
     copied = stage.options.copies // IN_RUN
     began = time.monotonic()
     runs[:0] = copy_run(airflow, runs[-1], copied)
-    until(lambda: NOBODY not in _holders(stage), f"{copied} copies are polled for", timeout=LONGEST, pause=1)
+    until(
+        lambda: NOBODY not in holders(stage.airflow, DAG),
+        f"{copied} copies are polled for",
+        timeout=LONGEST,
+        pause=1,
+    )
     until_polled = round(time.monotonic() - began, 1)
     print(f"{copied} more runs after {until_polled} s", flush=True)
     for _ in range(6):
@@ -100,7 +106,7 @@ def mixed(stage: Stage) -> Rows:
 def _at_once(stage: Stage, waits: Sequence[tuple[str, str]], *, paused: bool) -> dict[str, float]:
     """Send a message to each of the waits; return how many they are, and when first, median and last had ended."""
     airflow = stage.airflow
-    airflow.api("PATCH", f"/dags/mixed_{IN_RUN}", {"is_paused": paused})
+    airflow.api("PATCH", f"/dags/{DAG}", {"is_paused": paused})
     settle()
     begin = datetime.now(timezone.utc)
     _send(stage.brokers[KAFKA[1]], waits)
@@ -138,24 +144,17 @@ def _after_kill(stage: Stage, waits: Sequence[tuple[str, str]]) -> tuple[list[fl
     from deployment import until
 
     # What follows a message is a task, whose process would take the cores.
-    stage.airflow.api("PATCH", f"/dags/mixed_{IN_RUN}", {"is_paused": True})
-    before = _holders(stage)
+    stage.airflow.api("PATCH", f"/dags/{DAG}", {"is_paused": True})
+    before = holders(stage.airflow, DAG)
     stage.airflow.components["triggerer"].kill()
     killed = datetime.now(timezone.utc)
     _send(stage.brokers[KAFKA[1]], waits)
     stage.airflow.start_one("triggerer")
-    until(lambda: not before & _holders(stage), "all are polled for again", timeout=LONGEST, pause=0.5)
+    until(lambda: not before & holders(stage.airflow, DAG), "all are polled for again", timeout=LONGEST, pause=0.5)
     polled_again = round((datetime.now(timezone.utc) - killed).total_seconds(), 1)
     ends = _ends(stage, waits, killed)
     print(f"the last of {len(waits)} after {ends[-1]:.1f} s, all polled for after {polled_again} s", flush=True)
     return ends, polled_again
-
-
-def _holders(stage: Stage) -> set[str]:
-    """Return the processes that poll for hosted waits."""
-    query = "SELECT DISTINCT holder FROM event_wait WHERE host IS NOT NULL"
-    with connect(stage.postgres.url) as connection:
-        return {holder for (holder,) in connection.execute(query)}
 
 
 def _send(broker: Any, waits: Sequence[tuple[str, str]]) -> None:
@@ -259,4 +258,4 @@ def _two(cores: Sequence[float]) -> str:
     return ", ".join(f"{each:.3f}" for each in cores)
 
 
-PARTS = {"mixed": Part(mixed, table, (f"mixed_{IN_RUN}",), (KAFKA,))}
+PARTS = {"mixed": Part(mixed, table, (DAG,), (KAFKA,))}

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from parts import Part, Rows, Stage
-from parts.copies import NOBODY, copy_run, join
+from parts.copies import NOBODY, copy_run, holders, join
 from parts.processes import busy, connect, fresh_triggerer, settle
 from parts.queues import KAFKA, send_at_once
 
@@ -33,13 +33,13 @@ def steady(stage: Stage) -> Rows:
     broker.fresh()
     triggerer = fresh_triggerer(airflow)
     run = airflow.run("steady", {"queue": broker.queue})
-    until(lambda: _holder(stage, run) is not None, "the first one is hosted", LONGEST)
+    until(lambda: holders(airflow, "steady"), "the first one is hosted", LONGEST)
     airflow.api("PATCH", "/dags/steady", {"is_paused": True})
     copies = copy_run(airflow, run, open_ones + sent_in_all, hosted=False)
     print(f"{len(copies)} copies are made", flush=True)
     with connect(stage.postgres.url) as connection:
         join(connection, run, copies[: open_ones - 1])
-    until(lambda: NOBODY not in _holders(stage), "they are polled for", LONGEST, pause=1)
+    until(lambda: NOBODY not in holders(airflow, "steady"), "they are polled for", LONGEST, pause=1)
     settle()
 
     worked = [busy(process) for process in triggerer]
@@ -83,19 +83,6 @@ def _ended(connection: Any) -> int:
     query = "SELECT count(*) FROM task_instance WHERE dag_id = 'steady' AND state = 'success'"
     [(count,)] = connection.execute(query)
     return int(count)
-
-
-def _holders(stage: Stage) -> set[str]:
-    query = "SELECT DISTINCT holder FROM event_wait WHERE dag_id = 'steady' AND host IS NOT NULL"
-    with connect(stage.postgres.url) as connection:
-        return {holder for (holder,) in connection.execute(query)}
-
-
-def _holder(stage: Stage, run: Any) -> str | None:
-    query = "SELECT holder FROM event_wait WHERE run_id = %s AND host IS NOT NULL AND parked IS NOT NULL"
-    with connect(stage.postgres.url) as connection:
-        found = connection.execute(query, (run.run_id,)).fetchone()
-    return found and str(found[0])
 
 
 def _latencies(connection: Any) -> list[tuple[float, float]]:

@@ -143,9 +143,8 @@ class Drops:
                 f"{place} is on another file system than {self.root}; "
                 "a file can be moved there only by copying, which is not exactly once"
             )
-        if _mount_of(place) != _mount_of(
-            self.root
-        ):  # as by subPath of a pod: nothing is renamed from one to the other
+        # As by subPath of a pod: nothing is renamed from one to the other.
+        if _mount_of(place) != _mount_of(self.root):
             raise ValueError(
                 f"{place} is another mount than {self.root}, if of the same file system; a file can be moved "
                 "there only by copying, which is not exactly once: mount one folder that has both"
@@ -193,9 +192,8 @@ def _move(root: Path, name: str, identity: str, marker: str | None, done: Path) 
     file = root / name
     there = _identity_at(file, identity)
     if done.exists():
-        if (
-            there == identity == _identity_at(file, identity)
-        ):  # dropped once more: a hard link, or all that tells it
+        # Dropped once more: a hard link, or a copy with all that tells it.
+        if there == identity == _identity_at(file, identity):
             log.warning(
                 "%s was dropped once more, with the time of what is committed already: it is removed", file
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from airflow.sdk.exceptions import AirflowException
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
 from airflow_events.listeners.support.connections import check_extras, connection, endpoints, extras, misconfigured
 from airflow_events.listeners.support.hub import LoginRefused
-from airflow_events.listeners.support.timestamps import of_epoch
+from airflow_events.listeners.support.timestamps import EPOCH, of_epoch
 from airflow_events.listeners.support.values import named, text_of
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection
 from confluent_kafka.admin import AdminClient
@@ -35,7 +35,6 @@ PATIENCE = 10.0
 # Seconds after which a refusal is looked for, and for which another broker may still answer.
 _REFUSED_FOR = 0.5
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # librdkafka's own: a line for each attempt to connect would be several each second. What matters becomes ours.
 _OURS: dict[str, Any] = {
     "client.id": "airflow-events",
@@ -247,9 +246,9 @@ class Clients:
         try:
             yield
         except FutureTimeout as error:
-            if (trouble := self.trouble) is not None and _is_denied(trouble):
+            if (denied := self.denied) is not None:
                 self.trouble = None
-                raise self.translated(trouble) from error
+                raise self.translated(denied) from error
             raise BrokerUnavailable("the brokers have not answered in time") from error
         except (KafkaException, SystemError) as error:
             if self._no_token is not None:  # of which the client says that it took too long, or nothing
@@ -264,9 +263,9 @@ class Clients:
             raise self.translated(found) from error
 
     @property
-    def is_denied(self) -> bool:
-        """Whether a broker has refused us, as a client has said on its own account."""
-        return self.trouble is not None and _is_denied(self.trouble)
+    def denied(self) -> KafkaError | None:
+        """With what a broker has refused us, as a client has said on its own account."""
+        return self.trouble if self.trouble is not None and _is_denied(self.trouble) else None
 
     def answer(self, admin: AdminClient, asked: Future[_T]) -> _T:
         """
@@ -279,7 +278,9 @@ class Clients:
             try:
                 return asked.result(_REFUSED_FOR)
             except FutureTimeout:
-                if self.is_denied or time.monotonic() > end:  # for half a second another broker could answer
+                if (
+                    self.denied is not None or time.monotonic() > end
+                ):  # for half a second another broker could answer
                     raise
                 admin.poll(0)
 
@@ -491,7 +492,7 @@ def described(clients: Clients, admin: AdminClient) -> dict[str, Any]:
 
 def moment(message: Message) -> datetime:
     """Return a message's timestamp; the epoch where it has none, or one that is no moment."""
-    return published(message) or _EPOCH
+    return published(message) or EPOCH
 
 
 def published(message: Message) -> datetime | None:

@@ -141,7 +141,7 @@ class Group:
 
         :raises BrokerUnavailable: no broker answers, or it is not there.
         """
-        return str(self._described()[self._source.topic].topic_id)
+        return self.topic_ids()[self._source.topic]
 
     def topic_ids(self) -> dict[str, str]:
         """

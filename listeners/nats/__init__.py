@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
-from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
+from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
@@ -25,7 +25,7 @@ DEFAULT = "nats_default"
 Start = Literal["all", "new"]
 
 
-class NatsListener(FinalIdListener):
+class NatsListener(QueueListener):
     """
     Take a message of a stream through a durable consumer: each message goes to one wait.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any
 
+from airflow_events.listeners.support.timestamps import EPOCH
 from airflow_events.listeners.support.values import Format, decode, named, text_of
 from nats.aio.msg import Msg
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 MICROSECOND = timedelta(microseconds=1)
 
 
@@ -84,7 +84,7 @@ def stored_as(reply: str) -> tuple[int, datetime]:
     """Return a delivered message's sequence in the stream, and when it was stored."""
     tokens = _tokens(reply)
     # Cut, not rounded, to microseconds: as in `moment`.
-    return int(tokens[1]), _EPOCH + int(tokens[3]) // 1000 * MICROSECOND
+    return int(tokens[1]), EPOCH + int(tokens[3]) // 1000 * MICROSECOND
 
 
 def delivered_as(reply: str) -> int:

@@ -130,7 +130,7 @@ def refusals(source: Source) -> Iterator[None]:
     except exceptions.ConnectionNotImplemented as error:
         raise SourceMisconfigured(f"{source} is a stream; RabbitMQWatchListener is for these: {error}") from error
     except exceptions.ChannelAccessRefused as error:
-        # The latter is said by a backend, such as LDAP, that is away, and of a token that has expired.
+        # The latter is said by a backend, such as LDAP, that is unreachable, and of a token that has expired.
         if "in exclusive use" in str(error) or "returned an error" in str(error):
             raise ConnectionError(str(error)) from error
         raise SourceMisconfigured(

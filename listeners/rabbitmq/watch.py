@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
@@ -11,13 +11,11 @@ from airflow_events.errors import SourceMisconfigured
 from airflow_events.listeners.rabbitmq.client import NO_STREAM, OnServer, Source, close, connect, refusals
 from airflow_events.listeners.rabbitmq.messages import described, headers_of, tag_of, timestamp_of, value_of
 from airflow_events.listeners.support.shared import within
-from airflow_events.listeners.support.timestamps import of_epoch
+from airflow_events.listeners.support.timestamps import EPOCH, of_epoch
 from airflow_events.listeners.support.values import Format
 from airflow_events.listeners.support.watching import MILLISECOND, LogHub, Message, Reader, message_of
 
 _T = TypeVar("_T")
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 # How many messages may be on their way, at most: the broker bounds them by nothing else.
 _AT_ONCE = 100
@@ -46,7 +44,7 @@ class StreamHub(OnServer, LogHub[int]):
         assert self._server is not None
         channel = await within(self._server.channel())
         # The protocol knows no moment before the epoch.
-        start = max(since, _EPOCH).replace(microsecond=0) if position is None else position
+        start = max(since, EPOCH).replace(microsecond=0) if position is None else position
         arrived: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
         with refusals(self.source):
             tag = await within(_consume(channel, self.source, arrived, start, _AT_ONCE))

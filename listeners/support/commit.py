@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -24,7 +25,7 @@ class Superseded(Exception):
 
 # What a listener says to a commit, and is no failure of it; and what ends it.
 _ANSWERS = (AtRedelivery, EventLost, Superseded)
-# Seconds that a commit which takes too long has to end.
+# Seconds that a commit, or giving back, which takes too long has to end.
 _LONGEST_GOODBYE = 5.0
 # Seconds that giving back may take.
 _LONGEST_RELEASE = 20.0
@@ -52,37 +53,16 @@ async def commit(
     if longest is not None:
         timeout = min(timeout, longest)
 
-    has_portal = greenback.has_portal()
-
-    async def checkpoint() -> None:
-        await inherit_portal(has_portal)
-        try:
-            await listener().event_checkpointed(event)
-        except SystemExit as error:  # which would end the triggerer
-            raise RuntimeError(f"event_checkpointed called sys.exit({error.code!r})") from None
-
     async def once() -> None:
         if check is not None and attempts.statistics["attempt_number"] > 1:
             await check()
-        # In a task of its own, so that what the listener awaits, and is cancelled, is no cancellation of this.
-        task = asyncio.ensure_future(checkpoint())
         try:
-            # The timeout is for a source that never answers.
-            await asyncio.wait({task}, timeout=timeout)
-            if not task.done():
-                raise asyncio.TimeoutError
-            if task.cancelled():
-                raise RuntimeError("event_checkpointed cancelled itself")
-            task.result()
+            await _bounded(lambda: listener().event_checkpointed(event), "event_checkpointed", timeout)
         except _ANSWERS:
             raise
         except Exception:
             metrics.count(metrics.COMMIT_FAILED, **tags(listener, wait))
             raise
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task}, timeout=_LONGEST_GOODBYE)
 
     def failed(state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
@@ -108,6 +88,38 @@ async def commit(
     )
     with working_for(wait):
         await attempts(once)
+
+
+async def _bounded(call: Callable[[], Awaitable[Any]], name: str, seconds: float) -> None:
+    """
+    Have a listener do something, in a task of its own: that what it awaits is cancelled does not cancel this.
+
+    :param name: of the listener's method.
+    :param seconds: for a source that never answers.
+    :raises asyncio.TimeoutError: it took longer.
+    :raises RuntimeError: it cancelled itself, or would have ended the triggerer. What it raises otherwise escapes.
+    """
+    has_portal = greenback.has_portal()
+
+    async def work() -> None:
+        await inherit_portal(has_portal)
+        try:
+            await call()
+        except SystemExit as error:
+            raise RuntimeError(f"{name} called sys.exit({error.code!r})") from None
+
+    task = asyncio.ensure_future(work())
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        if task.cancelled():
+            raise RuntimeError(f"{name} cancelled itself")
+        task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_LONGEST_GOODBYE)
 
 
 async def acknowledge(
@@ -179,25 +191,10 @@ async def release(listener: type[EventListener], wait: Wait, event: Any | None, 
     """Give back what the wait holds, if the listener can; that it failed is only logged."""
     if not releases(listener):
         return
-    has_portal = greenback.has_portal()
-
-    async def give_back() -> None:
-        await inherit_portal(has_portal)
-        await listener().event_released(event, *args, **kwargs)
-
     try:
         with working_for(wait):
-            task = asyncio.ensure_future(give_back())
-        try:
-            # The timeout is for a source that never answers: a wait must not end by that alone.
-            await asyncio.wait({task}, timeout=_LONGEST_RELEASE)
-            if not task.done():
-                raise asyncio.TimeoutError
-            if task.cancelled():
-                raise RuntimeError("event_released cancelled itself")
-            task.result()
-        finally:
-            task.cancel()
+            give_back = functools.partial(listener().event_released, event, *args, **kwargs)
+            await _bounded(give_back, "event_released", _LONGEST_RELEASE)
     except Exception:
         log.warning(
             "%s.event_released failed for the wait %s; the source has to deliver it again by itself",

@@ -9,6 +9,8 @@ from typing import Any
 import pendulum
 from airflow_events.listeners.base import Wait
 
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
 # A string of nine or more digits is a time since the epoch; ISO 8601 has none of that form.
 _EPOCH = re.compile(r"\d{9,12}(\.\d*)?")
 
