@@ -120,11 +120,15 @@ class TopicHub(LogHub[_Position]):
     def _message(self, sent: Sent) -> Message:
         return message_of(
             published(sent),
-            len(sent.value() or b"") + len(sent.key() or b""),
+            len(sent.value() or b"") + len(sent.key() or b"") + _of_headers(sent),
             place_of(sent, self._source),
             lambda: event_of(self._source, sent, self._decoder.value),
             within=MILLISECOND,
         )
+
+
+def _of_headers(sent: Sent) -> int:
+    return sum(len(name) + len(content or b"") for name, content in sent.headers() or ())
 
 
 class _TopicReader(Reader[_Position]):

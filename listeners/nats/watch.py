@@ -91,7 +91,7 @@ class StreamHub(LogHub[int]):
     def _message(self, stored: Stored) -> Message:
         return message_of(
             stored.timestamp,
-            len(stored.data),
+            len(stored.data) + sum(len(name) + len(content) for name, content in stored.headers.items()),
             f"the message {stored.sequence} of {self._source}",
             lambda: event_of(self._source, stored, self._values),
         )

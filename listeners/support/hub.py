@@ -305,6 +305,7 @@ class Hub(abc.ABC, Generic[_S]):
             has_served = False
             try:
                 await self._bounded(self.connect(), self.connect_within, "connect")
+                self._was_there = True
                 self._up.set()
                 while True:
                     if all(seeker.done for seeker in self.seekers):
@@ -318,7 +319,7 @@ class Hub(abc.ABC, Generic[_S]):
                         self._no_trouble()
                         self._logs_told.clear()  # or they would keep waits that have ended
                         self._tell_all(logging.INFO, "%s is reachable again", self.name)
-                    away_since, attempts, self._was_there = 0.0, 0, True
+                    away_since, attempts = 0.0, 0
                     has_served = True
             except Exception as error:
                 if has_served and isinstance(error, LoginRefused):  # the connection is read again, once

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import pytest
 import servers
 from airflow_events import EventListener
+from airflow_events.listeners.support import shared
+from airflow_events.listeners.support.hub import Hub
 
 
 class Broker(ABC):
@@ -151,6 +153,22 @@ async def soon(task: Any, seconds: float = 15) -> Any:
 
 
 async def nothing(task: Any, seconds: float = 1.0) -> None:
-    """See that the task is not done for ``seconds``."""
+    """See that the task is not done for ``seconds``, which count from when its hub is connected, or cannot be."""
+    await _hub_is_at_work(task)
     with contextlib.suppress(asyncio.TimeoutError):
         raise AssertionError(f"it is done: {await soon(task, seconds)}")
+
+
+def hubs() -> list[Any]:
+    """Return those of this loop."""
+    resources = [one.resource for one in shared._open.get(asyncio.get_running_loop(), {}).values()]
+    return [resource for resource in resources if isinstance(resource, Hub)]
+
+
+async def _hub_is_at_work(task: Any) -> None:
+    """Wait, on a machine that is busy, until whoever is wanted has connected, or knows that it cannot for now."""
+    for _ in range(200):
+        wanted = [hub for hub in hubs() if hub._is_wanted]
+        if task.done() or (wanted and all(hub._up.is_set() or hub._trouble is not None for hub in wanted)):
+            return
+        await asyncio.sleep(0.05)

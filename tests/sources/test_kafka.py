@@ -14,7 +14,7 @@ import pytest
 from airflow_events.errors import EventUndecodable, SourceMisconfigured, SourceUnreachable
 from airflow_events.listeners.kafka import consume, group, watch
 from airflow_events.listeners.support.positions import Positions
-from broker import nothing, running, soon, until_told
+from broker import hubs, nothing, running, soon, until_told
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, ResourceType
 from of_kafka import Inbox, Kafka
@@ -399,7 +399,7 @@ async def test_a_group_that_has_members_is_refused(broker, waits, protocol):
     broker.send("a")
     member = broker.consumer(f"g{protocol}", client_id="by-the-way", group_protocol=protocol)
     member.subscribe([broker.queue])
-    until(lambda: member.poll(0.1) and member.assignment(), "the group has a member", 60)
+    until(lambda: member.poll(0.1) and member.assignment(), "the group has a member")
     with pytest.raises(SourceMisconfigured, match=r"the group has members, 'by-the-way' at /127\.0\.0\.1"):
         await soon(waits.poll(group=f"g{protocol}"), 60)
     member.close()
@@ -414,7 +414,7 @@ async def test_a_member_that_joins_later_is_named_as_well(broker, waits, caplog,
     await nothing(waiting, 1)
     member = broker.consumer(client_id="by-the-way")
     member.subscribe([broker.queue])
-    until(lambda: member.poll(0.1) or member.assignment(), "the group has a member", 60)
+    until(lambda: member.poll(0.1) or member.assignment(), "the group has a member")
     with pytest.raises(SourceMisconfigured, match="the group has members, 'by-the-way'"):
         await soon(waiting, 60)
     await waits.commit(event)  # which the inbox knows
@@ -656,7 +656,7 @@ async def test_partitions_that_are_added(broker, waits, monkeypatch, often):
     await nothing(tasks[0])
     admin = AdminClient(broker.bootstrap)
     admin.create_partitions([NewPartitions(broker.queue, 2)])[broker.queue].result(30)
-    until(lambda: len(broker.ends()) == 2, "it is there", 30)
+    until(lambda: len(broker.ends()) == 2, "it is there")
     broker.produce({"value": b'{"id": 1}', "partition": 1})
     for task in tasks:
         assert (await soon(task, 30))["partition"] == 1
@@ -706,7 +706,7 @@ async def test_a_topic_that_is_made_anew_while_it_is_watched(broker, waits, monk
     await nothing(task, 1)
     admin = AdminClient(broker.bootstrap)
     admin.delete_topics([broker.queue])[broker.queue].result(30)
-    until(lambda: broker.queue not in admin.list_topics(timeout=10).topics, "it is gone", 30)
+    until(lambda: broker.queue not in admin.list_topics(timeout=10).topics, "it is gone")
     broker.make_topic()
     broker.send({"id": "new"}, *range(50))
     event = await soon(task, 30)
@@ -874,3 +874,11 @@ async def test_a_partition_that_is_added_is_read_from_where_all_others_were(brok
     broker.produce({"value": b'{"id": 1}', "partition": 1})
     await asyncio.sleep(10)
     assert (await soon(waits.watch(3, match={"id": 1}, since=began)))["partition"] == 1
+
+
+async def test_headers_count_as_bytes_of_what_is_kept(broker, waits):
+    await nothing(waits.watch(since=ago(minutes=1), match={"id": "never"}))
+    broker.produce({"value": b"{}", "headers": {"trace": b"a" * 1000, "none": None}})
+    event = await soon(waits.watch(1, since=ago(minutes=1)), 30)
+    assert event["value"] == {}
+    assert sum(hub._end._bytes for hub in hubs()) == len("{}") + len("trace") + 1000 + len("none")

@@ -16,7 +16,7 @@ from airflow_events.errors import AtRedelivery, EventUndecodable, SourceMisconfi
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.nats import NatsListener, NatsWatchListener, client, consume
 from airflow_events.listeners.support import connections, queue
-from broker import nothing, soon, until_told
+from broker import hubs, nothing, soon, until_told
 from nats import errors
 from nats.aio.client import Client
 from nats.js.api import StreamConfig, StreamSource
@@ -236,6 +236,13 @@ async def test_headers_and_coordinates_are_in_the_event(broker, waits):
     assert seen == {key: event[key] for key in seen}
 
 
+async def test_headers_count_as_bytes_of_what_is_kept(broker, waits):
+    await nothing(waits.watch(since=ago(minutes=1), match={"id": "never"}))
+    broker.publish(f"{broker.queue}.new", b"{}", headers={"Trace": "a" * 1000})
+    assert (await soon(waits.watch(1, since=ago(minutes=1))))["value"] == {}
+    assert sum(hub._end._bytes for hub in hubs()) == len("{}") + len("Trace") + 1000
+
+
 async def test_a_header_that_is_not_ascii(broker, waits):
     broker.publish(f"{broker.queue}.new", b"{}", headers={"Name": "Zoë"})
     assert (await soon(waits.poll()))["headers"] == {"Name": "Zoë"}
@@ -419,11 +426,11 @@ async def test_a_dead_letter_is_there_once_though_its_acknowledgement_failed_at_
     monkeypatch.setattr(queue, "_POSTPONED", 0.5)
     broker.send_raw(b"{no json")
     task = waits.poll(**dead_letters(broker))
-    await asyncio.to_thread(until, lambda: not failures, "it has failed", 10)
+    await asyncio.to_thread(until, lambda: not failures, "it has failed")
     broker.send("good")
     assert (await soon(task))["value"] == "good"
     waits.poll(1, **dead_letters(broker))
-    await asyncio.to_thread(until, lambda: broker.unacknowledged() == 1, "it is acknowledged", 30)
+    await asyncio.to_thread(until, lambda: broker.unacknowledged() == 1, "it is acknowledged")
     assert broker.dead_letters() == [b"{no json"]
 
 

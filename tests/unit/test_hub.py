@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 
 import pytest
-from airflow_events.errors import SourceUnreachable
+from airflow_events.errors import SourceMissing, SourceUnreachable
 from airflow_events.listeners.base import Wait, working_for
 from airflow_events.listeners.support.hub import Hub, Seeker, Troubles, shared_log
 
@@ -94,6 +94,23 @@ async def test_it_connects_again(hub):
     hub.source.events.append("a")
     assert await soon(task) == "a"
     assert hub.source.connections == 2
+
+
+async def test_what_is_deleted_right_after_it_was_found_is_waited_for():
+    """As a source that blocks for seconds when it is asked, and is deleted before the first answer."""
+
+    class Deleted(MemoryHub):
+        async def serve(self):
+            if self.source.connections == 1:
+                raise SourceMissing("there is no such queue")
+            await super().serve()
+
+    hub = Deleted(Source())
+    hub.source.events.append("a")
+    try:
+        assert await soon(take(hub)) == "a"
+    finally:
+        await hub.close()
 
 
 async def test_a_source_that_is_away_for_too_long(hub, monkeypatch, caplog):
