@@ -60,15 +60,25 @@ def _first_of_clients() -> int:
         return 0
 
 
-def until(condition: Callable[[], _T], what: str, timeout: float = 90, pause: float = 0.1) -> _T:
-    """Return what ``condition`` returns once that is true; fail, naming ``what``, after ``timeout`` seconds."""
+# Seconds after which what is waited for is taken to hang. It claims nothing about time: on two busy processors an
+# API server alone takes more than a minute to start.
+PATIENCE = 240.0
+
+
+def until(condition: Callable[[], _T], what: str, timeout: float = PATIENCE, pause: float = 0.1) -> _T:
+    """
+    Return what ``condition`` returns once that is true; fail, naming ``what``, after ``timeout`` seconds.
+
+    :param pause: seconds between two looks; at least as long as a look takes, or it would slow what it waits for.
+    """
     end = time.monotonic() + timeout
     while True:
+        began = time.monotonic()
         if result := condition():
             return result
-        if time.monotonic() > end:
+        if (now := time.monotonic()) > end:
             raise TimeoutError(f"not within {timeout} s: {what}")
-        time.sleep(pause)
+        time.sleep(max(pause, now - began))
 
 
 def _die_with_parent() -> None:
@@ -225,7 +235,7 @@ class Deployment:
         for name in names or ("api-server", "scheduler", "dag-processor", "triggerer"):
             self.start_one(name)
         if "api-server" in self.components:
-            until(self.answers, f"the API server answers at {self.url}", timeout=120)
+            until(self.answers, f"the API server answers at {self.url}")
 
     def start_one(self, name: str, *, as_name: str | None = None) -> Component:
         """Start one component and return it; ``as_name`` tells several triggerers apart."""
@@ -344,7 +354,7 @@ class Deployment:
             return False
         return True
 
-    def wait_for_dags(self, *dag_ids: str, timeout: float = 120) -> None:
+    def wait_for_dags(self, *dag_ids: str, timeout: float = PATIENCE) -> None:
         """Wait until the DAG processor has read these DAGs."""
 
         def known() -> bool:
@@ -395,12 +405,12 @@ class Run:
         state = self.tasks().get(task, {}).get("state")
         return None if state is None else str(state)
 
-    def finished(self, timeout: float = 120) -> str:
+    def finished(self, timeout: float = PATIENCE) -> str:
         """Wait for the end of the run and return its state."""
         until(lambda: self.state in FINISHED, f"{self.dag_id} {self.run_id} finishes: {self}", timeout, 0.3)
         return self.state
 
-    def until_task(self, task: str, *states: str, timeout: float = 90) -> str:
+    def until_task(self, task: str, *states: str, timeout: float = PATIENCE) -> str:
         """Wait until the task is in one of the states."""
         until(lambda: self.task_state(task) in states, f"{task} of {self} is {states}", timeout, 0.2)
         return str(self.task_state(task))

@@ -112,7 +112,7 @@ class Mysql:
             f"--pid-file={self.folder}/pid", "--max-connections=300", "--innodb-flush-log-at-trx-commit=2",
             "--disable-log-bin", "--secure-file-priv=NULL", "--innodb-buffer-pool-size=64M",
         )  # fmt: skip
-        until(self._answers, "MySQL answers", timeout=60)
+        until(self._answers, "MySQL answers")
 
     def crash(self) -> None:
         """End it at once: every connection breaks, and `start` recovers from its log."""

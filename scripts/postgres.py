@@ -58,7 +58,7 @@ class Postgres:
             "postgres", "-D", str(self.folder / "data"), "-p", str(self.port), "-h", "127.0.0.1",
             "-k", str(self.folder), "-c", "max_connections=300", "-c", "fsync=off",
         )  # fmt: skip
-        until(self._answers, "PostgreSQL answers", timeout=30)
+        until(self._answers, "PostgreSQL answers")
 
     def crash(self) -> None:
         """End it at once, as a crash would: every connection breaks, and `start` recovers from its log."""

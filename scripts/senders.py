@@ -143,7 +143,7 @@ class Senders:
         self._airflow.start_one("dag-processor")
         for label in ("triggerer", "triggerer@2"):
             self._airflow.start_one("triggerer", as_name=label)
-        until(self._airflow.answers, "the API servers answer", timeout=180)
+        until(self._airflow.answers, "the API servers answer")
         self._airflow.wait_for_dags("orders")
         print(f"{len(self._names)} API servers, {self._options.processes} processes each", flush=True)
 

@@ -202,13 +202,13 @@ class Base:
     def open(self, gate):
         (self.path / "gates" / f"{gate}.open").touch()
 
-    def reached(self, gate, timeout=60):
+    def reached(self, gate):
         """Wait until a process stands at the gate, and return it."""
 
         def found():
             return list((self.path / "gates").glob(f"{gate}.reached.*"))
 
-        [file] = until(found, f"a process reaches the gate {gate!r}", timeout)
+        [file] = until(found, f"a process reaches the gate {gate!r}")
         return psutil.Process(int(file.suffix[1:]))
 
     @property

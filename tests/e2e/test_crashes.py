@@ -86,7 +86,7 @@ def test_a_beginning_that_comes_late(stage):
     """It is carried out after the same, asked again: the host has begun the wait, and goes on with it."""
     cell = begin(stage, "directory", "no worker", "api-server-beginning", "asked again")
     polling = cell.also(GAP["triggerer-polling"])
-    until(lambda: polling.stands_firm(stage), "it is asked again, and the trigger is about to poll", 90)
+    until(lambda: polling.stands_firm(stage), "it is asked again, and the trigger is about to poll")
     assert stage.row(cell.run).generation == 2  # by its own trigger, and by the host
     cell.open("")
     polling.open("")
@@ -102,7 +102,7 @@ def test_the_source_is_away_for_long(airflow, base):
     run.until_task("wait", "up_for_retry")
     assert not base.owners
     (base.path / "failures").write_text("0")
-    assert run.finished(timeout=180) == "success"
+    assert run.finished() == "success"
     assert base.owners == {"a": f"failing_commit/{run.run_id}/wait/-1"}
     assert "event_checkpointed failed" in run.logs("wait")
     assert base.calls.count(f"poll {run.run_id}") == 1
@@ -132,7 +132,7 @@ def begin(stage, source, path, gap, fault="killed"):
 def stand(stage, source, path, gap):
     """Let a wait stand in a gap."""
     cell = begin(stage, source, path, gap)
-    until(lambda: cell.stands_firm(stage), f"a process stands in {gap}", 60)
+    until(lambda: cell.stands_firm(stage), f"a process stands in {gap}")
     see(stage, [cell])
     return cell
 
@@ -149,7 +149,7 @@ def frozen(stage):
 
 
 def see_it_reached(stage, cell, component):
-    until(lambda: cell.stands_firm(stage), f"a process stands in {cell.gap.id}", 60)
+    until(lambda: cell.stands_firm(stage), f"a process stands in {cell.gap.id}")
     assert cell.process.pid in {member.pid for member in component.family()}
 
 

@@ -36,7 +36,7 @@ def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base, inbo
     run = airflow.run("many_files", base.conf)
     run.until_task("wait", "deferred")
     base.drop(*names[:20])
-    until(lambda: len(phases(inbox, run, 50)) == 20, "20 of 50 have arrived", 60, 0.3)
+    until(lambda: len(phases(inbox, run, 50)) == 20, "20 of 50 have arrived", pause=0.3)
     assert inbox(run).call.startswith("GatedDirectory, 50 times, ")
 
     base.arm("recorded")
@@ -53,7 +53,7 @@ def test_what_has_arrived_outlives_the_triggerer_and_a_clear(airflow, base, inbo
 
     airflow.restart("triggerer")
     base.drop(*names[30:])
-    assert run.finished(timeout=180) == "success"
+    assert run.finished() == "success"
     events = run.xcom("wait")
     assert sorted(event["name"] for event in events) == names
     assert_each_is_committed_at_its_place(base, inbox, run, dict(enumerate(events)))

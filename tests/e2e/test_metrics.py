@@ -34,7 +34,7 @@ def test_of_a_wait_that_ends_in_the_triggerer_or_on_a_worker(airflow, base, told
     run = airflow.run(dag_id, base.conf)
     assert run.finished() == "success"
     expected = {"recorded": 1, "committed": 1, "time_to_record": 1, "time_to_delivery": 1}
-    until(lambda: told(dag_id=dag_id) == expected, f"{told(dag_id=dag_id)} is {expected}", 20)
+    until(lambda: told(dag_id=dag_id) == expected, f"{told(dag_id=dag_id)} is {expected}")
     assert told(dag_id=dag_id, listener=listener) == expected
     # A clear delivers the record again, and nothing is recorded again.
     run.clear("wait", "deliver")
@@ -55,10 +55,10 @@ def test_commits_that_fail_and_claims_that_are_lost(airflow, base, told, tmp_pat
     ]
     assert [run.finished() for run in runs] == ["success"] * 2
     failing = {"recorded": 1, "commit_failed": 1, "committed": 1, "time_to_record": 1, "time_to_delivery": 1}
-    until(lambda: told(dag_id="failing_commit") == failing, f"{told(dag_id='failing_commit')} is {failing}", 20)
+    until(lambda: told(dag_id="failing_commit") == failing, f"{told(dag_id='failing_commit')} is {failing}")
     lost = {"recorded": 2, "lost": 1, "committed": 1, "time_to_record": 2, "time_to_delivery": 1}
     of_lost = {"dag_id": "contested_directory_no_worker", "listener": "Contested"}
-    until(lambda: told(**of_lost) == lost, f"{told(**of_lost)} is {lost}", 20)
+    until(lambda: told(**of_lost) == lost, f"{told(**of_lost)} is {lost}")
 
 
 def test_of_events_over_http(airflow, told):
@@ -80,17 +80,17 @@ def test_of_events_over_http(airflow, told):
     assert told(dag_id="http") == {}
     post(task("later"), {"order": 1}, 202)
     expected = {"recorded": 1, "kept": 1, "time_to_record": 1}
-    until(lambda: told(**listener, dag_id="http") == expected, "the early event is told", 20)
+    until(lambda: told(**listener, dag_id="http") == expected, "the early event is told")
     for _ in range(2):  # the same again is no second event
         post(task("plain"), 1, 200)
     expected = {"recorded": 2, "kept": 1, "time_to_record": 2, "time_to_delivery": 1}
-    until(lambda: told(**listener, dag_id="http") == expected, "the event is told", 20)
+    until(lambda: told(**listener, dag_id="http") == expected, "the event is told")
     post(task("finishes_on_worker"), 1, 200)
     run.until_task("finishes_on_worker", "success")
     expected = {"recorded": 3, "kept": 1, "time_to_record": 3, "time_to_delivery": 2}
-    until(lambda: told(**listener, dag_id="http") == expected, "a worker tells the delivery", 20)
+    until(lambda: told(**listener, dag_id="http") == expected, "a worker tells the delivery")
     post(f"/keys/{run.run_id}", 1, 202)
-    until(lambda: told(**listener).get("kept") == 2, "the event that is kept for a key is told", 20)
+    until(lambda: told(**listener).get("kept") == 2, "the event that is kept for a key is told")
 
 
 def test_the_open_waits_are_counted(airflow, base, receiver):
@@ -99,15 +99,15 @@ def test_the_open_waits_are_counted(airflow, base, receiver):
         assert {metric.kind for metric in found} <= {"g"}
         return found[-1].value if found else None
 
-    until(lambda: receiver.of("events.open_waits"), "the open waits are counted", 40)
+    until(lambda: receiver.of("events.open_waits"), "the open waits are counted")
     run = airflow.run("finish_in_triggerer", base.conf)
     run.until_task("wait", "deferred")
     listener = {"listener": "GatedDirectory"}
-    until(lambda: last("events.open_waits_by_listener", **listener) == 1, "the wait is counted", 40)
+    until(lambda: last("events.open_waits_by_listener", **listener) == 1, "the wait is counted")
     assert last("events.open_waits") >= 1
     base.drop("a")
     assert run.finished() == "success"
-    until(lambda: last("events.open_waits_by_listener", **listener) == 0, "it waits no more", 40)
+    until(lambda: last("events.open_waits_by_listener", **listener) == 0, "it waits no more")
 
     # One whose source takes no commit until its tries are used up.
     stood = last("events.uncommitted_waits")
@@ -115,8 +115,8 @@ def test_the_open_waits_are_counted(airflow, base, receiver):
     base.send("a")
     run = airflow.run("failing_commit", base.conf)
     assert run.finished() == "failed"
-    until(lambda: last("events.uncommitted_waits") == stood + 1, "its event is recorded and not committed", 40)
+    until(lambda: last("events.uncommitted_waits") == stood + 1, "its event is recorded and not committed")
     (base.path / "failures").write_text("0")
     run.clear("wait", "deliver")
     assert run.finished() == "success"
-    until(lambda: last("events.uncommitted_waits") == stood, "it is committed", 40)
+    until(lambda: last("events.uncommitted_waits") == stood, "it is committed")

@@ -264,11 +264,11 @@ def test_in_the_browser_what_starts_runs_is_listed(airflow, strict, chromium, to
     airflow.api("PATCH", f"/dags/{dag}", {"is_paused": False})
     listed = lambda: ask(strict, "/api/starts", token=token("viewer")).json  # noqa: E731
     states = lambda: [(one["state"], one["lag"]) for one in listed()]  # noqa: E731
-    until(lambda: states() == [("failing", None)], "it says that there is no directory", timeout=120)
+    until(lambda: states() == [("failing", None)], "it says that there is no directory")
     [about] = listed()
     assert "starts cannot be reached" in about["trouble"]
     (airflow.home / "starts").mkdir()
-    until(lambda: states() == [("open", 0)], "the next event starts a run", timeout=120)
+    until(lambda: states() == [("open", 0)], "the next event starts a run")
     assert ask(strict, "/api/starts", token=token(None)).status == 403
     with browser.logged_in(chromium, strict.url, token("viewer")) as page:
         page.goto(f"{strict.url}/plugin/event-waits")
@@ -288,7 +288,7 @@ def test_in_the_browser_what_starts_runs_is_listed(airflow, strict, chromium, to
         assert page.problems == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["dark", pytest.param("light", marks=pytest.mark.release)])
 def test_it_has_the_color_mode_of_airflow(strict, chromium, token, theme):
     with browser.logged_in(chromium, strict.url, token("viewer"), theme=theme) as page:
         page.goto(f"{strict.url}/plugin/event-waits?{urlencode({'stage': 'ended'})}")

@@ -13,6 +13,15 @@ from sqlalchemy import create_engine, func, select
 from deployment import until
 
 TASKS = ("timer", "event", "skips", "default", "late")
+LIMIT = 90  # seconds, as the DAG has it
+
+
+def parked(airflow, inbox, conf):
+    """Start a run, and wait until all of its waits are parked."""
+    run = airflow.run("parked", conf)
+    for task in TASKS:
+        until(lambda task=task: (row := inbox(run, task)) and row.parked, f"{task} is parked")
+    return run
 
 
 @pytest.fixture
@@ -37,20 +46,14 @@ def triggers(airflow):
 
 def test_without_a_trigger_they_get_their_events_and_keep_their_deadlines(airflow, inbox, triggers):
     """The API server and the triggerer are killed meanwhile, and the triggerer stays dead."""
-    due = datetime.now(timezone.utc) + timedelta(seconds=60)
-    conf = {"due": due.isoformat(), "key": "parked"}
-    run = airflow.run("parked", conf)
-    for task in TASKS:
-        until(lambda task=task: (row := inbox(run, task)) and row.parked, f"{task} is parked")
-    assert (triggers(run), {run.task_state(task) for task in TASKS}) == (0, {"deferred"})
-    until(lambda: triggers() == 0, "Airflow has deleted the triggers")
-
-    airflow.components["triggerer"].kill()
-    assert not airflow.components["triggerer"].alive
-    run.clear("event")  # there is nobody who could begin it again
-    airflow.components["api-server"].kill()
-    assert not airflow.components["api-server"].alive
-    until(lambda: datetime.now(timezone.utc) > due, "the moment passes while no API server is there")
+    due = datetime.now(timezone.utc) + timedelta(seconds=LIMIT)
+    run = parked(airflow, inbox, {"due": due.isoformat(), "key": "parked"})
+    for name in ("api-server", "triggerer"):
+        airflow.components[name].kill()
+        assert not airflow.components[name].alive
+    ends = max(due, *(inbox(run, task).deadline for task in ("skips", "default", "late")))
+    assert datetime.now(timezone.utc) < due, "the first moment has passed before nobody was there"
+    until(lambda: datetime.now(timezone.utc) > ends, "all moments pass while no API server is there", 2 * LIMIT)
     airflow.restart("api-server")
     until(airflow.answers, "the API server answers")
 
@@ -63,6 +66,7 @@ def test_without_a_trigger_they_get_their_events_and_keep_their_deadlines(airflo
     assert "No event of HttpListener came" in run.logs("late")
     assert "The wait is parked" in run.logs("timer")
 
+    run.clear("event")  # there is nobody who could begin it again
     airflow.restart("triggerer")
     until(lambda: inbox(run, "event").parked and inbox(run, "event").generation == 2, "the cleared wait is parked")
     airflow.components["triggerer"].kill()
@@ -74,9 +78,9 @@ def test_without_a_trigger_they_get_their_events_and_keep_their_deadlines(airflo
 
 def test_a_user_ends_and_clears_a_parked_wait(airflow, inbox, triggers):
     due = datetime.now(timezone.utc) + timedelta(hours=1)
-    run = airflow.run("parked", {"due": due.isoformat(), "key": "nobody's"})
-    for task in TASKS:
-        until(lambda task=task: (row := inbox(run, task)) and row.parked, f"{task} is parked")
+    run = parked(airflow, inbox, {"due": due.isoformat(), "key": "nobody's"})
+    assert (triggers(run), {run.task_state(task) for task in TASKS}) == (0, {"deferred"})
+    until(lambda: triggers() == 0, "Airflow has deleted the triggers")
     run.mark("timer", "success")
     run.mark("event", "failed")
     run.clear("late")

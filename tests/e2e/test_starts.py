@@ -145,10 +145,10 @@ def test_no_more_is_taken_than_there_is_room_for(airflow, folders):
     time.sleep(6)
     assert (len(names(airflow, "started_slowly")), len(base.archived), len(base.waiting)) == (2, 2, 4)
     (base.path / "go").touch()
-    until(lambda: base.archived == files, "the others follow", timeout=180)
+    until(lambda: base.archived == files, "the others follow")
     assert names(airflow, "started_slowly") == files
     states = lambda: {state for _, state in runs(airflow, "started_slowly").values()}  # noqa: E731
-    until(lambda: states() == {"success"}, "they end", timeout=120)
+    until(lambda: states() == {"success"}, "they end")
 
 
 def test_of_two_triggerers_that_die_in_turn_no_event_starts_two_runs(airflow, folders):
@@ -163,7 +163,7 @@ def test_of_two_triggerers_that_die_in_turn_no_event_starts_two_runs(airflow, fo
         dies.kill()
         assert not dies.alive
         airflow.restart(dies.name)
-    until(lambda: base.waiting == [], "all are taken", timeout=180)
+    until(lambda: base.waiting == [], "all are taken")
     until(lambda: names(airflow) == sorted([*before, *files]), "each has one run")
 
 
@@ -207,7 +207,7 @@ def test_of_each_key_one_run_is_active_though_the_triggerer_is_killed(airflow, f
         assert not triggerer.alive
         airflow.restart("triggerer")
     (base.path / "go").touch()
-    until(lambda: base.waiting == [], "the others follow", timeout=180)
+    until(lambda: base.waiting == [], "the others follow")
     found = airflow.api("GET", "/dags/by_key/dagRuns?limit=100&order_by=id")["dag_runs"]
     events = [run["conf"]["event"] for run in found]
     assert [event["name"] for event in events if event["size"] == 1] == ["a", "b", "c"]

@@ -36,7 +36,13 @@ def begun(airflow, new_base):
 
 
 @pytest.mark.parametrize(
-    ("dag", "workers"), [("finish_in_triggerer", 0), ("leased", 0), ("begins_on_worker", 1), ("with_outlet", 0)]
+    ("dag", "workers"),
+    [
+        ("finish_in_triggerer", 0),
+        ("begins_on_worker", 1),
+        pytest.param("leased", 0, marks=pytest.mark.release),
+        pytest.param("with_outlet", 0, marks=pytest.mark.release),
+    ],
 )
 def test_an_event_is_delivered_once_with_as_many_workers_as_are_needed(airflow, base, dag, workers):
     run = airflow.run(dag, base.conf)
@@ -305,7 +311,7 @@ def test_a_listener_that_returns_after_its_wait_was_cleared_delivers_nothing(air
     run.mark("wait", "failed")
 
 
-@pytest.mark.parametrize("mark", ["failed", "success"])
+@pytest.mark.parametrize("mark", ["failed", pytest.param("success", marks=pytest.mark.release)])
 def test_a_wait_that_a_user_ends_leaves_its_file_to_the_next(airflow, base, mark):
     base.drop("a")
     base.arm("polled")

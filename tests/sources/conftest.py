@@ -14,6 +14,8 @@ from of_redis import Redis6, Valkey
 from of_sqs import Sqs, SqsFifo
 
 BROKERS = (Valkey, Redis6, PostgresTable, PostgresJsonb, Nats, RabbitMQ, Quorum, Sqs, SqsFifo, Kafka)
+# Of what is tested of all sources; what is peculiar to one of them is tested of it each time.
+VARIANTS = (Redis6, PostgresJsonb, RabbitMQ, SqsFifo)
 NAMES = "|".join(re.escape(broker.name) for broker in (*BROKERS, KafkaCluster, KafkaOneCoordinator))
 
 
@@ -24,7 +26,7 @@ def together(nodeid):
     Kafka has two, since its own tests take as long as those of all that it shares with the others.
     """
     file, _, test = nodeid.partition("::")
-    if (found := re.search(rf"[-\[]({NAMES})\]$", test)) is None:
+    if (found := re.search(rf"[-\[]({NAMES})[-\]]", test)) is None:
         return nodeid
     return "kafka alone" if found[1] == "kafka" and "/test_kafka" in file else found[1]
 
@@ -55,7 +57,12 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture(scope="session", params=BROKERS, ids=lambda broker: broker.name)
+def _of_all(broker):
+    marks = pytest.mark.release if broker in VARIANTS else ()
+    return pytest.param(broker, marks=marks, id=broker.name)
+
+
+@pytest.fixture(scope="session", params=map(_of_all, BROKERS))
 def server(request):
     broker = request.param.make()
     if broker is None:

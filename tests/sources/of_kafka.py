@@ -146,7 +146,7 @@ class Kafka(Broker):
                 number: consumer.get_watermark_offsets(place, timeout=30)[1] for number, place in places.items()
             }
 
-        found = until(lambda: _answered(ends), "it says how far the topic goes", 60)
+        found = until(lambda: _answered(ends), "it says how far the topic goes")
         consumer.close()
         return found
 
@@ -161,7 +161,7 @@ class Kafka(Broker):
         """Return the group's committed offset of each partition, and its metadata."""
         consumer = self.consumer(group)
         places = [TopicPartition(self.queue, number) for number in self.ends()]
-        found = until(lambda: _answered(lambda: consumer.committed(places, timeout=30)), "it says its offsets", 60)
+        found = until(lambda: _answered(lambda: consumer.committed(places, timeout=30)), "it says its offsets")
         consumer.close()
         return {each.partition: (each.offset, each.metadata) for each in found}
 

@@ -85,7 +85,7 @@ class PostgresTable(Broker):
         if self.server.process.poll() is not None:
             self.server.start()
         gc.collect()  # one that was being made as the loop of a test ended is part of a cycle
-        until(lambda: self.clients() == 0, "those of the test before are gone", 10)
+        until(lambda: self.clients() == 0, "those of the test before are gone")
         self.run(create_table(self.queue, value_type=self.value_type))
         self.run(create_dead_letter_table(self.dead_letter))
 

@@ -31,15 +31,16 @@ def id_of(broker, event):
     return broker.listener().event_id(event)
 
 
-@contextlib.contextmanager
-def another_triggerer(broker, **changes):
-    """Yield what another triggerer polled, which holds it until the end; then it is killed."""
+@contextlib.asynccontextmanager
+async def another_triggerer(broker, **changes):
+    """Yield the process of another triggerer, which is connected and holds what it polls until it is killed."""
     args, kwargs = broker.arguments(**changes)
     listener = [broker.listener.__module__, broker.listener.__qualname__]
     process = subprocess.Popen([sys.executable, ANOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdin.write(json.dumps({"listener": listener, "args": args, "kwargs": kwargs}))
     process.stdin.close()
     try:
+        assert await asyncio.to_thread(process.stdout.readline) == "connected\n"
         yield process
     finally:
         process.kill()
@@ -73,13 +74,12 @@ async def test_an_event_has_an_id_that_is_not_another_ones(broker, waits):
 
 
 async def test_a_triggerer_is_killed_and_what_it_held_is_delivered_again_the_same(broker, waits, short):
-    with another_triggerer(broker, **short) as process:
-        await asyncio.sleep(0.1)
+    async with another_triggerer(broker, **short) as process:
         broker.send({"n": 1})
         event = await asyncio.to_thread(polled, process)
         process.kill()
         assert process.wait() == -9
-    until(lambda: broker.unacknowledged() == 1, "it is unacknowledged", 10)
+    until(lambda: broker.unacknowledged() == 1, "it is unacknowledged")
     again = await soon(waits.poll(**short), 60)
     assert id_of(broker, again) == id_of(broker, event)
     assert serde.encode(again) == serde.encode(event)
@@ -88,8 +88,7 @@ async def test_a_triggerer_is_killed_and_what_it_held_is_delivered_again_the_sam
 
 
 async def test_what_a_killed_triggerer_had_recorded_another_acknowledges(broker, waits, short):
-    with another_triggerer(broker, **short) as process:
-        await asyncio.sleep(0.1)
+    async with another_triggerer(broker, **short) as process:
         broker.send("a")
         event = await asyncio.to_thread(polled, process)
     if broker.acknowledges_anywhere:
@@ -111,7 +110,7 @@ async def test_what_is_held_for_long_is_not_delivered_again(broker, waits, short
     await asyncio.sleep(0.3)
     broker.send("a")
     event = await soon(task)
-    with another_triggerer(broker, **short) as process:
+    async with another_triggerer(broker, **short) as process:
         other = asyncio.create_task(asyncio.to_thread(polled, process))
         await nothing(other, 4 * LEASE)
         await waits.commit(event)
@@ -141,7 +140,7 @@ async def test_what_is_given_back_goes_to_another_triggerer(broker, waits):
     await asyncio.sleep(0.3)
     broker.send("a")
     event = await soon(task)
-    with another_triggerer(broker) as process:
+    async with another_triggerer(broker) as process:
         other = asyncio.create_task(asyncio.to_thread(polled, process))
         await nothing(other, 2)
         await waits.release(event)
@@ -308,7 +307,7 @@ async def test_what_cannot_be_read_goes_to_the_dead_letters_by_choice(broker, wa
     assert event["value"] == "good"
     await waits.commit(event)
     assert broker.unacknowledged() == 0
-    until(lambda: len(broker.dead_letters()) == 3, "all are there", 15)
+    until(lambda: len(broker.dead_letters()) == 3, "all are there")
     assert set(broker.dead_letters()) == {BAD, UNSTORABLE, TOO_LARGE}
 
 

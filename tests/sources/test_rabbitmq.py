@@ -236,7 +236,7 @@ async def test_messages_without_an_id_are_dead_letters_by_choice(broker, waits):
     event = await soon(waits.poll(on_undecodable="dead_letter"))
     assert event["value"] == "good"
     await waits.commit(event)
-    until(lambda: broker.dead_letters() == [b'"ping"'], "it is there", 15)
+    until(lambda: broker.dead_letters() == [b'"ping"'], "it is there")
 
 
 async def test_messages_without_an_id_are_taken_at_least_once_by_choice(broker, waits):
@@ -430,7 +430,7 @@ async def test_a_message_without_a_decodable_body_counts_up_to_the_limit_of_a_qu
         with pytest.raises(EventUndecodable):
             await soon(waits.poll(number))
         await asyncio.sleep(3)  # the hub gives it back
-    until(lambda: broker.dead_letters() == [b"{"], "it is there", 15)
+    until(lambda: broker.dead_letters() == [b"{"], "it is there")
 
 
 async def test_another_consumer_is_an_exclusive_one(broker, waits, caplog):
@@ -583,7 +583,7 @@ async def test_a_user_who_may_do_just_what_is_needed(broker, waits, user):
     broker.send(2)
     await waits.commit(await soon(last), 1)
     assert broker.unacknowledged() == 0
-    until(lambda: broker.dead_letters() == [b"{"], "it is there", 15)
+    until(lambda: broker.dead_letters() == [b"{"], "it is there")
 
 
 async def test_a_login_that_is_refused(broker, waits, monkeypatch):
@@ -754,6 +754,7 @@ async def test_tls_with_a_certificate_of_the_client(tmp_path, monkeypatch):
             for refused in ("stranger", "doubtful"):
                 with pytest.raises(ConnectionError, match=f"'{refused}' could not be reached"):
                     await rabbitmq.RabbitMQListener().poll_for_event("orders", rabbitmq_conn_id=refused)
+            monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "30")
             event = await rabbitmq.RabbitMQListener().poll_for_event("orders", rabbitmq_conn_id="tls")
             assert event["value"] == 1
             await rabbitmq.RabbitMQListener().event_checkpointed(event)

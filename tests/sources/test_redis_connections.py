@@ -86,7 +86,7 @@ async def test_sentinels_lead_to_the_server_that_is_promoted(valkey, connect):
     replica = servers.valkey("--replicaof", f"127.0.0.1 {valkey.port}")
     with replica, servers.sentinel("main", valkey) as sentinel:
         with Redis(port=sentinel.port) as asked:
-            until(lambda: len(asked.sentinel_slaves("main")) == 1, "the Sentinel knows the replica", 30)
+            until(lambda: len(asked.sentinel_slaves("main")) == 1, "the Sentinel knows the replica")
         connect(host=f"127.0.0.1:1,127.0.0.1:{sentinel.port}", extra={"sentinel_master": "main", "db": 2})
         with Redis(port=valkey.port, db=2) as client:
             client.xadd("orders", {"v": "1"})
@@ -98,7 +98,7 @@ async def test_sentinels_lead_to_the_server_that_is_promoted(valkey, connect):
         valkey.kill()
         again = Retry(NoBackoff(), 3)  # who is promoted ends the connections that it had as a replica
         with Redis(port=replica.port, db=2, retry=again, retry_on_error=[ConnectionError]) as client:
-            until(lambda: client.role()[0] == b"master", "the replica is promoted", 30)
+            until(lambda: client.role()[0] == b"master", "the replica is promoted")
             client.xadd("orders", {"v": "2"})
             late = await soon(task, 20)
             assert (event["value"], late["value"]) == (1, 2)
@@ -184,7 +184,7 @@ async def test_a_node_of_a_cluster_that_comes_back(cluster, connect):
     await asyncio.sleep(3)
     node.start()
     with Redis(port=node.port) as client:
-        until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster is whole", 30)
+        until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster is whole")
         client.xadd(stream, {"v": "1"})
     assert (await soon(task, 20))["value"] == 1
 

@@ -177,7 +177,7 @@ async def test_a_wait_that_is_cancelled_leaves_nothing_hidden(broker, waits):
     [result] = await asyncio.gather(task, return_exceptions=True)
     if not isinstance(result, BaseException):
         await waits.release(result)
-    await asyncio.to_thread(until, lambda: broker.counts() == (1, 0), "it is visible", 15)
+    await asyncio.to_thread(until, lambda: broker.counts() == (1, 0), "it is visible")
 
 
 async def test_a_receive_whose_waits_have_gone_gives_back_what_it_brings(broker, waits):
@@ -187,7 +187,7 @@ async def test_a_receive_whose_waits_have_gone_gives_back_what_it_brings(broker,
     await asyncio.sleep(0)
     await asyncio.to_thread(broker.send, 1)
     await asyncio.gather(task, return_exceptions=True)
-    await asyncio.to_thread(until, lambda: broker.counts() == (1, 0), "it is visible", 15)
+    await asyncio.to_thread(until, lambda: broker.counts() == (1, 0), "it is visible")
     assert (await soon(waits.poll(1)))["value"] == 1
 
 
@@ -221,7 +221,7 @@ async def test_keeping_a_message_does_not_count_for_the_redrive_policy(broker, w
     await asyncio.sleep(4)
     await waits.release(event)
     # A request that keeps it may have been under way, and reach the server after that which gives it back.
-    await asyncio.to_thread(until, lambda: broker.counts() == (1, 0), "it is visible", 15)
+    await asyncio.to_thread(until, lambda: broker.counts() == (1, 0), "it is visible")
     [message] = broker.messages(broker.queue)
     assert message["Attributes"]["ApproximateReceiveCount"] == "2"
     assert "maxReceiveCount" not in caplog.text
@@ -231,7 +231,7 @@ async def test_a_dead_letter_has_what_the_message_had(broker, waits):
     sent = {f"a{number}": {"DataType": "Number", "StringValue": str(number)} for number in range(10)}
     broker.client.send_message(QueueUrl=broker.url, MessageBody="{no json", MessageAttributes=sent)
     task = waits.poll(on_undecodable="dead_letter", dead_letter=broker.dead_letter)
-    await asyncio.to_thread(until, lambda: broker.dead_letters() == [b"{no json"], "it is there", 15)
+    await asyncio.to_thread(until, lambda: broker.dead_letters() == [b"{no json"], "it is there")
     [message] = broker.messages(broker.dead_letter)
     assert len(message["MessageAttributes"]) == 10
     assert message["MessageAttributes"]["a7"] == {"DataType": "Number", "StringValue": "7"}
@@ -244,7 +244,7 @@ async def test_a_dead_letter_that_is_too_long_for_its_reason(broker, waits):
     broker.client.send_message(QueueUrl=broker.url, MessageBody=body)
     task = waits.poll(on_undecodable="dead_letter", dead_letter=broker.dead_letter)
     dead = broker.url_of(broker.dead_letter)
-    await asyncio.to_thread(until, lambda: broker.counts(dead) == (1, 0), "it is there", 15)
+    await asyncio.to_thread(until, lambda: broker.counts(dead) == (1, 0), "it is there")
     await nothing(task)
     assert broker.counts() == (0, 0)
 
