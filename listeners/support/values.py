@@ -17,6 +17,7 @@ import jmespath
 from airflow_events import settings
 from airflow_events.errors import EventNotSerializable, EventUndecodable
 from airflow_events.listeners.support import serde
+from jmespath.functions import Functions
 
 Format = Literal["json", "text", "bytes"]
 OnUndecodable = Literal["fail", "skip", "dead_letter"]
@@ -145,12 +146,14 @@ def expression(name: str, text: str) -> Callable[[Any], Any]:
     Return what finds something in a value, by a JMESPath expression: null where it has a function that fails.
 
     :param name: what the user calls it.
-    :raises ValueError: it is no expression.
+    :raises ValueError: it is no expression, or calls a function that JMESPath has not, or not so.
     """
     try:
-        search = jmespath.compile(text).search
+        compiled = jmespath.compile(text)
+        _check_functions(compiled.parsed)
     except jmespath.exceptions.JMESPathError as error:
         raise ValueError(f"{name} is no JMESPath expression: {error}") from error
+    search = compiled.search
 
     def find(value: Any) -> Any:
         try:
@@ -159,6 +162,21 @@ def expression(name: str, text: str) -> Callable[[Any], Any]:
             return None
 
     return find
+
+
+def _check_functions(expression: Any) -> None:
+    """
+    Check that the functions of a parsed expression are there, and take so many arguments.
+
+    Else it would find nothing in any value, and its wait never end.
+    """
+    parts = [expression]
+    while parts:
+        part = parts.pop()
+        parts += [child for child in part["children"] if isinstance(child, dict)]  # and no number of a slice
+        if part["type"] == "function_expression":
+            with contextlib.suppress(jmespath.exceptions.JMESPathTypeError):  # which null may be of
+                Functions().call_function(part["value"], [None] * len(part["children"]))
 
 
 class Match:

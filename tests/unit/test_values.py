@@ -108,6 +108,20 @@ def test_matches_that_are_none(wanted, error):
         Match(wanted)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("contain(name, 'x')", r"Unknown function: contain\(\)"),
+        ("items[?start_with(name, 'x')] | [::2]", r"Unknown function: start_with\(\)"),
+        ("state == 'paid' && {n: foo(a)}.n", r"Unknown function: foo\(\)"),
+        ("starts_with(name)", r"Expected 2 arguments for function starts_with\(\), received 1"),
+    ],
+)
+def test_a_function_that_jmespath_has_not_is_refused_and_not_waited_for(wanted, message):
+    with pytest.raises(ValueError, match="match is no JMESPath expression: " + message):
+        Match(wanted)
+
+
 def test_a_look_up_does_not_grow_with_the_waits():
     """As a ratio in one run: 100 times the waits, and about the same time."""
 
