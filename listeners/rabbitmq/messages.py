@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import zlib
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ _PROPERTIES = (
 # Headers of the broker's that are not the same at each delivery.
 _OF_A_DELIVERY = ("x-delivery-count", "x-acquired-count", "x-stream-offset")
 _COMPRESSED = ("gzip", "x-gzip", "deflate")
+_GZIP = b"\x1f\x8b"  # what it begins with
 # Of zlib: of either format, whose header says which.
 _EITHER = 32 + zlib.MAX_WBITS
 # Bytes that a compressed body may have when it is unpacked.
@@ -105,12 +108,17 @@ def value_of(message: DeliveredMessage, values: Format, where: str) -> Any:
     if encoding in _COMPRESSED:
         try:
             body = _unpacked(body)
-        except (ValueError, zlib.error) as error:
+        except (ValueError, EOFError, OSError, zlib.error) as error:
             raise EventUndecodable(where, encoding, str(error), body[:200]) from error
     return decode(body, values, where)
 
 
 def _unpacked(body: bytes) -> bytes:
+    if body.startswith(_GZIP):  # of which several may stand one after another
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(_LARGEST + 1)
+        if len(unpacked) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        return unpacked
     unpacking = zlib.decompressobj(_EITHER)
     unpacked = unpacking.decompress(body, _LARGEST)
     if not unpacking.eof:

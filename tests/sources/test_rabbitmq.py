@@ -195,7 +195,13 @@ async def test_what_can_be_read_is_left_as_it_is():
     assert found.properties == header.properties
 
 
-@pytest.mark.parametrize(("pack", "encoding"), [(gzip.compress, "gzip"), (zlib.compress, "deflate")])
+def in_parts(body):
+    return gzip.compress(body[:4]) + gzip.compress(body[4:])
+
+
+@pytest.mark.parametrize(
+    ("pack", "encoding"), [(gzip.compress, "gzip"), (in_parts, "gzip"), (zlib.compress, "deflate")]
+)
 async def test_a_compressed_body_is_unpacked(broker, waits, pack, encoding):
     broker.publish(pack(b'{"n": 1}'), broker.queue, content_encoding=encoding, message_id="m")
     assert (await soon(waits.poll()))["value"] == {"n": 1}
