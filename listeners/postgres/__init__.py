@@ -138,7 +138,8 @@ class PostgresListener(QueueListener):
         :param match: which rows this wait takes: what fields of the value must be, as text, numbers or booleans; a
             dot leads into a nested one, and a number is equal to its text as PostgreSQL writes it. Other rows are
             left to others. The value has to be of type jsonb. None takes each row.
-        :param channel: where ``NOTIFY`` says that there are new rows. None listens nowhere.
+        :param channel: where ``NOTIFY`` says that there are new rows: on ``airflow_events`` with the table's name,
+            or nothing, on another with whatever payload. None listens nowhere.
         :param poll_interval: seconds between two looks at the table if nothing is notified.
         :param require_persistence: refuse an unlogged table.
         :param postgres_conn_id: an Airflow connection of type ``postgres``, as the Postgres provider has it: the

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any, ClassVar, NamedTuple
 
 from airflow_events.errors import SourceMisconfigured, SourceMissing
+from airflow_events.listeners.postgres import CHANNEL
 from airflow_events.listeners.postgres.client import (
     LONGEST_PAUSE,
     LOST,
@@ -126,7 +127,8 @@ class TableHub(LookingHub):
     async def serve(self) -> None:
         assert self._connection is not None and self._origin is not None
         async for notification in self._connection.notifies(timeout=0):
-            if notification.payload in ("", self._origin.table):
+            # On a channel of their own users say what they like; on ours, which table has rows.
+            if self._looks.channel != CHANNEL or notification.payload in ("", self._origin.table):
                 self._next_look = 0.0
         left = self._next_look - time.monotonic()
         if left <= 0:

@@ -515,6 +515,15 @@ async def test_notifications_of_another_table_are_not_looked_after(broker, waits
     assert log.read_text().count("<> ALL") == before + 1
 
 
+async def test_on_a_channel_of_ones_own_the_payload_may_be_anything(broker, waits):
+    task = waits.poll(poll_interval=600, channel="rows")
+    await nothing(task)
+    broker.run(f"ALTER TABLE {broker.queue} DISABLE TRIGGER ALL")
+    broker.send("a")
+    broker.run("SELECT pg_notify('rows', '{\"id\": 1}')")
+    assert (await soon(task, 3))["value"] == "a"
+
+
 # Tables of other forms.
 
 
