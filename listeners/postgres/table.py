@@ -90,11 +90,11 @@ ORDER BY {{order}} LIMIT %(wanted)s;
 MATCHING = f"""
 SELECT id, created_at, value, which FROM (
     SELECT
-        {{id}} AS id, {{timestamp}} AS created_at, {{read}} AS value, wanted.airflow_events_which AS which,
-        wanted.airflow_events_most AS most,
-        row_number() OVER (PARTITION BY wanted.airflow_events_which ORDER BY {{order}}) AS nth
+        {{id}} AS id, {{timestamp}} AS created_at, {{read}} AS value, airflow_events_which AS which,
+        airflow_events_most AS most,
+        row_number() OVER (PARTITION BY airflow_events_which ORDER BY {{order}}) AS nth
     FROM {{table}} JOIN unnest({{texts}}, {{most}}::int[]) WITH ORDINALITY
-        AS wanted({{names}}, airflow_events_most, airflow_events_which) ON {{equal}}
+        AS airflow_events_wanted({{names}}, airflow_events_most, airflow_events_which) ON {{equal}}
     WHERE {_OPEN}
 ) AS found WHERE nth <= most ORDER BY nth, which LIMIT {{limit}};
 """

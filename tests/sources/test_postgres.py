@@ -676,6 +676,14 @@ async def test_a_wait_takes_the_rows_that_match_and_leaves_the_others(broker, wa
     assert [(await soon(waits.poll(20 + number)))["value"] for number in range(4)] == values[3:7]
 
 
+async def test_a_table_may_be_called_as_anything_in_our_statements(broker, waits):
+    broker.queue = "wanted"
+    broker.run("DROP TABLE IF EXISTS wanted")
+    broker.run(create_table("wanted"))
+    broker.run("INSERT INTO wanted (value) VALUES ('{\"n\": 1}')")
+    assert (await soon(waits.poll(match={"n": 1})))["value"] == {"n": 1}
+
+
 async def test_a_thousand_waits_want_a_row_each_over_one_connection(broker, waits):
     tasks = {number: waits.poll(number, match={"order": number, "kind": "paid"}) for number in range(1000)}
     any_row = waits.poll(1000, match={"other": "x"})
