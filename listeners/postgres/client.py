@@ -71,7 +71,8 @@ _HOOK |= {"redshift-serverless", "sqlalchemy_query", "sqlalchemy_scheme", "workg
 _FILES = ("sslcert", "sslkey", "sslrootcert", "sslcrl")
 # What libpq says of a value that it cannot use, before it has asked any server.
 _UNUSABLE = re.compile(
-    r"connection is bad: (.*: )?(invalid \w+ value|weak sslmode|definition of service)|could not match"
+    r"connection is bad: (.*: )?(invalid \"?\w+\"? value|weak sslmode|definition of service|could not parse)"
+    r"|could not match"
 )
 
 

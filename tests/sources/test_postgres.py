@@ -1014,6 +1014,10 @@ async def test_extras(broker, waits, connect):
     assert broker.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'mine'") == [(1,)]
     broker.run("INSERT INTO elsewhere.found (value) VALUES ('1')")
     await soon(task, 2)  # by a notification, which has the schema's name
+    for number, unusable in enumerate(({"ssl_min_protocol_version": "TLSv9"}, {"hostaddr": "no address"}), 2):
+        connect(extra=unusable)
+        with pytest.raises(SourceMisconfigured, match="'source' cannot be used: connection is bad"):
+            await soon(waits.poll(number, poll_interval=4 + number))
     connect(extra={"ssl_mode": "verify-full"})
     with pytest.raises(SourceMisconfigured, match=r"'source' has an extra 'ssl_mode', .*did you mean 'sslmode'"):
         await soon(waits.poll(1, poll_interval=5))  # over a connection of its own
