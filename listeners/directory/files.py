@@ -119,9 +119,17 @@ class Drops:
 
     @classmethod
     def of(cls, directory: str, archive: str | None = None, *, delete: bool = False) -> Drops:
-        """Return the directory that a user names, below ``[events] directory_root``."""
+        """
+        Return the directory that a user names, below ``[events] directory_root``.
+
+        :raises ValueError: it is empty, as a template without a value is: that is not the root itself.
+        """
+        if not isinstance(directory, str | os.PathLike) or not str(directory).strip():
+            raise ValueError(f"directory is the name of a directory, not {directory!r}")
         root = Path(os.path.abspath(Path(settings.directory_root(), os.path.expanduser(directory))))
-        return cls(root, None if delete else root / archive if archive else root / OURS / "archive")
+        return cls(
+            root, None if delete else root / os.path.expanduser(archive) if archive else root / OURS / "archive"
+        )
 
     def check(self) -> None:
         """

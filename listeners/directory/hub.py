@@ -63,8 +63,12 @@ class Wanted:
 
     @classmethod
     def of(cls, pattern: str, settle: float | timedelta, done_marker: str | None) -> Wanted:
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(f"pattern is one shell pattern for the names of files, not {pattern!r}")
+        if done_marker is not None and not isinstance(done_marker, str):
+            raise ValueError(f"done_marker is a file name with {{name}} in it, not {done_marker!r}")
         seconds = settle.total_seconds() if isinstance(settle, timedelta) else float(settle)
-        if seconds < 0:
+        if not seconds >= 0:
             raise ValueError(f"settle is a number of seconds of at least 0, not {settle!r}")
         if done_marker is not None and (
             "{name}" not in done_marker or "/" in done_marker or done_marker == "{name}"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import math
 import multiprocessing
 import os
 import shutil
@@ -291,6 +292,12 @@ async def test_an_archive_of_ones_own(drops):
     assert Path(event["path"]).exists()
 
 
+def test_an_archive_may_be_below_a_home(drops, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/etl")
+    assert files.Drops.of(str(drops), "~/done").archive == Path("/home/etl/done")
+    assert files.Drops.of("~/drops").root == Path("/home/etl/drops")
+
+
 async def test_a_released_file_goes_to_the_next(drops):
     (drops / "a").write_text("x")
     first = await soon(poll(drops))
@@ -454,7 +461,12 @@ def test_a_directory_that_may_not_be_written_to_is_named(archive, message):
     [
         ({"settle": -1}, "settle is a number of seconds"),
         ({"done_marker": "done"}, "a file name with {name} in it, not 'done'"),
+        ({"settle": math.nan}, "settle is a number of seconds"),
+        ({"done_marker": 5}, "a file name with {name} in it, not 5"),
         ({"pattern": "a/*"}, "names in the directory itself, not 'a/\\*'"),
+        ({"pattern": ["*.csv", "*.txt"]}, r"pattern is one shell pattern for the names of files, not \['"),
+        ({"pattern": None}, "pattern is one shell pattern for the names of files, not None"),
+        ({"pattern": ""}, "pattern is one shell pattern for the names of files, not ''"),
         ({"on_commit": "burn"}, "'archive' or 'delete', not 'burn'"),
         ({"archive": "/proc"}, "on another file system"),
         ({"archive": "/etc/hostname"}, "where committed files are moved, cannot be made: File exists"),
@@ -464,6 +476,16 @@ def test_a_directory_that_may_not_be_written_to_is_named(archive, message):
 async def test_arguments_that_will_not_do_are_named(drops, kwargs, message):
     with pytest.raises((ValueError, PermissionError), match=message):
         await soon(poll(drops, **kwargs))
+
+
+@pytest.mark.parametrize("directory", ["", " ", None])
+@pytest.mark.parametrize("listener", [DirectoryListener, DirectoryWatchListener])
+async def test_a_directory_without_a_name_is_not_the_root_of_them_all(drops, monkeypatch, listener, directory):
+    """Airflow's own files are in it by default."""
+    monkeypatch.setenv("AIRFLOW__EVENTS__DIRECTORY_ROOT", str(drops))
+    (drops / "airflow.db").write_text("tables")
+    with pytest.raises(ValueError, match="directory is the name of a directory, not"):
+        await soon(asyncio.ensure_future(listener().poll_for_event(directory, settle=0)))
 
 
 async def test_a_file_that_is_sent_once_more_is_another(drops):

@@ -457,6 +457,7 @@ def test_the_tasks_own_execution_timeout_is_another_error(dag):
     [
         (DirectoryListener, {"pattern": "**/*.csv"}, "pattern is for names in the directory itself"),
         (DirectoryWatchListener, {"pattern": "**/*.csv"}, "pattern is for names in the directory itself"),
+        (DirectoryListener, {"pattern": ["*.csv", "*.txt"]}, "pattern is one shell pattern"),
         (DirectoryListener, {"done_marker": "done"}, "done_marker is a file name with {name} in it"),
         (DirectoryListener, {"settle": -1}, "settle is a number of seconds of at least 0"),
         (DirectoryListener, {"on_commit": "move"}, "on_commit is one of 'archive', 'delete', not 'move'"),
