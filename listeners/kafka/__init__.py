@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
-from airflow_events.listeners.support.values import OnUndecodable, check_choices
+from airflow_events.listeners.support.values import OnUndecodable, check_choices, check_names
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
@@ -100,6 +100,8 @@ class KafkaListener(FinalIdListener):
         topics = (topic,) if isinstance(topic, str) else tuple(sorted(set(topic)))
         if not topics:
             raise ValueError("topic is the name of a topic, or several of them")
+        for name in topics:
+            check_names(topic=name, group=group)
         if dead_letter in topics:
             raise ValueError(f"dead_letter is another topic than those that are read, not {dead_letter!r}")
         source = Source(kafka_config_id, topics, group)
@@ -179,6 +181,7 @@ class KafkaWatchListener(LogWatchListener):
 
         check_choices("json", on_undecodable)
         _check_one(topic)
+        check_names(topic=topic)
         formats = Formats(values, keys, registry_conn_id)
         source = Source(kafka_config_id, (topic,))
         key = ("kafka watch", source, formats)

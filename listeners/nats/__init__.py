@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
-from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names, seconds
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
@@ -96,6 +96,7 @@ class NatsListener(QueueListener):
         from airflow_events.listeners.nats.messages import Source, event_of
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
+        check_names(durable=durable, **({} if subject is None else {"subject": subject}))
         if deliver_policy not in ("all", "new"):
             raise ValueError(f"deliver_policy is 'all' or 'new', not {deliver_policy!r}")
         if dead_letter is not None and not re.fullmatch(r"[^\s.*>]+(\.[^\s.*>]+)*", dead_letter):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
-from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
@@ -93,6 +93,7 @@ class RabbitMQListener(QueueListener):
 
         buries = on_undecodable == "dead_letter"
         check_choices(values, on_undecodable, dead_letter=buries)
+        check_names(queue=queue)
         if without_id not in WITHOUT_ID:
             raise ValueError(f"without_id is {' or '.join(map(repr, WITHOUT_ID))}, not {without_id!r}")
         takes_all = without_id == "at_least_once"
@@ -163,6 +164,7 @@ class RabbitMQWatchListener(LogWatchListener):
         from airflow_events.listeners.rabbitmq.watch import StreamHub
 
         check_choices(values, on_undecodable)
+        check_names(stream=stream)
         source = Source(rabbitmq_conn_id, stream)
         key = ("rabbitmq watch", source, values)
         return await first_match(key, lambda: StreamHub(source, values), match, since, on_undecodable)

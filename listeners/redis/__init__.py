@@ -7,6 +7,7 @@ of an Airflow connection.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
-from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, seconds
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names, seconds
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import first_match
 
@@ -91,6 +92,9 @@ class RedisListener(QueueListener):
         from airflow_events.listeners.redis.consume import Entry, GroupHub, bury
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
+        check_names(stream=stream, group=group)
+        if not re.fullmatch(r"\$|\d+(-\d+)?", str(start)):
+            raise ValueError(f"start is '0', '$' or the id of an entry, not {start!r}")
         if dead_letter == stream:
             raise ValueError(f"dead_letter is another stream than the one that is read, not {dead_letter!r}")
         source = Source(redis_conn_id, stream, group)
@@ -159,6 +163,7 @@ class RedisWatchListener(LogWatchListener):
         from airflow_events.listeners.redis.watch import StreamHub
 
         check_choices(values, on_undecodable)
+        check_names(stream=stream)
         source = Source(redis_conn_id, stream)
         key = ("redis watch", source, field, values)
         return await first_match(key, lambda: StreamHub(source, field, values), match, since, on_undecodable)

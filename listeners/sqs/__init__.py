@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from airflow_events.errors import EventUndecodable
 from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
-from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices
+from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names
 
 needs("an SQS listener", "sqs", "aiobotocore", "airflow.providers.amazon")
 
@@ -99,6 +99,7 @@ class SqsListener(FinalIdListener):
         from airflow_events.listeners.sqs.messages import Message, NoEvent, event_of
 
         check_choices(values, on_undecodable, dead_letter=dead_letter)
+        check_names(queue=queue)
         if unwrap not in (None, "sns"):
             raise ValueError(f"unwrap is 'sns' or None, not {unwrap!r}")
         source = Source(aws_conn_id, region_name or region_of(queue), queue)

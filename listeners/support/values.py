@@ -141,6 +141,18 @@ def check_choices(
         )
 
 
+def check_names(**names: Any) -> None:
+    """
+    Check what a user calls something at a source; a template without a value would name what nobody means.
+
+    :param names: by the user's words for what they are of.
+    :raises ValueError: one is empty, or no text.
+    """
+    for what, name in names.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{what} is a name, not {name!r}")
+
+
 def expression(name: str, text: str) -> Callable[[Any], Any]:
     """
     Return what finds something in a value, by a JMESPath expression: null where it has a function that fails.
