@@ -103,6 +103,10 @@ def parsed(text: str) -> float | datetime | timedelta:
     except ValueError as error:
         raise ValueError(f"{text!r} is neither ISO 8601 nor seconds since the epoch: {error}") from error
     if isinstance(parsed, pendulum.Duration) and not isinstance(parsed, pendulum.Interval):
+        if parsed.years or parsed.months:
+            raise ValueError(
+                f"{text!r} has years or months, which are not always as long; say it in weeks or days"
+            )
         return timedelta(seconds=parsed.total_seconds())
     if isinstance(parsed, datetime):
         return parsed

@@ -29,6 +29,7 @@ WAIT = Wait("dag", "run", "task", run_start=START, timezone="Europe/Berlin")
         ("2026-01-01", datetime(2025, 12, 31, 23)),
         (timedelta(minutes=5), datetime(2026, 5, 1, 8, 5)),
         ("PT15M", datetime(2026, 5, 1, 8, 15)),
+        ("P1W", datetime(2026, 5, 8, 8)),
         (timedelta(minutes=-5), datetime(2026, 5, 1, 7, 55)),
     ],
 )
@@ -45,6 +46,8 @@ def test_what_a_moment_means(moment, expected):
         ("tomorrow", ValueError, "'tomorrow' is neither ISO 8601"),
         ("08:00", ValueError, "needs a moment or a duration"),
         ("now", ValueError, "'now' is neither ISO 8601"),
+        ("P1M", ValueError, "'P1M' has years or months, which are not always as long"),
+        ("P1Y2D", ValueError, "'P1Y2D' has years or months"),
         ("2026-03-29/2026-03-30", ValueError, "is a interval, and a timer needs a moment"),
         (1e15, ValueError, "out of range"),
         (timedelta.max, ValueError, "after the start of the run is out of range"),
