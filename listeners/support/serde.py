@@ -10,7 +10,9 @@ from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from enum import Enum
 from pathlib import PurePath
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
+import pendulum
 from airflow.sdk.serde import deserialize, serialize
 from airflow_events.errors import EventNotSerializable
 from airflow_events.listeners.support.timestamps import in_zone
@@ -19,6 +21,9 @@ from airflow_events.listeners.support.timestamps import in_zone
 RESERVED = frozenset({"__classname__", "__id__", "__type", "__var"})
 
 _KNOWN = frozenset({"builtins", "datetime", "decimal", "uuid", "pendulum", "airflow", "zoneinfo"})
+
+# Time zones that Airflow stores whatever they say; of others it needs a name.
+_ZONES = (pendulum.Timezone, pendulum.FixedTimezone, ZoneInfo)
 
 _LONGEST_XCOM_KEY = 512  # characters
 # Bytes up to which every inbox takes an event, and that a request to it has besides the event.
@@ -160,7 +165,7 @@ def _refused(leaf: Any) -> str | None:
         is_small = -(2.0**63) <= leaf < 2.0**64
         return None if is_small else f"PostgreSQL makes an integer of more than 64 bits of {leaf!r}"
     if kind is datetime:  # keeps its type; whether it comes back equal is seen of the whole value
-        return None
+        return None if _has_known_zone(leaf) else f"Airflow does not store the time zone of {leaf!r}; take UTC"
     try:
         returned = decode(encode(leaf))
     except Exception as error:
@@ -169,6 +174,16 @@ def _refused(leaf: Any) -> str | None:
     if type(returned) is not kind:
         return f"a {_name(leaf)} would come back as a {_name(returned)}"
     return None
+
+
+def _has_known_zone(moment: datetime) -> bool:
+    """Whether Airflow stores a datetime's time zone, if it has one."""
+    if moment.tzinfo in (None, timezone.utc) or isinstance(moment.tzinfo, _ZONES):
+        return True
+    try:
+        return bool(decode(encode(moment)) == moment)
+    except Exception:
+        return False
 
 
 def _is_unicode(text: str) -> bool:
@@ -198,8 +213,9 @@ def simple(value: Any) -> Any:
     """
     Return an argument with what stands for something simpler as that.
 
-    A path is its text, a member of an Enum its value, a duration of pendulum's a timedelta, and the outputs of a
-    mapped task, which Airflow reads one by one, a list.
+    A path is its text, a member of an Enum its value, a duration of pendulum's a timedelta, a moment in a time
+    zone that Airflow does not store, such as +02:00, the same in UTC, and the outputs of a mapped task, which
+    Airflow reads one by one, a list.
     """
     kind = type(value)
     if kind is dict:
@@ -212,6 +228,8 @@ def simple(value: Any) -> Any:
         return simple(value.value)
     if isinstance(value, timedelta) and kind is not timedelta:
         return timedelta(seconds=value.total_seconds())
+    if isinstance(value, datetime) and not _has_known_zone(value):
+        return value.astimezone(timezone.utc)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, range, list, tuple)):
         return [simple(item) for item in value]
     return value

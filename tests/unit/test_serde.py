@@ -8,7 +8,7 @@ import pendulum
 import pytest
 from airflow.sdk.api.datamodels._generated import XComResponse
 from airflow_events.errors import EventNotSerializable, UnknownOutcome
-from airflow_events.listeners.support.serde import DEEPEST, arguments_digest, check, decode, encode
+from airflow_events.listeners.support.serde import DEEPEST, arguments_digest, check, decode, encode, simple
 from airflow_events.triggers import outcome
 
 
@@ -77,6 +77,24 @@ def nested(levels, *, inner=1, kind=list):
     for _ in range(levels):
         inner = {"a": inner} if kind is dict else kind([inner])
     return inner
+
+
+@pytest.mark.parametrize("text", ["2030-01-31T08:00+02:00", "2030-01-31T08:00-05:30"])
+def test_a_moment_with_an_offset_is_an_argument_in_utc(text):
+    moment = datetime.fromisoformat(text)
+    with pytest.raises(EventNotSerializable, match=r"event\['at'\] .*the time zone of .*; take UTC"):
+        check({"at": moment})
+    [plain] = simple([moment])
+    assert plain == moment
+    assert plain.tzinfo is timezone.utc
+    assert check(plain) == moment
+
+
+@pytest.mark.parametrize(
+    "moment", [value for value in GOOD if isinstance(value, datetime)] + [datetime(2030, 1, 1)]
+)
+def test_a_moment_that_airflow_stores_is_an_argument_as_it_is(moment):
+    assert simple(moment) is moment
 
 
 @pytest.mark.parametrize("kind", [list, dict])
