@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 from typing import TypeVar
 
 from airflow.sdk.configuration import conf
 from airflow_events.provider_info import OPTIONS, SECTION
 
+log = logging.getLogger(__name__)
+
 _T = TypeVar("_T", bool, int, float, str)
+_KINDS: dict[str, type] = {"boolean": bool, "integer": int, "float": float, "string": str}
+_FOR_EVER = 1e9  # seconds, some thirty years: a database knows the moments that are so far away
+
+
+def check(option: str) -> None:
+    """
+    Check that a value has been given that can be used.
+
+    :raises Exception: it has not; the message names the option.
+    """
+    _read(option, _KINDS[OPTIONS[option]["type"]])
 
 
 def _get(option: str, kind: type[_T]) -> _T:
+    try:
+        return _read(option, kind)
+    except ValueError as wrong:  # neither a wait nor the API server is to end of it
+        _tell(f"{wrong}; its default {OPTIONS[option]['default']} is used")
+        return kind(OPTIONS[option]["default"])
+
+
+def _read(option: str, kind: type[_T]) -> _T:
     default = OPTIONS[option]["default"]
     if kind is bool:
         return kind(conf.getboolean(SECTION, option, fallback=default == "True"))
-    return kind(conf.get(SECTION, option, fallback=default) or default or kind())
+    # What a command prints (`_cmd`), or a file has, ends with a line.
+    value = str(conf.get(SECTION, option, fallback=default) or default).strip()
+    if kind is str:
+        return kind(value)
+    number = -1.0
+    with contextlib.suppress(ValueError):
+        number = int(value or default) if kind is int else float(value or default)
+    if not number >= 0:
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"[{SECTION}] {option} is {value!r}, and has to be a {what}, 0 or more")
+    return kind(number if kind is int else min(number, _FOR_EVER))
+
+
+@functools.cache
+def _tell(wrong: str) -> None:
+    """Say it once in each process."""
+    log.error("%s", wrong)
 
 
 def pickled_listeners() -> bool:

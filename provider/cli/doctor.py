@@ -14,7 +14,7 @@ from airflow.utils.providers_configuration_loader import providers_configuration
 from airflow.utils.session import create_session
 from airflow_events import inbox_token, settings
 from airflow_events.errors import InboxKeyMissing
-from airflow_events.provider_info import SECTION, VERSION
+from airflow_events.provider_info import OPTIONS, SECTION, VERSION
 from airflow_events.triggers.inbox_http import detail, tls
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -57,10 +57,20 @@ def doctor(args: argparse.Namespace) -> None:
 
 def examine() -> Iterator[Finding]:
     """Look at everything that a triggerer needs in order to ask the inbox."""
+    yield from options()
     yield key()
     yield signed_urls()
     yield tables()
     yield from server()
+
+
+def options() -> Iterator[Finding]:
+    """Look for settings that cannot be used."""
+    for option in OPTIONS:
+        try:
+            settings.check(option)
+        except Exception as error:  # of Airflow's configuration, too
+            yield Finding("settings", str(error), "correct it in the section [events], or in the environment")
 
 
 def key() -> Finding:

@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import airflow
 import airflow_events
 import jsonschema
+import pytest
 from airflow_events import settings
 from airflow_events.provider_info import OPTIONS, get_provider_info
 
@@ -50,6 +52,40 @@ def test_every_option_can_be_read_and_is_documented(monkeypatch):
         )
     monkeypatch.setenv("AIRFLOW__EVENTS__COMMIT_TIMEOUT", "7")
     assert settings.commit_timeout() == 7
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "found", "what"),
+    [
+        ("memory", "7d", 604800, "number"),
+        ("commit_timeout", "nan", 120, "number"),
+        ("http_match_interval", "-1", 2, "number"),
+        ("inbox_max_body", "64MB", 67108864, "whole number"),
+        ("hosts", "4.0", 4, "whole number"),
+    ],
+)
+def test_a_number_that_is_none_is_named_and_its_default_is_used(option, value, found, what, monkeypatch, caplog):
+    monkeypatch.setenv(f"AIRFLOW__EVENTS__{option.upper()}", value)
+    settings._tell.cache_clear()
+    assert getattr(settings, option)() == getattr(settings, option)() == found
+    said = f"[events] {option} is '{value}', and has to be a {what}, 0 or more; its default {found} is used"
+    assert caplog.messages == [said]
+    with pytest.raises(ValueError, match=re.escape(said.partition(";")[0])):
+        settings.check(option)
+
+
+@pytest.mark.parametrize("value", ["inf", "1e300"])
+def test_what_is_for_ever_can_be_counted_from_now(value, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__MEMORY", value)
+    assert datetime.now(timezone.utc) - timedelta(seconds=settings.memory()) > datetime(
+        1980, 1, 1, tzinfo=timezone.utc
+    )
+
+
+def test_a_secret_from_a_command_is_that_of_the_environment(monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__INBOX_SECRET_CMD", "echo of-the-command")
+    monkeypatch.delenv("AIRFLOW__EVENTS__INBOX_SECRET", raising=False)
+    assert settings.inbox_secret() == "of-the-command"
 
 
 def test_every_option_says_with_which_version_it_came():

@@ -11,7 +11,7 @@ from airflow_events import inbox_token
 from airflow_events.api import inbox_routes
 from airflow_events.cli import doctor as module
 from airflow_events.cli.definition import get_events_cli_commands
-from airflow_events.cli.doctor import Finding, examine, key, server, signed_urls, tables
+from airflow_events.cli.doctor import Finding, examine, key, options, server, signed_urls, tables
 from airflow_events.provider_info import VERSION
 from cryptography.fernet import Fernet
 from sqlalchemy import text
@@ -36,6 +36,16 @@ def test_all_is_well(api, database, monkeypatch):
         "token": "accepted",
         "versions": f"{VERSION} here, {VERSION} in the API server",
     }
+
+
+def test_settings_that_cannot_be_used(monkeypatch):
+    assert list(options()) == []
+    monkeypatch.setenv("AIRFLOW__EVENTS__MEMORY", "7d")
+    monkeypatch.setenv("AIRFLOW__EVENTS__MIGRATE_ON_START", "yes")
+    memory, migrate = options()
+    assert memory.said == "[events] memory is '7d', and has to be a number, 0 or more"
+    assert '"migrate_on_start"' in migrate.said
+    assert memory.advice == migrate.advice == "correct it in the section [events], or in the environment"
 
 
 @pytest.mark.parametrize(
