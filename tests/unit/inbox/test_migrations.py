@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +225,10 @@ def test_every_database_has_words_for_the_migrations(dialect):
     for name in OURS:
         assert f"CREATE TABLE {name}" in said.getvalue()
         assert f"DROP TABLE IF EXISTS {name}" in said.getvalue()
+    added, dropped = (set(re.findall(rf"{verb} COLUMN (\w+)", said.getvalue())) for verb in ("ADD", "DROP"))
+    assert added
+    assert added == dropped
+    assert "DROP INDEX event_wait_wake_at" in said.getvalue()
     words = {
         "mysql": ("arguments BINARY(32)", "event LONGTEXT", "since TIMESTAMP(6) NULL", "AUTO_INCREMENT"),
         "postgresql": ("arguments BYTEA", "event TEXT", "since TIMESTAMP WITH TIME ZONE", "SERIAL"),

@@ -30,10 +30,11 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop them. Waits that are parked then have to be cleared."""
     there, indexes = _there()
-    if INDEX in indexes:
+    as_sql = op.get_context().as_sql
+    if as_sql or INDEX in indexes:
         op.drop_index(INDEX, "event_wait")
     for name, _ in COLUMNS:
-        if name in there:
+        if as_sql or name in there:
             op.drop_column("event_wait", name)
 
 
