@@ -14,7 +14,8 @@ _HEAD = """\
 # Settings
 
 Made by `python3 scripts/settings_page.py` from `provider/provider_info.py`, which Airflow reads, too:
-`airflow config list --section events` prints the same, with the values of a deployment.
+`airflow config list --section events --show-values --include-descriptions` prints the same, with the values of a
+deployment, its secrets too.
 
 They are the section `[events]` of Airflow's configuration, or stand in the environment:
 `AIRFLOW__EVENTS__COMMIT_TIMEOUT=300`. A secret may come from a command or from a secrets backend, as any of
