@@ -235,3 +235,14 @@ def test_every_database_has_words_for_the_migrations(dialect):
         "sqlite": ("arguments BLOB", "event TEXT", "since TIMESTAMP"),
     }
     assert all(word in said.getvalue() for word in (*words[dialect], "ON DELETE CASCADE ON UPDATE CASCADE"))
+
+
+@pytest.mark.parametrize("schema", [None, "meta"])
+def test_the_foreign_key_finds_airflows_tables_in_a_schema_of_their_own(schema, monkeypatch):
+    monkeypatch.setattr(airflow_metadata, "schema", schema)  # as of [database] sql_alchemy_schema
+    nowhere = SimpleNamespace(dialect=SimpleNamespace(name="postgresql"))
+    config = InboxDBManager(SimpleNamespace(get_bind=lambda: SimpleNamespace(engine=nowhere))).get_alembic_config()
+    config.output_buffer = said = io.StringIO()
+    command.upgrade(config, FIRST, sql=True)
+    assert f"REFERENCES {schema + '.' if schema else ''}task_instance (dag_id" in said.getvalue()
+    assert "CREATE TABLE event_wait" in said.getvalue()

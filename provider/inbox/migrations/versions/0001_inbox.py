@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from airflow.models.base import StringID
+from airflow.models.base import StringID, metadata
 from alembic import op
 from sqlalchemy.dialects import mysql
 
@@ -55,7 +55,7 @@ def upgrade() -> None:
         sa.Column("wanted", sa.Integer()),
         sa.ForeignKeyConstraint(
             ["dag_id", "task_id", "run_id", "map_index"],
-            ["task_instance.dag_id", "task_instance.task_id", "task_instance.run_id", "task_instance.map_index"],
+            [f"{_task_instance()}.{name}" for name in ("dag_id", "task_id", "run_id", "map_index")],
             name="event_wait_task_instance_fkey",
             ondelete="CASCADE",
             onupdate="CASCADE",
@@ -117,10 +117,15 @@ def _index(name: str, table: str, column: str) -> None:
         op.create_index(name, table, [column])
 
 
+def _task_instance() -> str:
+    """Return the name of Airflow's table, which `[database] sql_alchemy_schema` may have put into a schema."""
+    return f"{metadata.schema}.task_instance" if metadata.schema else "task_instance"
+
+
 def _like(column: str) -> sa.types.TypeEngine[str]:
     """Return the type of one of Airflow's names: MySQL's foreign keys need the collation that it has there."""
     context = op.get_context()
     if context.dialect.name != "mysql" or context.as_sql:
         return StringID()
-    columns = sa.inspect(op.get_bind()).get_columns("task_instance")
+    columns = sa.inspect(op.get_bind()).get_columns("task_instance", metadata.schema)
     return next(one["type"] for one in columns if one["name"] == column)
