@@ -224,7 +224,13 @@ class WaitForEventOperator(BaseOperator):
             raise AirflowSkipException(message)
         raise AirflowSensorTimeout(message)
 
+    def _read_outputs(self) -> None:
+        """Read the outputs of a mapped task, which Airflow reads one by one, once, and while they can be read."""
+        self.listener_args = serde.simple(self.listener_args)
+        self.listener_kwargs = serde.simple(self.listener_kwargs)
+
     def _defer(self, context: Context) -> None:
+        self._read_outputs()
         self._check_arguments()
         named = self._named(context)
         is_mapped = named["map_index"] >= 0

@@ -8,6 +8,7 @@ import types
 import typing
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import PurePosixPath
@@ -739,6 +740,35 @@ def test_what_a_worker_has_rendered_is_shown_everywhere_as_that_worker_masks_it(
     assert kwargs["listener_args"] == ["https://shop/of-a-connection"]
     assert "'https://shop/***'" in EventTrigger(**kwargs)._call()
     assert "of-a-connection" not in str(arguments.read(Trigger.encrypt_kwargs(kwargs)))
+
+
+class ReadOnce(Sequence):
+    """As the outputs of a mapped task are, each of which a worker asks for, and nobody can when it has gone."""
+
+    def __init__(self):
+        self._items = [["a"], ["b"]]
+
+    def __len__(self):
+        return len(self._items)
+
+    def __iter__(self):
+        items, self._items = self._items, None
+        return iter(items)
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
+def test_the_outputs_of_a_mapped_task_are_read_once_and_before_the_wait_is_deferred(dag):
+    """In ``dag.test()`` Airflow looks at the task again after that, and tells nobody outputs any more."""
+    wait = operator(0).prepare_for_execution()
+    wait.listener_args = [ReadOnce()]
+    assert deferred(wait).trigger.listener_args == [[["a"], ["b"]]]
+    assert wait.start_from_trigger
+    waits = wait_for_events.override(task_id="waits")(Watch, [0]).operator.prepare_for_execution()
+    waits.arguments = ReadOnce()
+    assert deferred(waits).trigger.count == 2
+    assert waits.start_from_trigger
 
 
 @pytest.mark.parametrize(
