@@ -485,11 +485,16 @@ def _by_name(arguments: Any) -> Any:
     return serde.simple(dict(arguments))
 
 
-def check_names(listener: type[EventListener], kwargs: Mapping[str, Any], by: str = "wait_for_event") -> None:
+def check_names(
+    listener: type[EventListener],
+    kwargs: Mapping[str, Any],
+    by: str = "wait_for_event",
+    operator: type[BaseOperator] = WaitForEventOperator,
+) -> None:
     """
     Check that no argument of the task stands among the listener's.
 
-    :param by: what the DAG's author calls.
+    :param by: what the DAG's author calls; ``operator`` is what that makes.
     :raises TypeError: one does; the message says where it belongs.
     """
     taken = inspect.signature(check_listener(listener).poll_for_event).parameters
@@ -498,7 +503,7 @@ def check_names(listener: type[EventListener], kwargs: Mapping[str, Any], by: st
     for name in kwargs:
         if name in taken or name in listener.not_taken:
             continue
-        if any(name in inspect.signature(task).parameters for task in (WaitForEventOperator, BaseOperator)):
+        if any(name in inspect.signature(task).parameters for task in (operator, BaseOperator)):
             raise TypeError(
                 f"{name} is an argument of the task, and not of {listener.__qualname__}: "
                 f"{by}.override({name}=...)({listener.__qualname__}, ...)"

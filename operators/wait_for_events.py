@@ -217,7 +217,7 @@ class _WaitForEvents(OfTask):
     def __call__(
         self, listener: type[EventListener], arguments: Sequence[Any] | XComArg, /, **common: Any
     ) -> XComArg:
-        check_names(listener, common, "wait_for_events")
+        check_names(listener, common, "wait_for_events", WaitForEventsOperator)
         return self._output(
             WaitForEventsOperator,
             "wait_for_events",

@@ -195,6 +195,11 @@ def test_an_argument_of_the_task_among_the_listeners_is_shown_its_place(dag, nam
         wait_for_events(TimerListener, [1], **{name: 30})
 
 
+def test_an_argument_that_a_wait_for_many_alone_has_is_shown_its_place(dag):
+    with pytest.raises(TypeError, match=r"first is an argument .*: wait_for_events\.override\(first=...\)"):
+        wait_for_events(TimerListener, [1], first=1)
+
+
 @pytest.mark.parametrize("how", ["expand", "partial", "expand_kwargs"])
 @pytest.mark.parametrize(
     ("call", "operator"),
