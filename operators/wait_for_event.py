@@ -225,9 +225,13 @@ class WaitForEventOperator(BaseOperator):
         raise AirflowSensorTimeout(message)
 
     def _read_outputs(self) -> None:
-        """Read the outputs of a mapped task, which Airflow reads one by one, once, and while they can be read."""
-        self.listener_args = serde.simple(self.listener_args)
-        self.listener_kwargs = serde.simple(self.listener_kwargs)
+        """
+        Read the outputs of a mapped task, which Airflow reads one by one, once, and while they can be read.
+
+        :raises TypeError: the output of a task in the place of all arguments is of another shape.
+        """
+        self.listener_args = _positional(serde.simple(self.listener_args))
+        self.listener_kwargs = _by_name(serde.simple(self.listener_kwargs))
 
     def _defer(self, context: Context) -> None:
         self._read_outputs()

@@ -772,6 +772,23 @@ def test_the_outputs_of_a_mapped_task_are_read_once_and_before_the_wait_is_defer
 
 
 @pytest.mark.parametrize(
+    ("name", "output", "message"),
+    [
+        ("listener_args", "drops", "is a list of positional arguments, not 'drops'"),
+        ("listener_args", {"path": "drops"}, "is a list of positional arguments"),
+        ("listener_args", None, "is a list of positional arguments, not None"),
+        ("listener_kwargs", "drops", "is a mapping of named arguments, not 'drops'"),
+    ],
+)
+def test_an_output_in_the_place_of_all_arguments_is_of_their_shape(dag, name, output, message):
+    """A text would be taken apart, and its characters be the arguments."""
+    wait = operator(0).prepare_for_execution()
+    setattr(wait, name, output)
+    with pytest.raises(TypeError, match=f"{name} {message}"):
+        wait._defer({})
+
+
+@pytest.mark.parametrize(
     ("of_task", "seconds"),
     [
         ({}, None),
