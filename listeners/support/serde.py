@@ -24,6 +24,7 @@ _KNOWN = frozenset({"builtins", "datetime", "decimal", "uuid", "pendulum", "airf
 
 # Time zones that Airflow stores whatever they say; of others it needs a name.
 _ZONES = (pendulum.Timezone, pendulum.FixedTimezone, ZoneInfo)
+_SETS = ("builtins.set", "builtins.frozenset")
 
 _LONGEST_XCOM_KEY = 512  # characters
 # Bytes up to which every inbox takes an event, and that a request to it has besides the event.
@@ -39,8 +40,21 @@ what it is stored and read back in: the answer of Airflow's API, and a list of s
 
 
 def encode(value: Any) -> str:
-    """Write a checked value as JSON text, such that `decode` gives it back equal."""
-    return json.dumps(serialize(value))
+    """Write a checked value as JSON text, the same in each process, such that `decode` gives it back equal."""
+    text = json.dumps(serialize(value))
+    return json.dumps(_with_sets_in_order(json.loads(text))) if any(name in text for name in _SETS) else text
+
+
+def _with_sets_in_order(shapes: Any) -> Any:
+    """Return what Airflow made of a value with the items of sets sorted, whose order is each process's own."""
+    if isinstance(shapes, list):
+        return [_with_sets_in_order(item) for item in shapes]
+    if not isinstance(shapes, dict):
+        return shapes
+    shapes = {key: _with_sets_in_order(item) for key, item in shapes.items()}
+    if shapes.get("__classname__") in _SETS:
+        shapes["__data__"].sort(key=json.dumps)
+    return shapes
 
 
 def as_json(value: Any) -> Any:
