@@ -233,6 +233,8 @@ wait_for_events = _WaitForEvents()
 def _listed(arguments: Any) -> list[Any]:
     if isinstance(arguments, (str, bytes, Mapping)) or not hasattr(arguments, "__iter__"):
         raise TypeError(f"arguments is a list with the arguments of each poll, not {arguments!r:.200}")
+    if isinstance(arguments, (set, frozenset)):
+        raise TypeError("arguments is a list: the items of a set have another place at each parse; sort them")
     listed: list[Any] = serde.simple(list(arguments))
     return listed
 

@@ -243,6 +243,13 @@ def test_arguments_of_another_shape_are_refused(dag, arguments, message):
         WaitForEventOperator(task_id="wait", listener=TimerListener, **arguments)
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_is_no_list_of_places(dag, kind):
+    """A place is known by its index, and a set has another order in each process."""
+    with pytest.raises(TypeError, match="the items of a set have another place at each parse; sort them"):
+        wait_for_events(TimerListener, kind([1, 2]))
+
+
 @pytest.mark.parametrize("timeout", [timedelta(weeks=520_000), timedelta.max, float("inf"), float("nan")])
 def test_a_timeout_that_no_database_can_hold_is_refused(dag, timeout):
     with pytest.raises(ValueError, match=r"timeout (is at most|must be positive)"):
