@@ -19,6 +19,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def create_app() -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(DBAPIError, _database_busy)
+    app.add_exception_handler(NoConnection, _database_busy)
     app.add_exception_handler(RequestValidationError, _invalid)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(get_user)])

@@ -10,7 +10,9 @@ import uuid
 import pytest
 from airflow_events import doors
 from airflow_events.api.app import create_app
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +65,18 @@ async def test_sixty_viewers_at_once_leave_connections_to_airflow(server, out):
     assert {answer.status_code for answer in answers} == {200}
     # Some more for who is logged in, and in which team: each in a moment of its own.
     assert out[0] <= doors._AT_ONCE + 4
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "path"), [("USER", "POST", "keys/key"), ("VIEWER", "GET", "api/waits")]
+)
+def test_where_airflow_has_no_connection_left_it_is_to_be_asked_again(server, monkeypatch, role, method, path):
+    engine = create_engine("sqlite://", poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    monkeypatch.setattr("airflow_events.inbox.database.create_session", lambda scoped: Session(engine))
+    client = server.client(server.token(role))
+    with engine.connect():
+        answer = client.request(method, f"/events/{path}", json=1)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
 
 
 async def test_two_hundred_tasks_that_send_at_once_leave_connections_to_airflow(server, out):
