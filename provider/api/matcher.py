@@ -8,7 +8,6 @@ seen to.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import unicodedata
 
@@ -53,6 +52,8 @@ class Matcher:
                     upkeep.keep_up(),
                 )
                 tasks.extend(asyncio.create_task(work) for work in works)
+                for task in tasks:
+                    task.add_done_callback(_log_if_failed)
             else:
                 for task in tasks:
                     task.cancel()
@@ -63,8 +64,7 @@ class Matcher:
         finally:
             for task in tasks:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:
@@ -84,6 +84,12 @@ class Matcher:
                 self._failing = True
             else:
                 self._failing = False
+
+
+def _log_if_failed(task: asyncio.Task[None]) -> None:
+    """Log why a task has ended that goes on as long as the API server lives."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("An API server without this does not see to all waits: %s", error, exc_info=error)
 
 
 _refused = JSONResponse({"detail": f"{task_proof.STATE} is written by the task itself alone"}, 403)
