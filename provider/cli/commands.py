@@ -85,9 +85,9 @@ def list_waits(args: argparse.Namespace) -> None:
         print(f"{len(page.waits)} {left}; see --limit and --offset")
 
 
-@cli_utils.action_cli  # type: ignore[untyped-decorator]
 @providers_configuration_loaded
 @_in_one_line
+@cli_utils.action_cli(check_db=False)  # type: ignore[untyped-decorator]
 def rotate_fernet_key(args: argparse.Namespace) -> None:
     """Encrypt with the first Fernet key what waits without a trigger keep."""
     done = rotate()
@@ -136,10 +136,10 @@ def show_wait(args: argparse.Namespace) -> None:
     _print(rows, args.output)
 
 
-@cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
 @_in_one_line
+@cli_utils.action_cli(check_db=False)  # type: ignore[untyped-decorator]
 def forget_event(args: argparse.Namespace) -> None:
     """Forget the record of a wait, after a question."""
     question = f"Forget the event of {_name(args)}? A clear of the task then takes another event. [y/n]"
@@ -180,10 +180,10 @@ def list_kept(args: argparse.Namespace) -> None:
         print(f"{len(rows)} of {total}; see --limit and --offset")
 
 
-@cli_utils.action_cli  # type: ignore[untyped-decorator]
 @suppress_logs_and_warning
 @providers_configuration_loaded
 @_in_one_line
+@cli_utils.action_cli(check_db=False)  # type: ignore[untyped-decorator]
 def drop_kept(args: argparse.Namespace) -> None:
     """Drop a kept event, after a question."""
     if not args.yes and not ask_yesno(f"Drop the kept event {args.event_id}? No wait gets it then. [y/n]"):

@@ -131,6 +131,21 @@ def test_what_the_database_says_is_one_line(monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("line", [["drop", "no-such", "--yes"], ["forget", "shop", "run", "wait", "--yes"]])
+def test_what_airflow_notes_of_a_command_adds_nothing_to_it(monkeypatch, line):
+    """Airflow's own check of the database ends in a traceback where there is none."""
+    monkeypatch.setenv("AIRFLOW__DATABASE__CHECK_MIGRATIONS", "True")
+    unreachable = create_engine("sqlite:////no/such/folder/airflow.db")
+    monkeypatch.setattr("airflow.utils.db.check_and_run_migrations", unreachable.connect)
+    for module in ("cli.commands", "inbox.database"):
+        session = lambda scoped=False: Session(unreachable)  # noqa: E731
+        monkeypatch.setattr(f"airflow_events.{module}.create_session", session)
+    code, error = typed(["events", *line])
+    assert (code, error.strip()) == (
+        1, "Airflow's database does not carry it out: unable to open database file"
+    )  # fmt: skip
+
+
 def test_what_cannot_be_done_now_is_another_exit_code(monkeypatch):
     code, error = typed(["events", "send", "shop", "no", "such", "--payload", "1"])
     assert (code, error.strip()) == (1, "there is no task instance shop/no/such/-1")
