@@ -27,10 +27,16 @@ function h(tag, properties = {}, ...children) {
   return element;
 }
 
+/** Keep an integer of an event that has more digits than a number here can hold, where the browser knows how. */
+function exactly(name, value, context) {
+  const isRounded = typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value);
+  return isRounded && context?.source && JSON.rawJSON ? JSON.rawJSON(context.source) : value;
+}
+
 /** Call Airflow with the login of this browser; fail with what it answered. */
 async function call(address, options = {}) {
   const answer = await fetch(address, { credentials: "same-origin", ...options });
-  if (answer.ok) return answer.status === 204 ? null : answer.json();
+  if (answer.ok) return answer.status === 204 ? null : JSON.parse(await answer.text(), exactly);
   let reason = `${answer.status} ${answer.statusText}`;
   try {
     const { detail } = await answer.json();
@@ -526,14 +532,14 @@ function detail(query) {
     return new URL(`${parts.join("/")}?map_index=${wait.map_index}`, new URL("../", API));
   };
   const post = (address, body, headers = {}) =>
-    call(address, { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body: JSON.stringify(body) });
+    call(address, { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body });
 
   function forget(summary) {
     ask("forget", "Forget this event?", [
       h("p", {}, "The record and the task's return value are deleted. When the task is cleared, it waits for another event and does not get this one again."),
       ...(summary.stage === "recorded" ? [h("p", { class: "late" }, "This event is not committed: its source will deliver it again, to this wait or to another.")] : []),
       ...(summary.phase === "committed" ? [h("p", { class: "quiet" }, "It is acknowledged already: an event with the same id will not be delivered again. Send it with a new id.")] : []),
-    ], { text: "Forget it", properties: { class: "danger" } }, () => post(new URL(`waits/${path(wait, "forget")}`, API), {}));
+    ], { text: "Forget it", properties: { class: "danger" } }, () => post(new URL(`waits/${path(wait, "forget")}`, API), "{}"));
   }
 
   function send(summary) {
@@ -550,13 +556,13 @@ function detail(query) {
         ? "The task ends with it at once, and what comes after it goes on. This cannot be taken back."
         : "It is kept, and the task ends with it when it begins. This cannot be taken back."), payload,
     ], { text: "Send", properties: { class: "primary" } }, () => {
-      let event;
       try {
-        event = JSON.parse(payload.value);
+        JSON.parse(payload.value);
       } catch (error) {
         throw new Error(`This is not valid JSON: ${error.message}`);
       }
-      return post(httpAddress(), event, { "Idempotency-Key": keyOf(payload.value) });
+      // As it was typed: what is parsed has large integers rounded.
+      return post(httpAddress(), payload.value, { "Idempotency-Key": keyOf(payload.value) });
     });
   }
 
@@ -564,7 +570,7 @@ function detail(query) {
     const reason = h("textarea", { id: "reason", required: true, maxlength: 2000, "aria-label": "Why" });
     ask("reject", "Reject this wait?", [
       h("p", {}, "The task fails without another try, with this reason in its log. After a clear it waits again."), reason,
-    ], { text: "Reject", properties: { class: "danger" } }, () => post(httpAddress("reject"), { reason: reason.value }));
+    ], { text: "Reject", properties: { class: "danger" } }, () => post(httpAddress("reject"), JSON.stringify({ reason: reason.value })));
   }
 
   keepLooking(look);
