@@ -98,3 +98,21 @@ def test_a_long_integer_is_shown_as_it_is(page):
     page.answers["waits/shop/run/wait/-1"] = one_wait(record=record)
     page.goto(f"{URL}/page/?dag_id=shop&run_id=run&task_id=wait&map_index=-1")
     assert json.loads(page.locator("#event").inner_text()) == record["event"]
+
+
+def test_who_may_not_see_what_starts_runs_gets_back(page):
+    page.answers["starts"] = (403, '{"detail": "Forbidden"}')
+    page.goto(f"{URL}/page/?stage=starts")
+    page.get_by_role("alert").wait_for()
+    page.locator("#tab-open").click()
+    page.get_by_text("No open waits").wait_for()
+
+
+def test_the_keyboard_stays_on_a_link_while_the_list_refreshes(page):
+    page.answers["waits"] = (200, json.dumps({**NO_WAITS, "waits": [SUMMARY], "total": 1}))
+    page.goto(f"{URL}/page/?stage=ended")
+    link = page.locator("td.name a")
+    link.focus()
+    link.evaluate("element => { element.old = true; }")
+    page.wait_for_function("!document.querySelector('td.name a').old", timeout=20_000)
+    page.wait_for_function("document.activeElement?.tagName === 'A'", timeout=2_000)

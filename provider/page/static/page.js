@@ -227,7 +227,7 @@ const DAG_STATES = {
 
 const COLUMNS = {
   wait: { title: "Wait", order: "dag_id", cell: (wait) => h("td", { class: "name" },
-    h("a", { class: "cut", href: address(wait), title: `${wait.dag_id} · ${taskName(wait)}` }, `${wait.dag_id} · ${taskName(wait)}`),
+    h("a", { class: "cut", id: address(wait), href: address(wait), title: `${wait.dag_id} · ${taskName(wait)}` }, `${wait.dag_id} · ${taskName(wait)}`),
     h("span", { class: "cut", title: wait.run_id }, wait.run_id),
     wait.dag_state && h("span", { class: "cut warn", title: DAG_STATES[wait.dag_state][1] }, DAG_STATES[wait.dag_state][0])) },
   call: { title: "Waits for", order: "listener", cell: (wait) => h("td", { class: "call" },
@@ -282,13 +282,13 @@ function startRow(start) {
   const [look, title] = START_STATES[start.state] ?? ["none", null];
   const dag = `dags/${encodeURIComponent(start.dag_id)}`;
   return h("tr", {},
-    h("td", { class: "name" }, airflowLink(dag, { class: "cut", title: start.dag_id }, start.dag_id)),
+    h("td", { class: "name" }, airflowLink(dag, { class: "cut", id: `${dag} ${start.asset}`, title: start.dag_id }, start.dag_id)),
     h("td", { class: "call" }, h("code", { title: start.asset }, start.asset)),
     h("td", {}, h("span", { class: `badge is-${look}`, title: start.state === "failing" ? start.trouble : title }, start.state)),
     h("td", {}, `${start.active.toLocaleString("en")} of ${start.up_to.toLocaleString("en")}`),
     h("td", { title: "Messages at the source that nobody has acknowledged" }, start.lag?.toLocaleString("en") ?? h("span", { class: "quiet" }, "–")),
     h("td", { class: "time" }, relative(start.last_event, "none"),
-      start.last_run && airflowLink(`${dag}/runs/${encodeURIComponent(start.last_run)}`, { class: "cut quiet", title: start.last_run }, start.last_run)),
+      start.last_run && airflowLink(`${dag}/runs/${encodeURIComponent(start.last_run)}`, { class: "cut quiet", id: `${dag} ${start.asset} last`, title: start.last_run }, start.last_run)),
     h("td", {}, triggerer({ ...start, state: null }) ?? h("span", { class: "quiet" }, "–")));
 }
 
@@ -337,14 +337,18 @@ function list(query) {
     }
     if (mine !== asked) return; // a later question is on its way
     const header = h("div", { class: "row" }, h("h1", {}, "Waits"), h("span", { class: "grow" }), search);
-    show(h("div", { class: "stack" }, header, ...(error ? [notice(error)] : view(page, stuck))));
+    show(h("div", { class: "stack" }, header, ...(error ? [tabs(null), notice(error)] : view(page, stuck))));
   }
 
-  function view(page, stuck) {
+  function tabs(open) {
     const tab = (stage, title, count) => h("button", {
       role: "tab", id: `tab-${stage}`, "aria-selected": String(wanted.stage === stage),
       onclick: () => change({ stage, order: "", descending: false, offset: 0 }),
     }, title, count === null ? null : h("span", { class: "count" }, count.toLocaleString("en")));
+    return h("div", { class: "tabs", role: "tablist" }, tab("open", "Open", open), tab("ended", "Ended", null), tab("starts", "Starts runs", null));
+  }
+
+  function view(page, stuck) {
     const starts = wanted.stage === "starts" ? page.filter(({ dag_id, asset }) => `${dag_id} ${asset}`.toLowerCase().includes(wanted.text.toLowerCase())) : [];
     const some = starts.length > 0 || page.waits?.length > 0;
     const stages = { open: ["No open waits", "No task of a DAG that you may see waits for an event."], ended: ["Nothing has ended yet", "Waits that succeeded, failed or were skipped appear here."], starts: ["No DAG is started by events", "No DAG that you may see has a schedule of start_on."] };
@@ -356,7 +360,7 @@ function list(query) {
           h("p", { class: "quiet" }, "The event is safe in Airflow's database; it is not acknowledged at its source yet. If one stays here, its log says why.")),
         table("recorded", stuck.waits, wanted),
         stuck.more && h("p", { class: "quiet body" }, "These are the first 20; search to see others.")),
-      h("div", { class: "tabs", role: "tablist" }, tab("open", "Open", wanted.stage === "open" ? page.total : null), tab("ended", "Ended", null), tab("starts", "Starts runs", null)),
+      tabs(wanted.stage === "open" ? page.total : null),
       !some ? empty(...none) : wanted.stage === "starts" ? startTable(starts) : table(wanted.stage, page.waits, wanted, sort),
       wanted.stage !== "starts" && (some || wanted.offset > 0) && pager(page),
     ].filter(Boolean);
