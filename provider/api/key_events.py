@@ -29,7 +29,11 @@ router = APIRouter(dependencies=[Depends(get_user), Depends(check_is_meant)])
 
 Key = Annotated[
     str,
-    Path(max_length=256, pattern=r"^[^\x00]+$", description="What `HttpListener(key=...)` of the waits is."),
+    Path(
+        max_length=256,
+        pattern="^[^\\x00\ufffd]+$",  # which the server puts in the place of what is not UTF-8
+        description="What `HttpListener(key=...)` of the waits is, in UTF-8.",
+    ),
 ]
 To = Annotated[
     Literal["one", "all"],

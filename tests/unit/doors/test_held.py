@@ -87,3 +87,10 @@ def test_who_may_not_read_xcoms_sees_neither_an_event_nor_why_there_is_none(serv
     for page in pages:
         answer = viewer.get(page)
         assert answer.status_code == 200 and "for few eyes" not in answer.text
+
+
+@pytest.mark.parametrize("key", ["M%FCller", "%FF", "a%ED%A0%80"])
+def test_a_key_that_is_not_utf8_is_refused(server, key):
+    """Else the event would be kept for a key that no wait has, and that of "Müller" and "Möller" be one."""
+    answer = server.client(server.token("USER")).post(f"/events/keys/{key}", json=1)
+    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["path", "key"])
