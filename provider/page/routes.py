@@ -58,7 +58,8 @@ class Wait:
     """
     One wait, and what the user may do with it.
 
-    :param may_see_event: whether the user may read this DAG's XComs; if not, ``record`` has no event.
+    :param may_see_event: whether the user may read this DAG's XComs; if not, ``record`` has no event, and there is
+        no ``error``.
     :param may_edit: whether the user may edit this DAG's task instances.
     """
 

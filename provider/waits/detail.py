@@ -101,14 +101,14 @@ class Detail:
     cannot_forget: str | None
 
     def without_event(self) -> Detail:
-        """Return the same for those who may not see events, nor why there is none."""
+        """Return the same for those who may not see events, nor why there is none: an error may quote one."""
         if self.record is None:
-            return self
+            return replace(self, error=None)
         record = replace(self.record, event=None, preview=None, reason=None)
         steps = [
             replace(step, note=f"by {record.sent_by}") if step.name == "Rejected" else step for step in self.steps
         ]
-        return replace(self, record=record, steps=steps)
+        return replace(self, record=record, steps=steps, error=None)
 
 
 def show(session: Session, key: Key, *, dag_ids: Collection[str] | None = None) -> Detail | None:

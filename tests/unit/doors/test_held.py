@@ -6,6 +6,7 @@ import asyncio
 import gzip
 
 import pytest
+from airflow_events.errors import EventUndecodable
 from in_process import ROUTES
 
 
@@ -71,7 +72,9 @@ def test_no_answer_is_a_page_of_somebody_elses(server):
 
 def test_who_may_not_read_xcoms_sees_neither_an_event_nor_why_there_is_none(server, monkeypatch):
     token = server.token("VIEWER")
-    given, rejected = server.waits.add(), server.waits.add()
+    given, rejected, failed = (server.waits.add() for _ in range(3))
+    said = str(EventUndecodable("a message", "JSON", "Expecting value", b"for few eyes: a message"))
+    server.waits.set(failed, state="scheduled", next_method="__fail__", next_kwargs={"traceback": [said]})
     server.session.commit()
     sender = server.client(server.token("USER"))
 
@@ -81,8 +84,8 @@ def test_who_may_not_read_xcoms_sees_neither_an_event_nor_why_there_is_none(serv
     assert sender.post(task(given), json="for few eyes: an event").status_code == 200
     assert sender.post(f"{task(rejected)}/reject", json={"reason": "for few eyes: a reason"}).status_code == 200
     viewer = server.client(token)
-    pages = [f"/events/api/waits/{w.dag_id}/{w.run_id}/{w.task_id}/-1" for w in (given, rejected)]
-    assert [("for few eyes" in viewer.get(page).text) for page in pages] == [True, True]
+    pages = [f"/events/api/waits/{w.dag_id}/{w.run_id}/{w.task_id}/-1" for w in (given, rejected, failed)]
+    assert [("for few eyes" in viewer.get(page).text) for page in pages] == [True] * 3
     monkeypatch.setattr("airflow_events.page.routes._may", lambda user, method, dag_id, entity: False)
     for page in pages:
         answer = viewer.get(page)
