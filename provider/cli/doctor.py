@@ -106,7 +106,8 @@ def tables() -> Finding:
             found = manager.get_current_revision()
             script = manager.get_script_object()
     except SQLAlchemyError as error:
-        return Finding("tables", f"the database cannot be reached: {error}", "see `airflow db check`")
+        said = " ".join(str(getattr(error, "orig", None) or error).split())
+        return Finding("tables", f"the database cannot be reached: {said}", "see `airflow db check`")
     [wanted] = script.get_heads()
     known = {revision.revision for revision in script.walk_revisions()}
     if found == wanted:

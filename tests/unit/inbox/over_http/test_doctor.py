@@ -120,6 +120,7 @@ def test_the_database_is_away(monkeypatch):
     engine = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/none")
     monkeypatch.setattr(settings, "NonScopedSession", sessionmaker(engine))
     assert "the database cannot be reached" in tables().said
+    assert len(tables().said.splitlines()) == 1
     assert "airflow db check" in tables().advice
 
 
