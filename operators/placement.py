@@ -7,7 +7,7 @@ would on a worker. It finishes there too, unless something is to run then that o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta, timezone, tzinfo
 from typing import TYPE_CHECKING, Any
@@ -68,17 +68,19 @@ def resolves_at_run_time(value: Any) -> bool:
         return any(map(resolves_at_run_time, value.values()))
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(map(resolves_at_run_time, value))
+    if isinstance(value, Sequence) and type(value).__module__.startswith("airflow.sdk."):
+        return True  # on a worker: outputs of a mapped task, zipped ones and so on, which are read one by one
     return isinstance(value, ResolveMixin) or any(XComArg.iter_xcom_references(value))
 
 
 def _starts_on_worker_because(task: WaitForEventOperator) -> str | None:
     arguments = [getattr(task, field) for field in task.template_fields]
-    literals = simple([task.default if task.has_default else None, *([] if task.arguments_as_text else arguments)])
     if not reference.is_importable(task.listener) and (why := reference.unsteady(task.listener)):
         return f"the triggerer cannot import {task.listener.__qualname__}, and {why}"
     if resolves_at_run_time(arguments):
         return "its arguments hold the output of another task, or what is known at run time alone"
-    if not _kept_by_the_serialized_dag(literals):
+    literals = [task.default if task.has_default else None, *([] if task.arguments_as_text else arguments)]
+    if not _kept_by_the_serialized_dag(simple(literals)):
         return "its arguments or its default hold a value that a serialized DAG does not keep"
     if why := _rendered_on_worker_because(task, arguments):
         return why

@@ -30,6 +30,7 @@ from airflow.sdk.definitions._internal.templater import LiteralValue
 from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType, TaskDeferred
 from airflow.sdk.execution_time import task_runner
 from airflow.sdk.execution_time.comms import ConnectionResult, ErrorResponse, MaskSecret, VariableResult
+from airflow.sdk.execution_time.lazy_sequence import LazyXComSequence
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.serialization.serialized_objects import DagSerialization
 from airflow_events import EventListener, wait_for_event, wait_for_events
@@ -769,6 +770,16 @@ def test_the_outputs_of_a_mapped_task_are_read_once_and_before_the_wait_is_defer
     waits.arguments = ReadOnce()
     assert deferred(waits).trigger.count == 2
     assert waits.start_from_trigger
+
+
+@pytest.mark.parametrize("field", ["listener_args", "arguments"])
+def test_a_look_at_where_a_wait_starts_reads_no_outputs(dag, field):
+    """As ``dag.test()`` takes one after the last of the task, where nobody tells outputs any more."""
+    make = wait_for_events if field == "arguments" else wait_for_event
+    wait = make.override(task_id="wait")(Watch, [0]).operator.prepare_for_execution()
+    unread = LazyXComSequence(xcom_arg=None, ti=None)
+    setattr(wait, field, unread if field == "arguments" else [unread])
+    assert not wait.start_from_trigger
 
 
 @pytest.mark.parametrize(
