@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from datetime import datetime, timezone
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from airflow_events.listeners.kafka.client import (
     PATIENCE,
@@ -128,7 +128,8 @@ class TopicHub(LogHub[_Position]):
 
 
 def _of_headers(sent: Sent) -> int:
-    return sum(len(name) + len(content or b"") for name, content in sent.headers() or ())
+    headers: list[Any] = list(sent.headers() or ())
+    return sum(len(name) + len(content or b"") for name, content in headers)
 
 
 class _TopicReader(Reader[_Position]):
