@@ -76,7 +76,7 @@ class Part:
 
 # The model first: its tests are the longest, and one that begins last leaves the other processors idle.
 QUICK = Part("quick", ("tests/model", "tests/unit", "-n", "logical", "--maxprocesses", "4"))
-SOURCES = Part("sources", ("tests/sources", "-n", "4"))
+SOURCES = Part("sources", ("tests/sources", "-n", "3"))
 AIRFLOW = Part("a real Airflow", ("tests/e2e", *(f"--ignore={path}" for path in (*WITH_FAULTS, *OF_OTHER_LANE))))
 STARTS = Part("a real Airflow: what starts runs, and from one DAG to another", OF_OTHER_LANE)
 FAULTS = Part("a real Airflow under faults", WITH_FAULTS)
@@ -112,7 +112,7 @@ def run_all(pytest: list[str]) -> int:
 
 if __name__ == "__main__":
     bootstrap.run_inside("[test]")
-    project = ["-c", str(bootstrap.ROOT / "pyproject.toml"), "--rootdir", str(bootstrap.ROOT), "--durations=10"]
+    project = ["-c", str(bootstrap.ROOT / "pyproject.toml"), "--rootdir", str(bootstrap.ROOT), "--durations=25"]
     if sys.argv[1:] == [RELEASE]:
         os.environ["MODEL_EXAMPLES"] = "10"
     elif len(sys.argv) > 1:
