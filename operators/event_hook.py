@@ -22,6 +22,7 @@ from airflow_events import settings, task_proof
 from airflow_events.errors import EventNotSent
 from airflow_events.listeners.http import check_key
 from airflow_events.listeners.support import serde
+from airflow_events.listeners.support.values import seconds
 from airflow_events.triggers.inbox_http import detail, tls
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class EventHook:
             gives them names, since each of its processes counts from 1.
         :return: ``status`` (``delivered`` or ``kept``), ``event_id``, ``key``, and ``waits``, those that have it.
         :raises EventNotSent: the API server has refused the event, or could not be asked.
-        :raises ValueError: the key is no text of 1 to 256 characters, or the event is no JSON.
+        :raises ValueError: the key is no text of 1 to 256 characters, ``ttl`` no time, or the event is no JSON.
         :raises RuntimeError: no task runs here.
         """
         if to not in ("one", "all"):
@@ -73,13 +74,12 @@ class EventHook:
         if type(getattr(task_runner, "SUPERVISOR_COMMS", None)).__name__ == "InProcessSupervisorComms":
             raise EventNotSent(key, "dag.test() has no API server, to which it would be sent")
         key, sender = check_key(key), _sender_of(get_current_context()["ti"].id)
-        seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
         body = _json(
             {
                 "key": key,
                 "event": serde.simple(event),
                 "to": to,
-                "ttl": seconds,
+                "ttl": None if ttl is None else seconds(ttl, "ttl"),
                 "name": sender.name(key, name),
             }
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.sdk.bases.operator import BaseOperator
 from airflow.sdk.definitions.xcom_arg import XComArg
+from airflow_events.listeners.http import check_key
+from airflow_events.listeners.support.values import seconds
 from airflow_events.operators.event_hook import EventHook
 from airflow_events.operators.wait_for_event import OfTask
 
@@ -46,10 +48,12 @@ class SendEventOperator(BaseOperator):
         super().__init__(retries=retries, retry_delay=retry_delay, **kwargs)
         if to not in ("one", "all"):
             raise ValueError(f"an event goes to 'one' or to 'all', not to {to!r}")
+        if isinstance(key, str) and "{" not in key:  # and no template
+            check_key(key)
         self.key = key
         self.event = event
         self.to = to
-        self.ttl = ttl
+        self.ttl = None if ttl is None else seconds(ttl, "ttl")
 
     def execute(self, context: Context) -> dict[str, Any]:
         return EventHook().send(self.key, self.event, to=self.to, ttl=self.ttl)  # type: ignore[arg-type]  # rendered

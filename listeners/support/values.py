@@ -105,11 +105,13 @@ def seconds(duration: float | timedelta, name: str) -> float:
     Return a duration in seconds.
 
     :param name: what the user calls it.
-    :raises ValueError: it is not above zero.
+    :raises ValueError: it is none, not above zero, or without end.
     """
-    found = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
-    if not found > 0:
-        raise ValueError(f"{name} is a time above zero, not {duration!r}")
+    found = duration.total_seconds() if isinstance(duration, timedelta) else 0.0
+    with contextlib.suppress(TypeError, ValueError):
+        found = found or float(duration)  # type: ignore[arg-type]
+    if not 0 < found < math.inf:
+        raise ValueError(f"{name} is a time above zero, a timedelta or seconds, not {duration!r}")
     return found
 
 

@@ -28,6 +28,23 @@ def test_each_call_is_a_task_with_a_name_of_its_own():
     assert dag.get_task("send_event__1").upstream_task_ids == {"send_event"}
 
 
+@pytest.mark.parametrize(
+    ("key", "of_event", "message"),
+    [
+        ("", {}, "a key is a text of 1 to 256 characters in one line, not ''"),
+        ("two\nlines", {}, "a key is a text"),
+        ("key", {"ttl": "1h"}, "ttl is a time above zero, a timedelta or seconds, not '1h'"),
+        ("key", {"ttl": 0}, "ttl is a time above zero"),
+        ("key", {"ttl": timedelta(0)}, "ttl is a time above zero"),
+        ("key", {"ttl": float("inf")}, "ttl is a time above zero"),
+        ("key", {"to": "both"}, "an event goes to 'one' or to 'all', not to 'both'"),
+    ],
+)
+def test_what_can_never_be_sent_is_refused_as_the_dag_is_parsed(key, of_event, message):
+    with DAG("d", schedule=None), pytest.raises(ValueError, match=message):
+        send_event(key, 1, **of_event)
+
+
 def test_it_is_mapped_as_any_operator_is():
     with DAG("d", schedule=None) as dag:
         SendEventOperator.partial(task_id="send", event=1).expand(key=["a", "b"])
