@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from airflow_events.errors import SourceMisconfigured
@@ -295,9 +296,14 @@ def wanted_of(match: Mapping[str, Any] | None) -> Wanted | None:
     for field, value in match.items():
         if not isinstance(field, str) or not isinstance(value, (str, int, float)):
             raise TypeError(f"match maps fields to text, numbers or booleans, not {field!r} to {value!r}")
-    key = Match(match).key
+    key = Match({field: _without_exponent(value) for field, value in match.items()}).key
     assert key is not None
     return key
+
+
+def _without_exponent(value: Any) -> Any:
+    """Return a number near zero, 1e-05 say, as PostgreSQL writes it; what is whole `Match` writes so."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) and "e-" in repr(value) else value
 
 
 class Look(NamedTuple):

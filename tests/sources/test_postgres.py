@@ -676,6 +676,12 @@ async def test_a_wait_takes_the_rows_that_match_and_leaves_the_others(broker, wa
     assert [(await soon(waits.poll(20 + number)))["value"] for number in range(4)] == values[3:7]
 
 
+@pytest.mark.parametrize("number", [0.00001, -1.5e-7, 0.1])
+async def test_a_number_matches_itself_however_small(broker, waits, number):
+    broker.send({"n": number}, {"n": 3})
+    assert (await soon(waits.poll(match={"n": number})))["value"] == {"n": number}
+
+
 async def test_a_table_may_be_called_as_anything_in_our_statements(broker, waits):
     broker.queue = "wanted"
     broker.run("DROP TABLE IF EXISTS wanted")
