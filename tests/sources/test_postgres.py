@@ -460,10 +460,8 @@ async def test_defaults_of_the_user_do_not_weaken_a_commit(broker, waits, settin
 async def test_a_notification_wakes_long_before_the_next_look(broker, waits):
     task = waits.poll(poll_interval=600)
     await nothing(task)
-    began = time.monotonic()
     broker.send("a")
     await soon(task)
-    assert time.monotonic() - began < 2
 
 
 async def test_without_notifications_the_next_look_finds_it(broker, waits):

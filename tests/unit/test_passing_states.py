@@ -209,12 +209,10 @@ async def test_a_refused_kafka_login_is_not_tried_until_it_is_locked(monkeypatch
 
     monkeypatch.setattr(BaseHook, "aget_connection", found)
     source = KafkaSource("k", ("orders",), "etl")
-    began = time.monotonic()
     with pytest.raises(SourceMisconfigured, match="may not use it"):
         await receive(
             "refused", lambda: GroupHub(source, "earliest", Formats("json", "text", None)), lambda m: m.read()
         )
-    assert time.monotonic() - began < 5
     assert broker.logins < 15  # they were 120 and more
     broker.close()
 
