@@ -29,7 +29,7 @@ TESTS = Path(__file__).parents[1]
 SOONER = {
     "events.commit_timeout": "4",
     "events.hosts": "1",  # so that waits of one kind have one
-    "scheduler.scheduler_idle_sleep_time": "0.3",
+    "scheduler.scheduler_idle_sleep_time": "0.5",
     # Here no API server is unreachable for longer, as it is in the whole matrix.
     "scheduler.task_instance_heartbeat_timeout": "30",
 }

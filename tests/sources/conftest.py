@@ -78,7 +78,7 @@ def broker(server, monkeypatch):
     if server.server.process.poll() is not None:
         server.server.start()
     monkeypatch.setenv("AIRFLOW_CONN_SOURCE", json.dumps(server.connection()))
-    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "30")
+    monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "300")
     return server
 
 

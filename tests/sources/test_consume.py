@@ -75,7 +75,7 @@ async def test_the_server_is_killed_while_waits_wait(broker, waits):
     await asyncio.sleep(1.5)
     broker.server.start()
     broker.send(*range(3))
-    events = [await soon(task, 30) for task in tasks]
+    events = [await soon(task, 120) for task in tasks]
     assert sorted(event["value"] for event in events) == [0, 1, 2]
     for number, event in enumerate(events):
         await waits.commit(event, number)
@@ -92,7 +92,7 @@ async def test_the_server_is_away_until_the_hub_has_lost_it(broker, waits, caplo
     await until_told(caplog, "cannot be reached")
     broker.server.start()
     broker.send("b")
-    assert (await soon(patient, 60))["value"] == "b"
+    assert (await soon(patient, 120))["value"] == "b"
 
 
 async def test_a_server_that_is_not_there(broker, waits, monkeypatch):

@@ -166,7 +166,7 @@ async def test_waits_over_several_partitions_and_the_watermark_that_others_see(b
     tasks = [waits.poll(number) for number in range(40)]
     await asyncio.sleep(0.5)
     broker.produce(*({"value": str(number).encode(), "partition": number % 4} for number in range(40)))
-    events = [await soon(task, 60) for task in tasks]
+    events = [await soon(task, 120) for task in tasks]
     assert sorted(event["value"] for event in events) == list(range(40))
     left = list(enumerate(events))
     random.Random(2).shuffle(left)
@@ -287,10 +287,10 @@ async def test_of_a_topic_that_is_recreated_and_soon_longer_nothing_comes_twice(
     admin.delete_topics([broker.queue])[broker.queue].result(30)
     broker.make_topic()
     broker.send("a", "b", "c", "d")
-    found = [await soon(waiting, 60)]
+    found = [await soon(waiting, 120)]
     await waits.commit(found[0], 1)
     for number in range(2, 5):
-        found.append(await soon(waits.poll(number), 60))
+        found.append(await soon(waits.poll(number), 120))
         await waits.commit(found[-1], number)
     assert [event["value"] for event in found] == ["a", "b", "c", "d"]
     assert "was deleted and recreated; it is read from its beginning" in caplog.text
@@ -401,7 +401,7 @@ async def test_a_group_that_has_members_is_refused(broker, waits, protocol):
     member.subscribe([broker.queue])
     until(lambda: member.poll(0.1) and member.assignment(), "the group has a member")
     with pytest.raises(SourceMisconfigured, match=r"the group has members, 'by-the-way' at /127\.0\.0\.1"):
-        await soon(waits.poll(group=f"g{protocol}"), 60)
+        await soon(waits.poll(group=f"g{protocol}"), 120)
     member.close()
     assert await taken(waits, 1, group=f"g{protocol}") == ["a"]
 
@@ -416,7 +416,7 @@ async def test_a_member_that_joins_later_is_named_as_well(broker, waits, caplog,
     member.subscribe([broker.queue])
     until(lambda: member.poll(0.1) or member.assignment(), "the group has a member")
     with pytest.raises(SourceMisconfigured, match="the group has members, 'by-the-way'"):
-        await soon(waiting, 60)
+        await soon(waiting, 120)
     await waits.commit(event)  # which the inbox knows
     member.close()
     broker.send("c")
@@ -578,7 +578,7 @@ async def test_a_topic_that_was_recreated_is_read_from_its_beginning(broker, wai
     admin.delete_topics([broker.queue])[broker.queue].result(30)
     broker.make_topic()
     broker.send("new", "newer")
-    event = await soon(waiting or waits.poll(3), 60)
+    event = await soon(waiting or waits.poll(3), 120)
     assert (event["value"], event["offset"]) == ("new", 0)
     assert broker.listener().event_id(event) != broker.listener().event_id({**event, "topic_id": held["topic_id"]})
     assert "was deleted and recreated" in caplog.text
@@ -790,8 +790,8 @@ async def see_it_let_in(conn_id, guarded, broker, waits, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Kafka, "bootstrap", kafka_server.as_admin(guarded))
         broker.send({"id": 7})
-        event = await soon(task, 60)
-        assert event["value"] == (await soon(watched, 60))["value"] == {"id": 7}
+        event = await soon(task, 120)
+        assert event["value"] == (await soon(watched, 120))["value"] == {"id": 7}
         await waits.commit(event)
         await until_offset(broker, 1)
 
@@ -811,7 +811,7 @@ async def test_a_wrong_certificate_or_password(
     since = datetime.now(timezone.utc)
     for task in (waits.poll(kafka_config_id="tls"), waits.watch(kafka_config_id="tls", since=since)):
         with pytest.raises(SourceMisconfigured, match=f"the topic '{broker.queue}'.*'tls'.*{message}") as caught:
-            await soon(task, 60)
+            await soon(task, 120)
         assert password not in str(caught.value) + caplog.text
 
 
@@ -821,7 +821,7 @@ async def test_a_client_that_speaks_no_tls(guarded, broker, waits, monkeypatch):
     with pytest.raises(
         (SourceUnreachable, SourceMisconfigured), match=f"the topic '{broker.queue}'.*'tls'"
     ) as caught:
-        await soon(waits.poll(kafka_config_id="tls"), 60)
+        await soon(waits.poll(kafka_config_id="tls"), 120)
     assert "admin-secret" not in str(caught.value)
 
 
@@ -840,7 +840,7 @@ async def test_a_login_by_tokens_that_a_function_fetches(guarded, broker, waits,
     with pytest.raises(
         SourceMisconfigured, match=r"'tokens' asks for a login by tokens.*callback_allowlist is empty"
     ):
-        await soon(waits.poll(kafka_config_id="tokens"), 60)
+        await soon(waits.poll(kafka_config_id="tokens"), 120)
     monkeypatch.setenv("AIRFLOW__APACHE_KAFKA__CALLBACK_ALLOWLIST", "kafka_server.token")
     await see_it_let_in("tokens", guarded, broker, waits, monkeypatch)
 
@@ -857,7 +857,7 @@ async def test_tokens_that_do_not_do(guarded, broker, waits, monkeypatch):
         extra = {"oauth_cb": "kafka_server.token", "sasl.oauthbearer.config": who}
         monkeypatch.setenv("AIRFLOW_CONN_TOKENS", by_tokens(guarded, **extra))
         with pytest.raises(refused, match=f"'tokens'.*{message}"):
-            await soon(waits.poll(kafka_config_id="tokens"), 60)
+            await soon(waits.poll(kafka_config_id="tokens"), 120)
 
 
 async def test_a_partition_that_is_added_is_read_from_where_all_others_were(broker, waits, monkeypatch):

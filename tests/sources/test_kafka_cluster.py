@@ -80,14 +80,14 @@ async def test_a_partition_without_a_leader_holds_up_no_other(broker, waits, cap
     await one_partition_is_without_a_leader(broker)
     taken = set()
     for number in range(2):
-        event = await soon(waits.poll(number), 60)
+        event = await soon(waits.poll(number), 120)
         await waits.commit(event, number)
         taken.add(event["value"])
     assert taken == {0, 1}
     task = waits.poll(3)
     await until_told(caplog, "no broker leads partition 2")
     broker.servers[2].begin()
-    assert (await soon(task, 60))["value"] == 2
+    assert (await soon(task, 120))["value"] == 2
 
 
 @on(KafkaCluster)
@@ -95,13 +95,13 @@ async def test_a_partition_without_a_leader_holds_up_no_watch_of_others(broker, 
     await one_partition_is_without_a_leader(broker)
     since = datetime.now(timezone.utc) - timedelta(hours=1)
     early, other = (waits.watch(number, match=f"@ == `{number}`", since=since) for number in (2, 1))
-    assert (await soon(other, 60))["value"] == 1
+    assert (await soon(other, 120))["value"] == 1
     await until_told(caplog, "no broker leads partition 2")
     late = waits.watch(3, match="@ == `2`", since=since - timedelta(hours=1))
     await nothing(late)
     broker.servers[2].begin()
     for task in (early, late):
-        assert (await soon(task, 60))["value"] == 2
+        assert (await soon(task, 120))["value"] == 2
 
 
 async def until_taken(taken, count):
@@ -129,7 +129,7 @@ async def test_what_the_inbox_knows_is_read_while_the_groups_coordinator_is_away
     broker.make_topic(on=here)
 
     async def take(number, value):
-        event = await soon(waits.poll(number), 60)
+        event = await soon(waits.poll(number), 120)
         assert event["value"] == value
         await waits.commit(event, number)
 
@@ -145,7 +145,7 @@ async def test_what_the_inbox_knows_is_read_while_the_groups_coordinator_is_away
         sum("coordinator does not answer" in each.message for each in caplog.records) == 2
     )  # ours, and the wait's
     broker.send("beside")
-    await waits.commit(await soon(waiting, 60), 1)
+    await waits.commit(await soon(waiting, 120), 1)
 
     await waits.end()
     await asyncio.sleep(3)  # the hub ends some while after
@@ -182,6 +182,6 @@ async def test_reading_goes_on_without_the_only_broker_that_the_connection_names
     await until_told(caplog, "the group's coordinator does not answer")
     await nothing(waiting, consume._BLIND + 10)
     broker.send("beside")
-    assert (await soon(waiting, 60))["value"] == "beside"
+    assert (await soon(waiting, 120))["value"] == "beside"
     assert "cannot be reached" not in caplog.text
     await asyncio.to_thread(server.start)

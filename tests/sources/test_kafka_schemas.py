@@ -80,7 +80,7 @@ async def test_avro(broker, waits, client):
     value = serialized(broker, AvroSerializer(client, json.dumps(ORDER)), SENT)
     key = serialized(broker, AvroSerializer(client, '"long"'), 7, MessageField.KEY)
     broker.produce({"value": value, "key": key}, {"key": key})
-    first = await soon(waits.poll(1, keys="avro", **AVRO), 60)
+    first = await soon(waits.poll(1, keys="avro", **AVRO), 120)
     assert (first["key"], first["value"]) == (7, FOUND)
     check(first)
     await waits.commit(first, 1)
@@ -101,7 +101,7 @@ async def test_a_watch_of_avro(broker, waits, client, match):
         {"value": b"no avro"}, *({"value": serialized(broker, serializer, each)} for each in (other, SENT))
     )
     since = datetime.now(timezone.utc) - timedelta(minutes=5)
-    assert (await soon(waits.watch(match=match, since=since, **AVRO), 60))["value"] == FOUND
+    assert (await soon(waits.watch(match=match, since=since, **AVRO), 120))["value"] == FOUND
 
 
 async def test_json_schema(broker, waits, client):
@@ -109,7 +109,7 @@ async def test_json_schema(broker, waits, client):
     bad = good[:5] + b'{"order_id": 0}'
     broker.produce({"value": good}, {"value": bad}, {"value": b'{"order_id": 1}'})
     kwargs = {"values": "json_schema", "registry_conn_id": "registry"}
-    first = await soon(waits.poll(1, **kwargs), 60)
+    first = await soon(waits.poll(1, **kwargs), 120)
     assert first["value"] == {"order_id": 42}
     with pytest.raises(EventUndecodable, match=r"offset 1 in partition .* is not json_schema: 0 is less than"):
         await soon(waits.poll(2, **kwargs))
@@ -136,8 +136,8 @@ async def test_a_schema_that_the_registry_does_not_know(broker, waits, client, b
     broker.send_raw(begin + b"rest")
     broker.produce({"value": serialized(broker, AvroSerializer(client, '"long"'), 7)})
     with pytest.raises(EventUndecodable, match=r"is not avro: .*404"):
-        await soon(waits.poll(1, **AVRO), 60)
-    assert (await soon(waits.poll(2, **AVRO), 60))["value"] == 7
+        await soon(waits.poll(1, **AVRO), 120)
+    assert (await soon(waits.poll(2, **AVRO), 120))["value"] == 7
 
 
 async def test_a_schema_that_changed(broker, waits, client):
@@ -146,7 +146,7 @@ async def test_a_schema_that_changed(broker, waits, client):
         broker.produce(
             {"value": serialized(broker, AvroSerializer(client, json.dumps(order)), {**SENT, "more": 3})}
         )
-    first, second = await soon(waits.poll(1, **AVRO), 60), await soon(waits.poll(2, **AVRO))
+    first, second = await soon(waits.poll(1, **AVRO), 120), await soon(waits.poll(2, **AVRO))
     assert "more" not in first["value"]
     assert second["value"]["more"] == 3
 
@@ -198,7 +198,7 @@ async def test_while_the_registry_is_away_nothing_is_skipped(
         assert broker.unacknowledged() == 1
     relay = await asyncio.start_server(lambda r, w: relayed(r, w, registry.port), "127.0.0.1", port)
     try:
-        assert (await soon(task, 60))["value"] == FOUND
+        assert (await soon(task, 120))["value"] == FOUND
     finally:
         relay.close()
 
@@ -220,7 +220,7 @@ async def test_a_registry_that_stays_away(broker, waits, monkeypatch):
     connect(monkeypatch, free_port())
     broker.send_raw(b"\x00\x00\x00\x00\x01rest")
     with pytest.raises(SourceUnreachable, match="the schema registry of the connection 'registry'") as caught:
-        await soon(waits.poll(**AVRO), 60)
+        await soon(waits.poll(**AVRO), 120)
     assert "s3cret" not in str(caught.value)
 
 
@@ -234,7 +234,7 @@ async def test_a_registry_that_refuses_or_is_another_server(broker, waits, monke
     connect(monkeypatch, in_front.server_port)
     broker.send_raw(b"\x00\x00\x00\x00\x01rest")
     with pytest.raises(error, match=f"schema registry of the connection 'registry'.*{says}") as caught:
-        await soon(waits.poll(on_undecodable="skip", **AVRO), 60)
+        await soon(waits.poll(on_undecodable="skip", **AVRO), 120)
     assert "s3cret" not in str(caught.value)
     assert in_front.asked
     assert broker.unacknowledged() == 1
@@ -254,7 +254,7 @@ async def test_a_connection_that_is_none_of_a_registry(broker, waits, monkeypatc
     connect(monkeypatch, 1, **more)
     broker.send_raw(b"\x00\x00\x00\x00\x01rest")
     with pytest.raises(SourceMisconfigured, match=message) as caught:
-        await soon(waits.poll(**AVRO), 60)
+        await soon(waits.poll(**AVRO), 120)
     assert "s3cret" not in str(caught.value)
 
 

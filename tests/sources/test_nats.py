@@ -113,7 +113,7 @@ async def test_many_are_acknowledged_at_once(broker, waits):
     tasks = [waits.poll(number) for number in range(300)]
     await nothing(tasks[0], 0.5)
     broker.send(*range(300))
-    events = [await soon(task, 60) for task in tasks]
+    events = [await soon(task, 120) for task in tasks]
     await asyncio.gather(*(waits.commit(event, number) for number, event in enumerate(events)))
     assert {event["value"] for event in events} == set(range(300))
     assert broker.unacknowledged() == 0
@@ -546,7 +546,7 @@ async def test_a_stream_that_is_deleted_while_a_wait_waits_is_waited_for(broker,
     await until_told(caplog, "there is no such stream")
     broker.make_stream()
     broker.send("of the new one")
-    event = await soon(task, 60)
+    event = await soon(task, 120)
     assert event["value"] == "of the new one"
     await waits.commit(event)
 
@@ -567,9 +567,9 @@ async def test_a_consumer_that_is_deleted_goes_on_where_all_was_acknowledged(bro
             await client.jetstream().publish(f"{broker.queue}.sent", json.dumps(value).encode())
 
     broker.ask(replaced)
-    values = [(await soon(task, 60))["value"]]
+    values = [(await soon(task, 120))["value"]]
     for number in (2, 3):
-        values.append((await soon(waits.poll(number, deliver_policy="new"), 60))["value"])
+        values.append((await soon(waits.poll(number, deliver_policy="new"), 120))["value"])
     # As far as it was known: what was acknowledged just before comes again, and the inbox knows it.
     assert values == ["a", "b", "c"]
 

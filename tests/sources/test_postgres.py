@@ -170,7 +170,7 @@ async def test_a_row_that_took_its_number_early_and_was_committed_late_is_found(
 async def test_more_waits_than_a_look_takes(broker, waits):
     tasks = [waits.poll(number, poll_interval=600) for number in range(1200)]
     broker.run(f"INSERT INTO {broker.queue} (value) SELECT to_jsonb(n) FROM generate_series(1, 1300) n")
-    events = await soon(asyncio.gather(*tasks), 60)
+    events = await soon(asyncio.gather(*tasks), 120)
     assert {event["value"] for event in events} == set(range(1, 1201))
     await asyncio.gather(*(waits.commit(event, number) for number, event in enumerate(events)))
     assert broker.unacknowledged() == 100
@@ -367,7 +367,7 @@ async def test_after_a_failover_a_row_is_the_same(broker, waits, connect, standb
     await until_told(caplog, "in recovery (a read-only standby)")
     with standby.connect() as client:
         client.execute("SELECT pg_promote()")
-    again = await soon(late, 60)
+    again = await soon(late, 120)
     assert (again["value"], again["source"]) == ("b", event["source"])
     await committed(waits, event)
     with standby.connect() as client:
@@ -697,7 +697,7 @@ async def test_a_thousand_waits_want_a_row_each_over_one_connection(broker, wait
         "FROM generate_series(1999, 0, -1) n, unnest(ARRAY['paid', 'sent']) kind"
     )
     for number, task in tasks.items():
-        assert (await soon(task, 60))["value"] == {"order": number, "kind": "paid"}
+        assert (await soon(task, 120))["value"] == {"order": number, "kind": "paid"}
     assert broker.clients() == 1
     await nothing(any_row, 0.2)
     assert broker.unacknowledged() == 4000

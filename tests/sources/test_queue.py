@@ -57,7 +57,7 @@ async def settled(waits, event, number=0):
     with contextlib.suppress(AtRedelivery):
         await waits.commit(event, number)
         return event
-    again = await soon(waits.poll(90 + number), 60)
+    again = await soon(waits.poll(90 + number), 120)
     await waits.commit(again, 90 + number)
     return again
 
@@ -80,7 +80,7 @@ async def test_a_triggerer_is_killed_and_what_it_held_is_delivered_again_the_sam
         process.kill()
         assert process.wait() == -9
     until(lambda: broker.unacknowledged() == 1, "it is unacknowledged")
-    again = await soon(waits.poll(**short), 60)
+    again = await soon(waits.poll(**short), 120)
     assert id_of(broker, again) == id_of(broker, event)
     assert serde.encode(again) == serde.encode(event)
     await waits.commit(again)
@@ -96,7 +96,7 @@ async def test_what_a_killed_triggerer_had_recorded_another_acknowledges(broker,
     else:
         with pytest.raises(AtRedelivery):
             await waits.commit(event)
-        again = await soon(waits.poll(1, **short), 60)
+        again = await soon(waits.poll(1, **short), 120)
         assert id_of(broker, again) == id_of(broker, event)
         await waits.commit(again, 1)
     assert broker.unacknowledged() == 0
@@ -185,7 +185,7 @@ async def test_the_server_is_killed_while_a_message_is_in_hand(broker, waits, sh
     for _ in range(2):
         if broker.unacknowledged() < 2:
             break
-        again = await soon(waits.poll(2, **short), 60)  # a redelivery, which the inbox would know
+        again = await soon(waits.poll(2, **short), 120)  # a redelivery, which the inbox would know
         assert id_of(broker, again) in {id_of(broker, event), id_of(broker, other)}
         if id_of(broker, again) == id_of(broker, event):
             await waits.commit(again, 2)
@@ -218,11 +218,11 @@ async def test_the_server_is_killed_after_the_commit(broker, waits, short):
     broker.server.start()
     await committed(waits, event)
     broker.send("b")
-    found = await soon(waits.poll(1, **short), 60)
+    found = await soon(waits.poll(1, **short), 120)
     if found["value"] == "a":  # the server had not written the acknowledgement yet
         assert id_of(broker, found) == id_of(broker, event)
         await waits.commit(found, 1)
-        found = await soon(waits.poll(2, **short), 60)
+        found = await soon(waits.poll(2, **short), 120)
     assert found["value"] == "b"
 
 

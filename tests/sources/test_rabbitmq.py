@@ -366,7 +366,7 @@ async def test_while_the_server_is_gone_a_commit_is_left_to_the_redelivery(broke
     with pytest.raises(AtRedelivery):
         await soon(asyncio.create_task(waits.commit(event)))
     broker.server.start()
-    again = await soon(other, 60)
+    again = await soon(other, 120)
     assert serde.encode(again) == serde.encode(event)
     await waits.commit(again, 1)
     assert broker.unacknowledged() == 0
@@ -453,7 +453,7 @@ async def test_another_consumer_is_an_exclusive_one(broker, waits, caplog):
     await until_told(caplog, "in exclusive use")
     broker.do(channel.close())
     broker.send("a")
-    assert (await soon(task, 60))["value"] == "a"
+    assert (await soon(task, 120))["value"] == "a"
 
 
 async def test_another_consumer_is_the_single_active_one(broker, waits, caplog, monkeypatch):
@@ -478,7 +478,7 @@ async def test_another_consumer_is_the_single_active_one(broker, waits, caplog, 
     await asyncio.sleep(2.5)
     assert caplog.text.count("none is delivered here") == before
     broker.do(channel.close())
-    assert (await soon(task, 60))["value"] == "held"
+    assert (await soon(task, 120))["value"] == "held"
 
 
 async def test_a_queue_that_is_deleted_while_waits_wait_is_waited_for(broker, waits, caplog):
@@ -496,7 +496,7 @@ async def test_a_queue_that_is_deleted_while_waits_wait_is_waited_for(broker, wa
     await until_told(caplog, "is not there, and is not made")
     broker.make_queue()
     await asyncio.to_thread(broker.publish, b"1", broker.queue, message_id="x")
-    assert (await soon(task, 60))["value"] == 1
+    assert (await soon(task, 120))["value"] == 1
 
 
 async def test_an_event_of_the_first_edition():
@@ -760,7 +760,7 @@ async def test_tls_with_a_certificate_of_the_client(tmp_path, monkeypatch):
             for refused in ("stranger", "doubtful"):
                 with pytest.raises(ConnectionError, match=f"'{refused}' could not be reached"):
                     await rabbitmq.RabbitMQListener().poll_for_event("orders", rabbitmq_conn_id=refused)
-            monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "30")
+            monkeypatch.setenv("AIRFLOW__EVENTS__UNREACHABLE_TIMEOUT", "300")
             event = await rabbitmq.RabbitMQListener().poll_for_event("orders", rabbitmq_conn_id="tls")
             assert event["value"] == 1
             await rabbitmq.RabbitMQListener().event_checkpointed(event)

@@ -73,7 +73,7 @@ async def test_a_queue_whose_node_is_down_holds_up_no_other(broker, waits, caplo
     with_event, broker.queue, queue = waits.poll(0), alone, broker.queue
     without, broker.queue = waits.poll(1), queue
     broker.send("a")
-    event = await soon(with_event, 60)
+    event = await soon(with_event, 120)
     assert event["value"] == "a"
     await waits.commit(event)
     await until_told(caplog, alone)

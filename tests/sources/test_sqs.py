@@ -195,7 +195,7 @@ async def test_no_more_is_received_than_is_waited_for(broker, waits):
     for _ in range(12):
         broker.client.send_message_batch(QueueUrl=broker.url, Entries=entries)
     tasks = [waits.poll(number) for number in range(107)]
-    events = [await soon(task, 60) for task in tasks]
+    events = [await soon(task, 120) for task in tasks]
     await asyncio.sleep(0.5)
     assert broker.counts() == (13, 107)
     await asyncio.gather(*(waits.commit(event) for event in events))
@@ -308,7 +308,7 @@ async def test_a_queue_that_is_deleted_while_a_wait_waits_is_waited_for(broker, 
     await until_told(caplog, "there is no such queue")
     broker.client.create_queue(QueueName=broker.queue)
     broker.send({"order": 1})
-    assert (await soon(task, 60))["value"] == {"order": 1}
+    assert (await soon(task, 120))["value"] == {"order": 1}
 
 
 @contextmanager
