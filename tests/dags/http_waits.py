@@ -91,6 +91,6 @@ with DAG("http_time_out", schedule=None, catchup=False):
 with DAG("parked", schedule=None, catchup=False, params={"due": "", "key": "parked"}):
     wait_for_event.override(task_id="timer")(TimerListener, "{{ params.due }}")
     wait("event", key="{{ params.key }}")
-    wait("skips", of_task={"timeout": 90, "soft_fail": True})
-    wait("default", of_task={"timeout": 90, "default": {"of": "default"}})
-    wait("late", of_task={"timeout": 90})
+    wait("skips", of_task={"timeout": 45, "soft_fail": True})
+    wait("default", of_task={"timeout": 45, "default": {"of": "default"}})
+    wait("late", of_task={"timeout": 45})
