@@ -7,7 +7,6 @@ parameters get to where an event is checked and stored.
 
 from __future__ import annotations
 
-import os
 import uuid
 
 import httpx
@@ -28,10 +27,9 @@ JUDGED_BY = [
     checks.negative_data_rejection,
     checks.unsupported_method,
 ]
-# Of each operation, and the same ones each time: what is found here must not depend on the day. With
-# MODEL_EXAMPLES in the environment, that many times as many.
+# Of each operation, and the same ones each time: what is found here must not depend on the day.
 BOUNDED = settings(
-    max_examples=round(10 * float(os.environ.get("MODEL_EXAMPLES", 1))),
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
