@@ -977,7 +977,7 @@ async def test_a_standby_is_waited_for_until_it_is_the_primary_and_not_for_ever(
         ({"columns": {"payload": "value"}}, "columns maps 'id', .* not 'payload'"),
         ({"columns": {"value": None}}, "needs a column for 'value'"),
         ({"columns": {"value": "100%"}}, "percent sign"),
-        ({"poll_interval": 0}, "poll_interval is a time above zero, not 0"),
+        ({"poll_interval": 0}, "poll_interval is a time above zero, .*, not 0"),
         ({"columns": {"claimed_by": "c"}}, "columns maps 'id', .*, not 'claimed_by'"),
         ({"on_commit": "drop"}, "on_commit is 'mark' or 'delete', not 'drop'"),
         ({"on_undecodable": "dead_letter", "dead_letter": "a.b.c"}, "dead_letter is 'table' or 'schema.table'"),
