@@ -126,12 +126,8 @@ class WaitForEventsOperator(WaitForEventOperator):
     def _read_outputs(self) -> None:
         self.arguments = _listed(self.arguments)
         super()._read_outputs()
-
-    def _defer(self, context: Context) -> None:
-        self._read_outputs()
         if self._wanted > len(self._calls):
             raise AirflowFailException(f"first={self.first}, and the list has {len(self._calls)} items")
-        super()._defer(context)
 
     @property
     def _calls(self) -> Calls:

@@ -5,6 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
+import browser
 from databases import NAMES
 
 TESTS = Path(__file__).parent
@@ -42,3 +45,12 @@ def pytest_collection_modifyitems(config, items):
 def is_slow(item):
     of_server = hasattr(item, "callspec") and item.callspec.params.get("engine", "sqlite") != "sqlite"
     return of_server or item.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A real browser."""
+    if problem := browser.missing():
+        pytest.skip(problem)
+    with browser.browser() as started:
+        yield started

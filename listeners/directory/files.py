@@ -127,9 +127,8 @@ class Drops:
         if not isinstance(directory, str | os.PathLike) or not str(directory).strip():
             raise ValueError(f"directory is the name of a directory, not {directory!r}")
         root = Path(os.path.abspath(Path(settings.directory_root(), os.path.expanduser(directory))))
-        return cls(
-            root, None if delete else root / os.path.expanduser(archive) if archive else root / OURS / "archive"
-        )
+        kept = os.path.expanduser(archive) if archive else f"{OURS}/archive"
+        return cls(root, None if delete else root / kept)
 
     def check(self) -> None:
         """

@@ -105,11 +105,12 @@ def seconds(duration: float | timedelta, name: str) -> float:
     Return a duration in seconds.
 
     :param name: what the user calls it.
-    :raises ValueError: it is none, not above zero, or without end.
+    :raises ValueError: it is no duration, not above zero, or without end.
     """
-    found = duration.total_seconds() if isinstance(duration, timedelta) else 0.0
-    with contextlib.suppress(TypeError, ValueError):
-        found = found or float(duration)  # type: ignore[arg-type]
+    try:
+        found = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    except (TypeError, ValueError):
+        found = math.nan
     if not 0 < found < math.inf:
         raise ValueError(f"{name} is a time above zero, a timedelta or seconds, not {duration!r}")
     return found

@@ -31,14 +31,6 @@ def token(airflow):
     return token
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    if problem := browser.missing():
-        pytest.skip(problem)
-    with browser.browser() as started:
-        yield started
-
-
 @dataclass(frozen=True)
 class Answer:
     status: int

@@ -292,10 +292,10 @@ async def test_an_archive_of_ones_own(drops):
     assert Path(event["path"]).exists()
 
 
-def test_an_archive_may_be_below_a_home(drops, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/etl")
-    assert files.Drops.of(str(drops), "~/done").archive == Path("/home/etl/done")
-    assert files.Drops.of("~/drops").root == Path("/home/etl/drops")
+def test_an_archive_may_be_below_a_home(drops, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "etl"))
+    assert files.Drops.of(str(drops), "~/done").archive == tmp_path / "etl/done"
+    assert files.Drops.of("~/drops").root == tmp_path / "etl/drops"
 
 
 async def test_a_released_file_goes_to_the_next(drops):

@@ -32,14 +32,6 @@ RECORD = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    if problem := browser.missing():
-        pytest.skip(problem)
-    with browser.browser() as started:
-        yield started
-
-
 @pytest.fixture
 def page(chromium):
     """A page whose ``answers`` are by what is asked for: (status, text); what was sent is in ``sent``."""
@@ -68,35 +60,35 @@ def answer(page, route):
     route.fulfill(status=status, body=text, content_type="application/json")
 
 
-def one_wait(**detail):
-    return 200, json.dumps({"wait": {**DETAIL, **detail}, "may_see_event": True, "may_edit": True})
+def open_wait(page, **detail):
+    text = json.dumps({"wait": {**DETAIL, **detail}, "may_see_event": True, "may_edit": True})
+    page.answers["waits/shop/run/wait/-1"] = (200, text)
+    page.goto(f"{URL}/page/?dag_id=shop&run_id=run&task_id=wait&map_index=-1")
+
+
+def send(page, text):
+    open_wait(page)
+    page.locator("#send").click()
+    page.locator("#payload").fill(text)
+    page.locator("#send-yes").click()
 
 
 def test_an_event_is_sent_as_it_is_typed(page):
     """A browser's own numbers have 53 bits, and no fraction that is zero."""
-    page.answers["waits/shop/run/wait/-1"] = one_wait()
-    page.goto(f"{URL}/page/?dag_id=shop&run_id=run&task_id=wait&map_index=-1")
-    page.locator("#send").click()
-    page.locator("#payload").fill('{"id": 9007199254740993, "price": 1.0}')
-    page.locator("#send-yes").click()
+    send(page, '{"id": 9007199254740993, "price": 1.0}')
     page.locator("#send-dialog").wait_for(state="detached")
     assert page.sent == ['{"id": 9007199254740993, "price": 1.0}']
 
 
 def test_what_is_no_json_is_not_sent(page):
-    page.answers["waits/shop/run/wait/-1"] = one_wait()
-    page.goto(f"{URL}/page/?dag_id=shop&run_id=run&task_id=wait&map_index=-1")
-    page.locator("#send").click()
-    page.locator("#payload").fill("{'id': 1}")
-    page.locator("#send-yes").click()
+    send(page, "{'id': 1}")
     page.get_by_text("This is not valid JSON").wait_for()
     assert page.sent == []
 
 
 def test_a_long_integer_is_shown_as_it_is(page):
     record = {**RECORD, "event": {"ids": [9007199254740993, -9223372036854775808, 17]}}
-    page.answers["waits/shop/run/wait/-1"] = one_wait(record=record)
-    page.goto(f"{URL}/page/?dag_id=shop&run_id=run&task_id=wait&map_index=-1")
+    open_wait(page, record=record)
     assert json.loads(page.locator("#event").inner_text()) == record["event"]
 
 
