@@ -20,7 +20,8 @@ from airflow.models.dag import DagModel
 from airflow_events import waits
 from airflow_events.doors import check_is_meant, in_turn
 from airflow_events.waits.tables import Name
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response, status
+from fastapi.exceptions import RequestValidationError
 from sqlalchemy.orm import Session
 
 router = APIRouter(tags=["Waits"])
@@ -68,11 +69,35 @@ class Wait:
     may_edit: bool
 
 
+def filters_are_known(request: Request) -> None:
+    """Refuse a parameter that is misspelt or given twice: left out, it would list other waits."""
+    given = [name for name, _ in request.query_params.multi_items()]
+    described = request.app.openapi()["paths"][request.scope["route"].path]["get"]["parameters"]
+    known = [parameter["name"] for parameter in described]
+    wrong = [
+        {
+            "type": "extra_forbidden",
+            "loc": ("query", name),
+            "msg": f"no such parameter; there are {known}",
+        }
+        for name in sorted(set(given) - set(known))
+    ] + [
+        {"type": "given_twice", "loc": ("query", name), "msg": "given more than once"}
+        for name in known
+        if given.count(name) > 1
+    ]
+    if wrong:
+        raise RequestValidationError(wrong)
+
+
 @router.get(
     "/api/waits",
     summary="List the waits of a stage",
     responses=_NOT_LOGGED_IN,
-    dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))],
+    dependencies=[
+        Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE)),
+        Depends(filters_are_known),
+    ],
 )
 async def list_waits(
     user: GetUserDep,

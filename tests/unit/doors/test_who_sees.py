@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from airflow_events.inbox.models import EventHost, EventWait
 from sqlalchemy import event, insert, update
 
@@ -54,3 +55,26 @@ def test_of_ten_thousand_places_no_more_is_read_than_is_shown(server):
     assert record["phase"] == "committed" and record["preview"].startswith('{"0": {"value": "xxx')
     assert record["length"] > 10_000 * len(text)
     assert len(read) < 60
+
+
+@pytest.mark.parametrize(
+    ("query", "name", "told"),
+    [
+        ("limit=0", "limit", "greater than or equal to 1"),
+        ("limit=201", "limit", "less than or equal to 200"),
+        ("limit=many", "limit", "valid integer"),
+        ("offset=-1", "offset", "greater than or equal to 0"),
+        ("stage=closed", "stage", "Input should be 'recorded', 'open'"),
+        ("order=colour", "order", "Input should be"),
+        ("descending=maybe", "descending", "valid boolean"),
+        ("dag_id=a%00b", "dag_id", "should match pattern"),
+        ("text=" + "x" * 251, "text", "at most 250 characters"),
+        ("dag=blue", "dag", "no such parameter; there are ['stage', 'dag_id', "),
+        ("dag_id=blue&dag_id=red", "dag_id", "more than once"),
+    ],
+)
+def test_a_list_of_other_waits_than_meant_is_refused(server, query, name, told):
+    answer = server.client(server.token("VIEWER")).get(f"/events/api/waits?{query}")
+    [detail] = answer.json()["detail"]
+    assert (answer.status_code, detail["loc"]) == (422, ["query", name])
+    assert told in detail["msg"]
