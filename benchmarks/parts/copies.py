@@ -99,10 +99,10 @@ def holders(airflow: Any, dag_id: str) -> set[str]:
         return {holder for (holder,) in connection.execute(query, (dag_id,))}
 
 
-def join(connection: Any, run: Any, copies: Sequence[Any]) -> None:
-    """Let copies of a run with one wait, of which no host has known, join the run's own host now."""
+def join(connection: Any, dag_id: str, copies: Sequence[Any]) -> None:
+    """Let copies of a wait, of which no host has known, join the host of those of the DAG that wait now."""
     connection.execute(
         "UPDATE event_wait SET hosted_at = now(), host = (SELECT host FROM event_wait WHERE dag_id = %s AND "
-        "run_id = %s) WHERE dag_id = %s AND run_id = ANY(%s)",
-        (run.dag_id, run.run_id, run.dag_id, [copy.run_id for copy in copies]),
+        "host IS NOT NULL LIMIT 1) WHERE dag_id = %s AND run_id = ANY(%s)",
+        (dag_id, dag_id, [copy.run_id for copy in copies]),
     )

@@ -38,7 +38,7 @@ def steady(stage: Stage) -> Rows:
     copies = copy_run(airflow, run, open_ones + sent_in_all, hosted=False)
     print(f"{len(copies)} copies are made", flush=True)
     with connect(stage.postgres.url) as connection:
-        join(connection, run, copies[: open_ones - 1])
+        join(connection, "steady", copies[: open_ones - 1])
     until(lambda: NOBODY not in holders(airflow, "steady"), "they are polled for", LONGEST, pause=1)
     settle()
 
@@ -52,7 +52,7 @@ def steady(stage: Stage) -> Rows:
             sent = due
             if (ended := _ended(connection)) > joined + 1 - open_ones:
                 there = ended + open_ones - 1
-                join(connection, run, copies[joined:there])
+                join(connection, "steady", copies[joined:there])
                 joined = there
             time.sleep(1 / TICKS)
         took = time.monotonic() - began
