@@ -124,7 +124,7 @@ def message(number: int) -> str:
 CONTENDERS = {
     "await_message": (Topic, "`AwaitMessageSensor`", PROVIDER),
     "kafka_listener": (Topic, "`KafkaListener`", ""),
-    "sqs_sensor": (Queue, "`SqsSensor`, deferrable", "apache-airflow-providers-amazon"),
+    "sqs_sensor": (Queue, "`SqsSensor`, deferrable,", "apache-airflow-providers-amazon"),
     "sqs_listener": (Queue, "`SqsListener`", ""),
 }
 
