@@ -421,7 +421,7 @@ class _WaitForEvent(OfTask):
     """
 
     def __call__(self, listener: type[EventListener], /, *args: Any, **kwargs: Any) -> XComArg:
-        check_names(listener, kwargs)
+        refuse_those_of_task(listener, kwargs)
         return self._output(
             WaitForEventOperator, "wait_for_event", listener=listener, listener_args=args, listener_kwargs=kwargs
         )
@@ -489,7 +489,7 @@ def _by_name(arguments: Any) -> Any:
     return serde.simple(dict(arguments))
 
 
-def check_names(
+def refuse_those_of_task(
     listener: type[EventListener],
     kwargs: Mapping[str, Any],
     by: str = "wait_for_event",

@@ -16,7 +16,7 @@ from airflow_events.operators.wait_for_event import (
     MISSING,
     OfTask,
     WaitForEventOperator,
-    check_names,
+    refuse_those_of_task,
 )
 from airflow_events.triggers import outcome
 from airflow_events.triggers.calls import Calls, packed
@@ -213,7 +213,7 @@ class _WaitForEvents(OfTask):
     def __call__(
         self, listener: type[EventListener], arguments: Sequence[Any] | XComArg, /, **common: Any
     ) -> XComArg:
-        check_names(listener, common, "wait_for_events", WaitForEventsOperator)
+        refuse_those_of_task(listener, common, "wait_for_events", WaitForEventsOperator)
         return self._output(
             WaitForEventsOperator,
             "wait_for_events",

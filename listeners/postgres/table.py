@@ -259,7 +259,7 @@ def source_of(
             raise ValueError(f"columns maps {', '.join(map(repr, known))}, not {name!r}")
         if not column and name != "created_at":
             raise ValueError(f"the table needs a column for {name!r}, not {column!r}")
-    _check_names(*filter(None, (columns or {}).values()))
+    _check_quotable(*filter(None, (columns or {}).values()))
     return Source(conn_id, table, Columns(**(columns or {})), on_commit)  # type: ignore[arg-type]
 
 
@@ -273,7 +273,7 @@ def check_table(table: str, name: str = "table") -> None:
     parts = table.split(".")
     if len(parts) > 2 or not all(parts):
         raise ValueError(f"{name} is 'table' or 'schema.table', not {table!r}")
-    _check_names(table)
+    _check_quotable(table)
 
 
 Wanted = tuple[tuple[str, ...], tuple[str, ...]]
@@ -406,11 +406,11 @@ def identifier(*names: str) -> sql.Identifier:
 
     :raises ValueError: it has a percent sign.
     """
-    _check_names(*names)
+    _check_quotable(*names)
     return sql.Identifier(*names)
 
 
-def _check_names(*names: str) -> None:
+def _check_quotable(*names: str) -> None:
     for name in names:
         if "%" in name:  # for which psycopg has no quotes beside parameters
             raise ValueError(f"names with a percent sign are not supported: {name!r}")
