@@ -145,10 +145,10 @@ def send(
     for_later = to == "all" and ttl is not None
     if for_later:
         _check_room(session, kept)
-    free = _free(session, address)
+    free, busy = _free(session, address), set[str]()
     if free and to == "one":  # whoever came first
-        _match(session, address, free, most=_FIRST)
-    given = _offer(session, kept, free, skip_locked=to == "one", arrived=arrived)
+        _match(session, address, free, busy, most=_FIRST)
+    given = _offer(session, kept, free, busy, skip_locked=to == "one", arrived=arrived)
     if not given.reached:
         if given.refusal is not None and not for_later and (given.is_sure or to == "all"):
             raise given.refusal
@@ -189,7 +189,7 @@ def match(session: Session, key: str) -> dict[str, list[str]]:
     """
     begin_writing(session)
     address = bytes.fromhex(address_of(key))
-    return _match(session, address, _free(session, address))
+    return _match(session, address, _free(session, address), set())
 
 
 class Begun(NamedTuple):
@@ -248,12 +248,17 @@ _refused = _Refused()
 
 
 def _match(
-    session: Session, address: bytes, free: list[Begun], *, most: int | None = None
+    session: Session, address: bytes, free: list[Begun], busy: set[str], *, most: int | None = None
 ) -> dict[str, list[str]]:
     """
     Give kept events of an address to its waits, the oldest first; return which waits each event reached.
 
+    An event that another transaction gives just now is waited for: a later one would else go before it, should it
+    be kept after all. No two wait for each other, since none waits for a wait's lock here, and all lock the events
+    in the order of their ids.
+
     :param free: the waits; those that have got one are taken out.
+    :param busy: as for `_offer`.
     :param most: how many events to look at; None for all.
     """
     kept_now = session.execute(
@@ -272,8 +277,8 @@ def _match(
         if not free:
             break
         query = select(EventKept).where(EventKept.id.in_(todo[start : start + _AT_ONCE])).order_by(EventKept.id)
-        for kept in session.scalars(with_row_locks(query, session, skip_locked=True, key_share=False)).all():
-            given = _offer(session, kept, others if kept.event_id in refused else free)
+        for kept in session.scalars(with_row_locks(query, session, key_share=False)).all():
+            given = _offer(session, kept, others if kept.event_id in refused else free, busy)
             if given.reached:
                 reached[kept.event_id] = given.reached
                 free[:] = [begun for begun in free if begun.wait.id not in given.reached]
@@ -294,6 +299,7 @@ def _offer(
     session: Session,
     kept: EventKept,
     waits: Iterable[Begun],
+    busy: set[str],
     *,
     skip_locked: bool = True,
     arrived: float | None = None,
@@ -301,6 +307,9 @@ def _offer(
     """
     Give an event to those of ``waits`` that it may go to, or to the first of them that takes it.
 
+    :param busy: the ids of waits that can be given nothing in this transaction, to which those are added that this
+        event finds so. A later event finds them so as well, though they may be free by then: what they could have
+        got is kept, and goes to them before it.
     :param skip_locked: pass over those that somebody else has locked, who is giving them an event. An event for
         all that wait now must wait for them instead, and takes them in the order in which the inbox locks them, so
         that no two wait for each other.
@@ -314,10 +323,14 @@ def _offer(
     for wait, _, generation in waits:
         if wait.id in had or (dags is not None and wait.dag_id not in dags):
             continue
+        if wait.id in busy:
+            given.is_sure = False
+            continue
         try:
             with session.begin_nested():  # so that a wait that refuses is left as it was
                 row = WaitRow.lock_if_free(session, wait) if skip_locked else WaitRow.lock(session, wait)
                 if row is None or not can_still_take(row, kept.address, generation):
+                    busy.add(wait.id)
                     given.is_sure = False
                     continue
                 sending.give(row, event, by=kept.sent_by, event_id=kept.event_id, arrived=arrived)

@@ -20,6 +20,7 @@ from airflow_events.inbox.database import in_transaction
 from airflow_events.inbox.models import LATEST, EventKept, EventSent
 from sqlalchemy import event, func, select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 HOUR = timedelta(hours=1)
 ORDER = {"type": "object", "required": ["order"]}
@@ -482,3 +483,59 @@ def test_an_event_is_kept_that_a_wait_which_is_locked_now_might_take(http, monke
 def test_a_key_has_no_nul(http):
     with pytest.raises(Unfit, match="a key is a text"):
         send(http.session, "a\0b", 1)
+
+
+def test_of_kept_events_the_oldest_goes_first_to_a_wait_that_was_locked_meanwhile(http, monkeypatch):
+    """It was locked as the oldest was offered to it, and free again as the next was."""
+    for number in range(3):
+        assert send(http.session, "orders", number).status == "kept"
+    http.session.commit()
+    waits = [http.add("orders"), http.add("orders")]
+    lock, locked = WaitRow.lock_if_free.__func__, [waits[0]]
+
+    def is_locked_once(cls, session, wait):
+        if wait in locked:
+            locked.remove(wait)
+            return None
+        return lock(cls, session, wait)
+
+    monkeypatch.setattr(WaitRow, "lock_if_free", classmethod(is_locked_once))
+    oldest, second, third = http.session.scalars(select(EventKept.event_id).order_by(EventKept.id))
+    assert keys.match(http.session, "orders") == {oldest: [waits[1].id]}
+    assert not locked
+    assert keys.match(http.session, "orders") == {second: [waits[0].id]}
+    assert http.session.scalars(select(EventKept.event_id)).all() == [third]
+
+
+def test_what_is_sent_does_not_go_before_what_is_kept(http, monkeypatch):
+    """The wait was locked as the kept event was offered to it, and free again as the new one was."""
+    kept_before = send(http.session, "orders", 1).event_id
+    http.session.commit()
+    wait = http.add("orders")
+    lock, locked = WaitRow.lock_if_free.__func__, [wait]
+    monkeypatch.setattr(
+        WaitRow,
+        "lock_if_free",
+        classmethod(lambda cls, session, which: locked.pop() and None if locked else lock(cls, session, which)),
+    )
+    assert send(http.session, "orders", 2).status == "kept"
+    assert not locked
+    assert keys.match(http.session, "orders") == {kept_before: [wait.id]}
+
+
+def test_a_later_event_does_not_go_before_one_that_another_transaction_has_locked(
+    engine, committed, http_committed
+):
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time, and no locks of rows")
+    oldest, _ = (send(committed, "key", number).event_id for number in range(2))
+    wait = http_committed.add("key")
+    committed.commit()
+    reached = []
+    with Session(engine) as other:
+        other.scalars(select(EventKept).where(EventKept.event_id == oldest).with_for_update()).one()
+        matching = threading.Thread(target=lambda: reached.append(matcher.match_once()))
+        matching.start()
+        matching.join(2)  # time enough to give the second, were it not to wait for the first
+    matching.join()
+    assert reached == [{oldest: [wait.id]}]
