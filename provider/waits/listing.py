@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from airflow_events.waits import arguments, tables
 from airflow_events.waits.tables import Key
 from sqlalchemy import and_, case, func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
-from sqlalchemy.sql import ColumnElement, Select
+from sqlalchemy.sql import ColumnElement
 
 
 class Stage(str, enum.Enum):
@@ -189,11 +190,9 @@ def find(
     # No dialect agrees with another on where NULL belongs; here it is always last.
     sort = [column.is_(None), column.desc() if descending else column.asc(), *_KEY]
     # First which ones, and then all about these: a database that sorts all of it at once takes six times as long.
-    ids = tables.joined(select(TaskInstance.id)).where(*where).order_by(*sort)
+    ids = _IDS.where(*where).order_by(*sort)
     cut = ids.limit(limit + 1).offset(offset).subquery()
-    rows = session.execute(
-        tables.joined(select(*_WANTED)).join(cut, cut.c.id == TaskInstance.id).order_by(*sort)
-    ).all()
+    rows = session.execute(_ROWS.join(cut, cut.c.id == TaskInstance.id).order_by(*sort)).all()
     total = None if stage is Stage.ENDED else _count(session, where)
     return Page(_summaries(session, stage, rows[:limit], dag_ids), total, len(rows) > limit)
 
@@ -216,10 +215,10 @@ def one(session: Session, key: Key, *, dag_ids: Collection[str] | None = None) -
 
     :param dag_ids: as of `find`: of others, whose host it shares, nothing is told.
     """
-    is_uncommitted = TaskInstance.id.in_(_uncommitted()).label("is_uncommitted")
+    is_uncommitted = TaskInstance.id.in_(_UNCOMMITTED).label("is_uncommitted")
     is_wait = or_(tables.of_our_operator(), tables.of_our_trigger(), EventWait.place.is_not(None))
     row = session.execute(
-        tables.joined(select(*_WANTED, is_uncommitted)).where(is_wait, *tables.is_(TaskInstance, key))
+        _ROWS.add_columns(is_uncommitted).where(is_wait, *tables.is_(TaskInstance, key))
     ).one_or_none()
     if row is None:
         return None
@@ -260,7 +259,18 @@ _WANTED = (
     EventWait.expires,
     EventWait.recorded_at,
     EventWait.delivered_at,
-    func.coalesce(EventWait.parked, Trigger.encrypted_kwargs).label("encrypted_kwargs"),
+    # They may be long, and take long to decrypt: the row of a wait that has begun tells what they do.
+    case(
+        (
+            or_(
+                EventWait.since.is_(None),
+                func.coalesce(EventWait.listener, "") == "",
+                func.coalesce(EventWait.call, "") == "",
+                and_(TaskInstance.operator == tables.OF_MANY, EventWait.wanted.is_(None)),
+            ),
+            func.coalesce(EventWait.parked, Trigger.encrypted_kwargs),
+        )
+    ).label("encrypted_kwargs"),
     EventWait.host,
     EventWait.host.is_not(None).label("is_hosted"),
     and_(TaskInstance.trigger_id.is_(None), EventWait.parked.is_not(None), EventWait.host.is_(None)).label(
@@ -287,26 +297,30 @@ _COLUMNS: dict[Order, Any] = {
     Order.ENDED: _ENDED,
 }
 
+# What is the same in each request is put together once: that takes as long as everything else in a list.
+_IDS, _ROWS, _NUMBER = (
+    tables.joined(statement) for statement in (select(TaskInstance.id), select(*_WANTED), select(func.count()))
+)
+_recorded = aliased(EventWait)
+# The ids of the task instances that have an event, at any place, recorded and not committed.
+_UNCOMMITTED = (
+    select(TaskInstance.id).join(_recorded, tables.of(_recorded)).where(_recorded.phase == Phase.RECORDED.value)
+)
+
 
 def _count(session: Session, where: Iterable[ColumnElement[bool]]) -> int:
-    return int(session.scalar(tables.joined(select(func.count())).where(*where)) or 0)
+    return int(session.scalar(_NUMBER.where(*where)) or 0)
 
 
-def _uncommitted() -> Select[Any]:
-    """Select the ids of the task instances that have an event, at any place, recorded and not committed."""
-    recorded = aliased(EventWait)
-    is_recorded = recorded.phase == Phase.RECORDED.value
-    return select(TaskInstance.id).join(recorded, tables.of(recorded)).where(is_recorded)
-
-
-def _in_stage(stage: Stage) -> list[ColumnElement[bool]]:
+@functools.cache
+def _in_stage(stage: Stage) -> tuple[ColumnElement[bool], ...]:
     if stage is Stage.RECORDED:
-        return [TaskInstance.id.in_(_uncommitted())]
-    committed = TaskInstance.id.not_in(_uncommitted())
+        return (TaskInstance.id.in_(_UNCOMMITTED),)
+    committed = TaskInstance.id.not_in(_UNCOMMITTED)
     if stage is Stage.OPEN:
         is_wait = or_(tables.of_our_operator(), tables.of_our_trigger(), EventWait.parked.is_not(None))
-        return [is_wait, TaskInstance.state.in_(tables.OPEN), committed]
-    return [tables.of_our_operator(), TaskInstance.state.in_(tables.ENDED), committed]  # its trigger is gone
+        return is_wait, TaskInstance.state.in_(tables.OPEN), committed
+    return tables.of_our_operator(), TaskInstance.state.in_(tables.ENDED), committed  # its trigger is gone
 
 
 def _that_match(

@@ -57,6 +57,22 @@ def test_of_ten_thousand_places_no_more_is_read_than_is_shown(server):
     assert len(read) < 60
 
 
+def test_a_list_decrypts_no_arguments_of_waits_that_have_begun(server, monkeypatch):
+    wait, read = server.waits.add(), []
+    monkeypatch.setattr("airflow_events.waits.arguments.read", lambda *args, **kwargs: read.append(args))
+
+    def listed(call):
+        begun = EventWait.run_id == wait.run_id, EventWait.task_id == wait.task_id
+        server.session.execute(update(EventWait).where(*begun).values(call=call))
+        server.session.commit()
+        path = f"/events/api/waits?dag_id={wait.dag_id}&run_id={wait.run_id}&task_id={wait.task_id}"
+        [found] = server.client(server.token("VIEWER")).get(path).json()["waits"]
+        return found["call"], len(read)
+
+    assert listed("HttpListener('orders')") == ("HttpListener('orders')", 0)
+    assert listed(None) == (None, 1)
+
+
 @pytest.mark.parametrize(
     ("query", "name", "told"),
     [
