@@ -17,12 +17,15 @@ _T = TypeVar("_T")
 
 # An API server has 15 connections to its database, unless told otherwise, and Airflow's own routes need some.
 # Its event loop even stands still while it waits for one to see who is logged in.
-_AT_ONCE = 6
+_AT_ONCE = 4
+# A look at waits is work of the processor, which all threads of a process share, Airflow's own requests too; and
+# who sends an event does not wait for those who look.
+_LOOKS_AT_ONCE = 2
 
 
 @functools.cache
-def _limit() -> CapacityLimiter:
-    return CapacityLimiter(_AT_ONCE)
+def _limit(at_once: int) -> CapacityLimiter:
+    return CapacityLimiter(at_once)
 
 
 async def in_turn(work: Callable[[Session], _T], *, again: bool = True) -> _T:
@@ -32,7 +35,12 @@ async def in_turn(work: Callable[[Session], _T], *, again: bool = True) -> _T:
     Who waits for a turn has neither a thread nor a connection, and the connection is given back with the end of
     the transaction, whatever the event loop has to do meanwhile.
     """
-    return await to_thread.run_sync(lambda: in_transaction(work, again=again), limiter=_limit())
+    return await to_thread.run_sync(lambda: in_transaction(work, again=again), limiter=_limit(_AT_ONCE))
+
+
+async def look(work: Callable[[Session], _T]) -> _T:
+    """Do what `in_turn` does, for those who only look: their turns are others."""
+    return await to_thread.run_sync(lambda: in_transaction(work), limiter=_limit(_LOOKS_AT_ONCE))
 
 
 def check_is_json(headers: Mapping[str, str]) -> None:

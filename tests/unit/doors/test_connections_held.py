@@ -8,7 +8,7 @@ import threading
 import uuid
 
 import pytest
-from airflow_events import doors
+from airflow_events import doors, waits
 from airflow_events.api.app import create_app
 from sqlalchemy import create_engine, event
 from sqlalchemy.orm import Session
@@ -64,7 +64,21 @@ async def test_sixty_viewers_at_once_leave_connections_to_airflow(server, out):
         answers = await asyncio.gather(*(client.get("/events/api/waits") for _ in range(60)))
     assert {answer.status_code for answer in answers} == {200}
     # Some more for who is logged in, and in which team: each in a moment of its own.
-    assert out[0] <= doors._AT_ONCE + 4
+    assert out[0] <= doors._LOOKS_AT_ONCE + 4
+
+
+async def test_who_sends_does_not_wait_for_those_who_look(server, monkeypatch):
+    wait, goes_on = server.waits.add("urgent"), threading.Event()
+    server.session.commit()
+    monkeypatch.setattr(waits, "find", lambda *args, **kwargs: goes_on.wait(60) and waits.Page([], 0, False))
+    async with server.many(server.token("USER")) as client:
+        looks = [asyncio.create_task(client.get("/events/api/waits")) for _ in range(20)]
+        sent = await client.post("/events/keys/urgent", json=1)
+        assert not any(look.done() for look in looks)
+        goes_on.set()
+        answers = await asyncio.gather(*looks)
+    assert (sent.status_code, sent.json()["waits"]) == (200, [wait.id])
+    assert {answer.status_code for answer in answers} == {200}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +118,7 @@ async def test_two_hundred_senders_at_once_are_each_told_what_became_of_it(serve
         wait = server.waits.add()
         addresses = [f"/events/dags/shop/runs/{wait.run_id}/tasks/{wait.task_id}"] * 200
     else:
-        waits = [server.waits.add(f"{same}-{number if same == 'nothing' else 0}") for number in range(20)]
+        begun = [server.waits.add(f"{same}-{number if same == 'nothing' else 0}") for number in range(20)]
         addresses = [f"/events/keys/{same}-{number if same == 'nothing' else 0}" for number in range(200)]
     server.session.commit()
     async with server.many(server.token("USER")) as client:
@@ -114,6 +128,6 @@ async def test_two_hundred_senders_at_once_are_each_told_what_became_of_it(serve
         assert sorted(said) == [200] + [409] * 199
     else:
         assert said.count(200) == 20 and said.count(202) == 180
-        assert {server.waits.state(wait).state for wait in waits} == {"success"}
+        assert {server.waits.state(wait).state for wait in begun} == {"success"}
         server.session.rollback()
     assert out[0] <= doors._AT_ONCE + 4
