@@ -53,3 +53,11 @@ def test_a_projection_goes_along_the_measured_points(waits, expected):
     rows += [{"name": "scheduler", "others": 0, "ms": 7}]
     assert milliseconds(rows, "triggerer", waits) == pytest.approx(expected)
     assert milliseconds(rows, "scheduler", waits) == 7
+
+
+def test_the_readme_says_of_each_program_what_it_answers():
+    rows = [line for line in (BENCHMARKS / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for program in BENCHMARKS.glob("*.py"):
+        assert sum(f"| `{program.name}`" in row for row in rows) == 1, program.name
+    for page in {word for row in rows for word in row.split("`") if word.startswith("docs/")}:
+        assert (BENCHMARKS.parent / page).exists(), page
