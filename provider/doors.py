@@ -1,46 +1,12 @@
-"""What every route for users does, whatever it is for: who means a change, and whose turn it is."""
+"""What every route for users asks, whatever it is for: whether a change is meant."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from airflow.configuration import conf
-from airflow_events.inbox.database import in_transaction
-from anyio import CapacityLimiter, to_thread
 from fastapi import HTTPException, Request, status
-from sqlalchemy.orm import Session
-
-_T = TypeVar("_T")
-
-# An API server has 15 connections to its database, unless told otherwise, and Airflow's own routes need some.
-# Its event loop even stands still while it waits for one to see who is logged in.
-_AT_ONCE = 4
-# A look at waits is work of the processor, which all threads of a process share, Airflow's own requests too; and
-# who sends an event does not wait for those who look.
-_LOOKS_AT_ONCE = 2
-
-
-@functools.cache
-def _limit(at_once: int) -> CapacityLimiter:
-    return CapacityLimiter(at_once)
-
-
-async def in_turn(work: Callable[[Session], _T], *, again: bool = True) -> _T:
-    """
-    Do what `in_transaction` does, in a thread, few at once.
-
-    Who waits for a turn has neither a thread nor a connection, and the connection is given back with the end of
-    the transaction, whatever the event loop has to do meanwhile.
-    """
-    return await to_thread.run_sync(lambda: in_transaction(work, again=again), limiter=_limit(_AT_ONCE))
-
-
-async def look(work: Callable[[Session], _T]) -> _T:
-    """Do what `in_turn` does, for those who only look: their turns are others."""
-    return await to_thread.run_sync(lambda: in_transaction(work), limiter=_limit(_LOOKS_AT_ONCE))
 
 
 def check_is_json(headers: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from airflow.api_fastapi.core_api.security import get_user
+from airflow_events.admission import Admission
 from airflow_events.api import callback_events, events, inbox_routes, key_events, task_events, webhook_events
 from airflow_events.api.refusals import Refusal
 from airflow_events.inbox.database import is_of_a_value
@@ -47,6 +48,8 @@ def create_app() -> FastAPI:
     )
     for router in ROUTERS:
         app.include_router(router)
+    # The triggerers have turns of their own.
+    app.add_middleware(Admission, apart=inbox_routes.router.prefix)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(DBAPIError, _database_busy)
     app.add_exception_handler(NoConnection, _database_busy)

@@ -9,13 +9,13 @@ from typing import Annotated
 
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.taskinstancehistory import TaskInstanceHistory
+from airflow_events.admission import in_turn
 from airflow_events.api import sending
 from airflow_events.api.callback import Token, TokenExpired, TokenInvalid, check
 from airflow_events.api.events import KEPT, Answer, answer
 from airflow_events.api.refusals import Over
 from airflow_events.api.requests import ANY_JSON, IdempotencyKey, Payload, answers
 from airflow_events.api.wait_rows import WaitRow
-from airflow_events.doors import in_turn
 from airflow_events.listeners.base import Wait
 from fastapi import APIRouter, Depends, HTTPException, Query, Response, status
 from sqlalchemy import select

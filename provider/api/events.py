@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.core_api.security import requires_access_dag
+from airflow_events.admission import in_turn
 from airflow_events.api import sending
 from airflow_events.api.requests import (
     ANY_JSON,
@@ -18,7 +19,7 @@ from airflow_events.api.requests import (
     answers,
     json_of,
 )
-from airflow_events.doors import check_is_meant, in_turn
+from airflow_events.doors import check_is_meant
 from fastapi import APIRouter, Depends, Response, status
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, StringConstraints, ValidationError

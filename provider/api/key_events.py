@@ -10,6 +10,7 @@ from airflow.api_fastapi.auth.managers.models.base_user import BaseUser
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity, DagDetails
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user
 from airflow.models.dag import DagModel
+from airflow_events.admission import in_turn
 from airflow_events.api import keys
 from airflow_events.api.requests import (
     ANY_JSON,
@@ -18,7 +19,7 @@ from airflow_events.api.requests import (
     TimeToLive,
     answers,
 )
-from airflow_events.doors import check_is_meant, in_turn
+from airflow_events.doors import check_is_meant
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
 from pydantic import BaseModel, Field
 from sqlalchemy import select

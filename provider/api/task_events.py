@@ -21,10 +21,10 @@ from airflow.models.taskinstance import TaskInstance
 from airflow.state import TaskScope, get_state_backend
 from airflow.utils.state import TaskInstanceState
 from airflow_events import settings, task_proof
+from airflow_events.admission import in_turn
 from airflow_events.api import keys
 from airflow_events.api.key_events import KeyAnswer, key_answer
 from airflow_events.api.requests import Payload
-from airflow_events.doors import in_turn
 from airflow_events.listeners.base import Wait
 from fastapi import APIRouter, Depends, Header, HTTPException, Response, status
 from fastapi.exceptions import RequestValidationError

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 from airflow.models.connection import Connection
 from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events import settings
+from airflow_events.admission import in_turn
 from airflow_events.api import keys
 from airflow_events.api.key_events import KEPT, Key, KeyAnswer, To, key_answer
 from airflow_events.api.requests import ANY_JSON, TimeToLive, answers, parsed, raw_body
 from airflow_events.api.signatures import HEADERS, is_valid
-from airflow_events.doors import in_turn
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response, status
 from pydantic import BaseModel, ConfigDict, ValidationError

@@ -18,7 +18,8 @@ from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessE
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires_access_dag
 from airflow.models.dag import DagModel
 from airflow_events import waits
-from airflow_events.doors import check_is_meant, in_turn, look
+from airflow_events.admission import in_turn
+from airflow_events.doors import check_is_meant
 from airflow_events.waits.tables import Name
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response, status
 from fastapi.exceptions import RequestValidationError
@@ -131,7 +132,7 @@ async def list_waits(
             offset=offset,
         )
 
-    return await look(work)
+    return await in_turn(work)
 
 
 @router.get(
@@ -147,7 +148,7 @@ async def list_starts(user: GetUserDep) -> list[waits.Start]:
         visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
         return waits.starts(session, dag_ids=visible)
 
-    return await look(work)
+    return await in_turn(work)
 
 
 @router.get(
@@ -171,7 +172,7 @@ async def show_wait(
         visible = get_auth_manager().get_authorized_dag_ids(user=user, method="GET", session=session)
         return waits.show(session, (dag_id, run_id, task_id, map_index), dag_ids=visible)
 
-    detail = await look(work)
+    detail = await in_turn(work)
     if detail is None:
         raise _no_wait(dag_id, run_id, task_id, map_index)
     return Wait(detail if may_see else detail.without_event(), may_see, may_edit)
