@@ -121,12 +121,11 @@ def rows_of(deployment, run):
     engine.dispose()
 
 
-@pytest.fixture(scope="session")
-def terminal(airflow):
-    """Run ``airflow`` commands as `Deployment.airflow` does, and without its imports for each of them."""
+@contextlib.contextmanager
+def commands_of(deployment):
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("commands.py"))],
-        env=airflow.environment,
+        env=deployment.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -142,8 +141,23 @@ def terminal(airflow):
         return output
 
     with process:
+        try:
+            yield command
+        finally:
+            process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def terminal_of():
+    """Run ``airflow`` commands as `Deployment.airflow` does, and without its imports for each of them."""
+    return commands_of
+
+
+@pytest.fixture(scope="session")
+def terminal(airflow, terminal_of):
+    """The same, of the Airflow of all tests."""
+    with terminal_of(airflow) as command:
         yield command
-        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

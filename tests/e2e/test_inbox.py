@@ -54,13 +54,13 @@ def test_a_user_sees_the_end_in_the_audit_log_and_the_duration(airflow, base):
     assert [entry["event"] for entry in events["event_logs"]].count("success") == 1
 
 
-def test_a_wait_begins_and_gets_its_event_while_the_api_server_is_away(airflow, base, inbox):
+def test_a_wait_begins_and_gets_its_event_while_the_api_server_is_away(airflow, terminal, base, inbox):
     """It says in its log what it waits for, keeps its event, and ends by itself when the server is there again."""
     engine = create_engine(airflow.environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
     airflow.components["api-server"].kill()
     run = Run(airflow, "finish_in_triggerer", "while-away")
     conf = f'{{"base": "{base.path}"}}'
-    airflow.airflow("dags", "trigger", run.dag_id, "--run-id", run.run_id, "--conf", conf)
+    terminal("dags", "trigger", run.dag_id, "--run-id", run.run_id, "--conf", conf)
 
     def state():
         with engine.connect() as connection:

@@ -6,11 +6,11 @@ import airflow_events
 from airflow_events.provider_info import OPTIONS
 
 
-def test_airflow_lists_the_provider_and_its_settings(airflow):
-    providers = airflow.airflow("providers", "list", "--output", "plain")
+def test_airflow_lists_the_provider_and_its_settings(terminal):
+    providers = terminal("providers", "list", "--output", "plain")
     [line] = [line for line in providers.splitlines() if line.startswith("airflow-provider-events")]
     assert line.split()[-1] == airflow_events.__version__
-    settings = airflow.airflow("config", "list", "--section", "events")
+    settings = terminal("config", "list", "--section", "events")
     assert all(option in settings for option in OPTIONS)
 
 

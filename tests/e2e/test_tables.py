@@ -35,6 +35,14 @@ def deployment(request, tmp_path):
 
 
 @pytest.fixture
+def terminal(deployment, terminal_of):
+    """Run its ``airflow`` commands, once it is prepared."""
+    deployment.prepare()
+    with terminal_of(deployment) as command:
+        yield command
+
+
+@pytest.fixture
 def database(deployment):
     engine = create_engine(deployment.database or f"sqlite:///{deployment.home}/airflow.db")
     yield engine
@@ -45,45 +53,43 @@ def tables(database):
     return set(inspect(database).get_table_names())
 
 
-def drop_ours(deployment):
+def drop_ours(terminal):
     """As an Airflow has it that was migrated before this package was installed into it."""
-    deployment.airflow("db-manager", "downgrade", MANAGER, "--to-revision", "base", "--yes")
+    terminal("db-manager", "downgrade", MANAGER, "--to-revision", "base", "--yes")
 
 
-def check(deployment):
-    deployment.airflow("db", "check-migrations", "--migration-wait-timeout", "1")
+def check(terminal):
+    terminal("db", "check-migrations", "--migration-wait-timeout", "1")
 
 
-def test_airflows_commands_see_to_them(deployment, database):
-    deployment.prepare()
-    check(deployment)
+def test_airflows_commands_see_to_them(terminal, database):
+    check(terminal)
     made = tables(database)
     assert made > OURS
 
-    drop_ours(deployment)
+    drop_ours(terminal)
     assert tables(database) == made - set(Base.metadata.tables)
     with pytest.raises(RuntimeError, match="unapplied migrations"):
-        check(deployment)
-    deployment.airflow("db", "migrate")
-    check(deployment)
+        check(terminal)
+    terminal("db", "migrate")
+    check(terminal)
 
     with database.begin() as connection:
         connection.execute(
             insert(EventSent).values(identity=b"i" * 32, content=b"c" * 32, receipt="", expires=NOW)
         )
-    deployment.airflow("db", "reset", "--yes")
-    check(deployment)
+    terminal("db", "reset", "--yes")
+    check(terminal)
     assert tables(database) == made
     with database.connect() as connection:
         assert connection.scalar(select(func.count()).select_from(EventSent)) == 0
-    deployment.airflow("db", "reset", "--yes", "--skip-init")
+    terminal("db", "reset", "--yes", "--skip-init")
     assert not tables(database) & (OURS | {"task_instance"})
 
 
 @pytest.mark.parametrize("deployment", ["postgres"], indirect=True)
-def test_an_api_server_goes_on_without_them_and_makes_them_where_it_may(deployment, database):
-    deployment.prepare()
-    drop_ours(deployment)
+def test_an_api_server_goes_on_without_them_and_makes_them_where_it_may(deployment, terminal, database):
+    drop_ours(terminal)
     deployment.start("api-server")
     log = deployment.components["api-server"].log
     until(lambda: "set [events] migrate_on_start = True" in log.read_text(), "the API server says what is missing")
@@ -96,4 +102,4 @@ def test_an_api_server_goes_on_without_them_and_makes_them_where_it_may(deployme
     until(lambda: tables(database) >= OURS, "the API server has made the tables")
     until(lambda: "were migrated from revision None" in log.read_text(), "it says so")
     assert deployment.answers()
-    check(deployment)
+    check(terminal)
