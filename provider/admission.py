@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from airflow_events import metrics
 from airflow_events.inbox.database import in_transaction
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.orm import Session
@@ -58,8 +60,10 @@ class Admission:
         if scope["type"] != "http" or self._is_apart(scope):
             await self.app(scope, receive, send)
             return
-        visit = _Visit(_limits()[scope["method"] in ("GET", "HEAD")], receive, send, await receive())
+        looks = scope["method"] in ("GET", "HEAD")
+        visit, came = _Visit(_limits()[looks], receive, send, await receive()), time.time()
         await visit.enter()
+        metrics.since(metrics.TO_ADMISSION, came, kind="look" if looks else "change")
         try:
             await self.app(scope, visit.receive, visit.send)
         finally:

@@ -93,6 +93,21 @@ def test_of_events_over_http(airflow, told):
     until(lambda: told(**listener).get("kept") == 2, "the event that is kept for a key is told")
 
 
+def test_the_turns_of_users_are_told(airflow, receiver):
+    airflow.api("GET", "/dags?limit=1")
+    headers = {"Authorization": f"Bearer {airflow._token}"}
+    kinds = {"look": ("GET", "/api/waits", 200), "change": ("POST", "/keys/nobody's", 202)}
+    for kind, (method, path, status) in kinds.items():
+        before = len(receiver.of("events.time_to_admission", kind=kind))
+        answer = httpx.request(method, f"{airflow.url}/events{path}", json=1, headers=headers, timeout=60)
+        assert answer.status_code == status, answer.text
+
+        def more(kind=kind, before=before):
+            return len(receiver.of("events.time_to_admission", kind=kind)) > before
+
+        until(more, f"the turn of a {kind} is told")
+
+
 def test_the_open_waits_are_counted(airflow, base, receiver):
     def last(name, **tags):
         found = receiver.of(name, **tags)

@@ -73,6 +73,21 @@ async def test_who_sends_and_who_looks_have_turns_of_their_own():
     await asyncio.gather(*tasks)
 
 
+async def test_the_metrics_tell_how_long_each_waited(monkeypatch):
+    told = []
+    monkeypatch.setattr(admission.metrics, "since", lambda name, came, **tags: told.append((name, tags["kind"])))
+    works = Works()
+    app = Admission(works, "/inbox")
+    tasks = [ask(app, "send")[0] for _ in range(CHANGES + 1)] + [ask(app, "look", method="GET")[0]]
+    tasks += [ask(app, "/inbox")[0]]
+    await turns()
+    name = "events.time_to_admission"
+    assert told == [(name, "change")] * CHANGES + [(name, "look")]
+    works.goes_on.set()
+    await asyncio.gather(*tasks)
+    assert told == [(name, "change")] * CHANGES + [(name, "look"), (name, "change")]
+
+
 @pytest.mark.parametrize("root", ["", "/events", "/air/flow/events"])
 async def test_the_triggerers_wait_for_nobody(root):
     works = Works()
