@@ -55,7 +55,7 @@ def tables(database):
 
 def drop_ours(terminal):
     """As an Airflow has it that was migrated before this package was installed into it."""
-    terminal("db-manager", "downgrade", MANAGER, "--to-revision", "base", "--yes")
+    terminal("db-manager", "downgrade", MANAGER, "--to-version", "0.1.0", "--yes")
 
 
 def check(terminal):

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import uuid6
+from airflow.cli.commands.db_command import _get_version_revision
 from airflow.models.base import metadata as airflow_metadata
 from airflow.models.dagrun import DagRun
 from airflow.models.taskinstance import TaskInstance
 from airflow_events.errors import InboxNotMigrated, InboxTooNew
 from airflow_events.inbox.manager import InboxDBManager
 from airflow_events.inbox.models import Base, EventKept, EventSent, EventTaken, EventWait
+from airflow_events.provider_info import VERSION
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -155,6 +157,17 @@ def test_down_to_nothing_and_up_again(database, manager):
     assert manager.check_migration()
     assert differences(database) == []
     manager.upgradedb()  # nothing to do
+
+
+def test_a_migration_is_found_by_the_version_of_its_release(manager):
+    """`airflow db-manager` takes ``--to-version``."""
+    heads = manager.revision_heads_map
+    known = [one.revision for one in manager.get_script_object().walk_revisions()]
+    assert heads[VERSION] == known[0], "a migration since the last release stands at the version that is next"
+    assert set(heads.values()) <= {"base", *known}
+    versions = [tuple(map(int, version.split("."))) for version in heads]
+    assert versions == sorted(versions)  # as Airflow wants it
+    assert _get_version_revision("0.1.7", heads) == "base"
 
 
 def test_a_migration_that_breaks_off_can_be_run_again(database, manager):
