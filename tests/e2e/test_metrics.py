@@ -96,7 +96,7 @@ def test_of_events_over_http(airflow, told):
 def test_the_turns_of_users_are_told(airflow, receiver):
     airflow.api("GET", "/dags?limit=1")
     headers = {"Authorization": f"Bearer {airflow._token}"}
-    kinds = {"look": ("GET", "/api/waits", 200), "change": ("POST", "/keys/nobody's", 202)}
+    kinds = {"look": ("GET", "/api/waits", 200), "change": ("POST", "/keys/of-the-metrics", 202)}
     for kind, (method, path, status) in kinds.items():
         before = len(receiver.of("events.time_to_admission", kind=kind))
         answer = httpx.request(method, f"{airflow.url}/events{path}", json=1, headers=headers, timeout=60)
