@@ -5,13 +5,9 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Literal
 
-from airflow.api_fastapi.app import get_auth_manager
-from airflow.api_fastapi.auth.managers.models.base_user import BaseUser
-from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity, DagDetails
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user
-from airflow.models.dag import DagModel
 from airflow_events.admission import in_turn
-from airflow_events.api import keys
+from airflow_events.api import keys, senders
 from airflow_events.api.requests import (
     ANY_JSON,
     IdempotencyKey,
@@ -22,8 +18,6 @@ from airflow_events.api.requests import (
 from airflow_events.doors import check_is_meant
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response, status
 from pydantic import BaseModel, Field
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 router = APIRouter(dependencies=[Depends(get_user), Depends(check_is_meant)])
@@ -63,37 +57,16 @@ KEPT: dict[int | str, dict[str, object]] = {
 }
 
 
-async def allowed_dags(user: GetUserDep) -> frozenset[str] | None:
-    """Return the DAGs whose task instances the user may edit, or None if these are all."""
-    candidates, teams, all_dags = await in_turn(lambda session: _dags(session, user))
-    allowed = await run_in_threadpool(_allowed, user, candidates, teams)
-    if not allowed:
+async def reach_of(user: GetUserDep) -> tuple[senders.Dags, senders.User | None]:
+    """Return the DAGs whose task instances the user may edit, and what tells the user later."""
+    found = await in_turn(lambda session: senders.candidates(session, user))
+    dags, sender = await run_in_threadpool(senders.reach_of, user, found)
+    if dags is not None and not dags:
         raise HTTPException(status.HTTP_403_FORBIDDEN, "you may edit the task instances of no DAG")
-    return None if allowed >= all_dags else allowed
+    return dags, sender
 
 
-def _dags(session: Session, user: BaseUser) -> tuple[set[str], dict[str, str | None], set[str]]:
-    """Return which DAGs the user may edit, the teams of these, and all DAGs there are."""
-    candidates = get_auth_manager().get_authorized_dag_ids(user=user, method="PUT", session=session)
-    teams = DagModel.get_dag_id_to_team_name_mapping(list(candidates), session=session)
-    return candidates, teams, set(session.scalars(select(DagModel.dag_id)))
-
-
-def _allowed(user: BaseUser, candidates: set[str], teams: dict[str, str | None]) -> frozenset[str]:
-    manager = get_auth_manager()
-    return frozenset(
-        dag_id
-        for dag_id in candidates
-        if manager.is_authorized_dag(
-            method="PUT",
-            access_entity=DagAccessEntity.TASK_INSTANCE,
-            details=DagDetails(id=dag_id, team_name=teams.get(dag_id)),
-            user=user,
-        )
-    )
-
-
-AllowedDags = Annotated[frozenset[str] | None, Depends(allowed_dags)]
+Reach = Annotated[tuple[senders.Dags, senders.User | None], Depends(reach_of)]
 
 
 @router.post(
@@ -107,7 +80,7 @@ AllowedDags = Annotated[frozenset[str] | None, Depends(allowed_dags)]
 async def send_to_key(
     key: Key,
     user: GetUserDep,
-    dags: AllowedDags,
+    reach: Reach,
     payload: Payload,
     response: Response,
     ttl: TimeToLive,
@@ -117,8 +90,9 @@ async def send_to_key(
     """
     Give the event to a wait that has the key, or to all, or keep it for those that begin.
 
-    It goes to waits of DAGs whose task instances the sender may edit, now.
+    It goes to waits of DAGs whose task instances the sender may edit, now and when the wait gets it.
     """
+    dags, sender = reach
     event_id = uuid.uuid4().hex
     receipt = await in_turn(
         lambda session: keys.send(
@@ -127,6 +101,7 @@ async def send_to_key(
             payload,
             by=str(user.get_name()),
             dags=dags,
+            sender=sender,
             to=to,
             event_id=event_id,
             idempotency_key=idempotency_key,

@@ -25,6 +25,7 @@ from airflow.utils.state import TaskInstanceState
 from airflow_events import metrics, settings
 from airflow_events.api import sending, variables
 from airflow_events.api.refusals import NoSuchWait, Refusal, TooMany, Unfit, Unreadable
+from airflow_events.api.senders import Reaches, Sender
 from airflow_events.api.wait_rows import WaitRow, name_of, now, until
 from airflow_events.inbox.database import begin_writing, once_committed
 from airflow_events.inbox.models import SINGLE, EventKept, EventSent, EventWait
@@ -79,6 +80,7 @@ def send(
     *,
     by: str,
     dags: Collection[str] | None,
+    sender: Sender | None = None,
     to: To = "one",
     event_id: str | None = None,
     idempotency_key: str | None = None,
@@ -92,6 +94,8 @@ def send(
     It takes as long as there are waits that can take it, however many events are kept.
 
     :param dags: to whose waits it may go; None for all, also those that do not exist yet.
+    :param sender: who is asked, should the event be kept, whether it may still go to a wait; None: what ``dags``
+        says counts as long as it is kept.
     :param to: ``one``: the wait that has waited longest, or the first that begins; ``all``: those that wait
         now, and those that begin within ``ttl``.
     :param idempotency_key: of the sender, as far as it may reach; the same again gets the first receipt again.
@@ -159,6 +163,7 @@ def send(
             for_later = True
     if for_later:
         kept.reached = json.dumps(given.reached)
+        kept.sender = None if sender is None else sender.encrypted()
         session.add(kept)
     receipt = KeyReceipt("delivered" if given.reached else "kept", kept.event_id, key, given.reached)
     if sent is not None:
@@ -245,6 +250,7 @@ class _Refused:
 
 
 _refused = _Refused()
+reaches = Reaches()
 
 
 def _match(
@@ -322,6 +328,14 @@ def _offer(
         waits = sorted(waits, key=lambda begun: begun.ti)
     for wait, _, generation in waits:
         if wait.id in had or (dags is not None and wait.dag_id not in dags):
+            continue
+        if arrived is None and not (may := reaches.has(kept.sender, wait.dag_id)):
+            if may is None:  # whoever matches asks, and comes again
+                busy.add(wait.id)
+                given.is_sure = False
+            else:
+                said = "The kept event %s of %s is not given to %s: to that its sender may not send now"
+                log.info(said, kept.event_id, kept.sent_by, wait.id)
             continue
         if wait.id in busy:
             given.is_sure = False

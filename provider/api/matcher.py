@@ -20,6 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
+# How often a key is matched in a pass: what an event is refused by shows only then who has sent the next.
+_ROUNDS = 5
+
 
 class Matcher:
     """
@@ -112,6 +115,16 @@ def _counts(letter: str) -> bool:
     return "!" <= letter <= "~"
 
 
+def _match(key: str) -> dict[str, list[str]]:
+    """Match a key; and again, once it is known of all senders of its events to whom they may send."""
+    reached: dict[str, list[str]] = {}
+    for _ in range(_ROUNDS):
+        reached.update(in_transaction(lambda session: keys.match(session, key)))
+        if not keys.reaches.ask():
+            break
+    return reached
+
+
 def match_once() -> dict[str, list[str]]:
     """
     Match all keys, each in a transaction of its own; return which waits each event reached.
@@ -122,7 +135,7 @@ def match_once() -> dict[str, list[str]]:
     failed: tuple[str, Exception] | None = None
     for key in in_transaction(keys.wanted):
         try:
-            reached.update(in_transaction(lambda session, key=key: keys.match(session, key)))  # type: ignore[misc]
+            reached.update(_match(key))
         except Exception as error:
             if isinstance(error, OperationalError) and not is_of_a_value(error):
                 raise  # the database is unreachable, for the others as well

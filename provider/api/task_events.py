@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from airflow.configuration import conf
-from airflow.models.dag import DagModel
 from airflow.models.dagrun import DagRun
 from airflow.models.taskinstance import TaskInstance
 from airflow.state import TaskScope, get_state_backend
 from airflow.utils.state import TaskInstanceState
 from airflow_events import settings, task_proof
 from airflow_events.admission import in_turn
-from airflow_events.api import keys
+from airflow_events.api import keys, senders
 from airflow_events.api.key_events import KeyAnswer, key_answer
 from airflow_events.api.requests import Payload
 from airflow_events.listeners.base import Wait
@@ -135,7 +133,8 @@ async def send_from_task(
             sent.key,
             sent.event,
             by=sender.name,
-            dags=_dags(session, sender),
+            dags=senders.dags_of_task(session, sender.dag_id),
+            sender=senders.Task(sender.dag_id),
             to=sent.to,
             event_id=event_id,
             identity=_identity(sender, sent),
@@ -153,17 +152,3 @@ def _identity(sender: Sender, sent: Sent) -> bytes:
     """Return what is the same for an event in every try of its task. Rows hold it: the form is frozen."""
     named = ["task", sender.run_made, sender.name, sent.key, sent.name]
     return hashlib.sha256(json.dumps(named).encode()).digest()
-
-
-def _dags(session: Session, sender: Sender) -> list[str] | None:
-    """Return to the waits of which DAGs it may go: where there are teams, to those of its own; None for all."""
-    if not conf.getboolean("core", "multi_team", fallback=False):
-        return None
-    teams = _teams(session)
-    return [dag_id for dag_id, team in teams.items() if team == teams.get(sender.dag_id)]
-
-
-def _teams(session: Session) -> dict[str, str | None]:
-    dags = list(session.scalars(select(DagModel.dag_id)))
-    named = DagModel.get_dag_id_to_team_name_mapping(dags, session=session)
-    return {dag_id: named.get(dag_id) for dag_id in dags}

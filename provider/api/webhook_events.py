@@ -9,23 +9,18 @@ import logging
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from airflow.models.connection import Connection
-from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow_events import settings
 from airflow_events.admission import in_turn
-from airflow_events.api import keys
+from airflow_events.api import keys, senders, webhook_connections
 from airflow_events.api.key_events import KEPT, Key, KeyAnswer, To, key_answer
 from airflow_events.api.requests import ANY_JSON, TimeToLive, answers, parsed, raw_body
 from airflow_events.api.signatures import HEADERS, is_valid
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response, status
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 log = logging.getLogger(__name__)
-
-_EXTRA = "airflow_events"
 
 # Nobody has logged in here, and each look for a connection takes one of the database's, or asks a secrets backend.
 _AT_ONCE = 2
@@ -53,23 +48,6 @@ class Delivery:
     wanted: bool
 
 
-class Said(BaseModel):
-    """
-    What a connection says about webhooks.
-
-    :param keys: a shell pattern of the keys to which they may be sent.
-    :param events: the types that are wanted; None for all.
-    :param dags: to which they may go; None for all.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid")  # a text is no list, and a word with a slip no field
-
-    webhook: Literal["github", "stripe"]
-    keys: str
-    events: list[str] | None = None
-    dags: list[str] | None = None
-
-
 async def signed(
     request: Request,
     conn_id: Annotated[
@@ -83,7 +61,7 @@ async def signed(
             status.HTTP_401_UNAUTHORIZED, f"the body is not signed: no {' or '.join(HEADERS.values())}"
         )
     body = await raw_body(request)
-    secret, extra = await to_thread.run_sync(_secret_of, conn_id, limiter=_limit())
+    secret, extra = await to_thread.run_sync(webhook_connections.find, conn_id, limiter=_limit())
     scheme = extra.get("webhook") if isinstance(extra, dict) else None
     if not isinstance(scheme, str) or scheme not in HEADERS or not is_valid(scheme, secret, request.headers, body):
         raise _not_valid()
@@ -105,27 +83,17 @@ def _not_valid() -> HTTPException:
     return HTTPException(status.HTTP_403_FORBIDDEN, "the signature is not valid here")
 
 
-def _read(conn_id: str, extra: Any) -> Said:
+def _read(conn_id: str, extra: Any) -> webhook_connections.Said:
     """Read what a connection says; who has signed with its secret, and the log, are told what of it is wrong."""
     try:
-        return Said.model_validate(extra)
-    except ValidationError as error:
-        [first, *_] = error.errors()
-        said = f"{_EXTRA}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        log.error("The extra of the connection %s cannot be read, and its webhooks are refused: %s", conn_id, said)
+        return webhook_connections.read(extra)
+    except ValueError as error:
+        log.error(
+            "The extra of the connection %s cannot be read, and its webhooks are refused: %s", conn_id, error
+        )
         raise HTTPException(
-            status.HTTP_403_FORBIDDEN, f"the extra of the connection {conn_id} cannot be read: {said}"
+            status.HTTP_403_FORBIDDEN, f"the extra of the connection {conn_id} cannot be read: {error}"
         ) from None
-
-
-def _secret_of(conn_id: str) -> tuple[str, Any]:
-    """Return a connection's secret, and what it says about webhooks; None if it says nothing, and is for none."""
-    try:
-        found = Connection.get_connection_from_secrets(conn_id)
-    except AirflowNotFoundException:
-        return "", None
-    extra = found.extra_dejson
-    return found.password or "", extra.get(_EXTRA) if isinstance(extra, dict) else None
 
 
 router = APIRouter(dependencies=[Depends(signed)])
@@ -166,6 +134,7 @@ async def send_webhook(
                 delivery.payload,
                 by=f"webhook {delivery.conn_id}",
                 dags=delivery.dags,
+                sender=senders.Webhook(delivery.conn_id, key),
                 to=to,
                 event_id=event_id,
                 idempotency_key=f"{delivery.conn_id}\n{delivery.id}",

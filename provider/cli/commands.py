@@ -89,11 +89,14 @@ def list_waits(args: argparse.Namespace) -> None:
 @_in_one_line
 @cli_utils.action_cli(check_db=False)  # type: ignore[untyped-decorator]
 def rotate_fernet_key(args: argparse.Namespace) -> None:
-    """Encrypt with the first Fernet key what waits without a trigger keep."""
+    """Encrypt with the first Fernet key what waits without a trigger keep, and who has sent kept events."""
     done = rotate()
-    print(f"{done.rotated} waits are encrypted with the first key")
+    print(f"{done.rotated} waits and kept events are encrypted with the first key")
     if done.unreadable:
-        sys.exit(f"{done.unreadable} waits cannot be read with any of the keys: clear them")
+        sys.exit(
+            f"{done.unreadable} waits and kept events cannot be read with any of the keys: clear the waits, and "
+            f"drop the events"
+        )
 
 
 @suppress_logs_and_warning

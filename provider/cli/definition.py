@@ -205,9 +205,9 @@ def get_events_cli_commands() -> list[GroupCommand]:
                 ),
                 ActionCommand(
                     name="rotate-fernet-key",
-                    help="Encrypt again what parked and hosted waits keep, with the first of the Fernet keys",
+                    help="Encrypt again what waits and kept events keep, with the first of the Fernet keys",
                     description="To be run after `airflow rotate-fernet-key`, and before the old key is dropped. "
-                    "Exits with 1 if a wait cannot be read with any of the keys.",
+                    "Exits with 1 if one cannot be read with any of the keys.",
                     func=lazy_load_command(f"{_COMMANDS}.rotate_fernet_key"),
                     args=(ARG_VERBOSE,),
                 ),

@@ -189,7 +189,9 @@ class EventKept(Base):
     """``one`` or ``all``."""
     sent_by: Mapped[str] = mapped_column(String(250), index=True)
     dags: Mapped[str | None] = mapped_column(_long_text)
-    """To which DAGs' waits it may go, a JSON list; NULL for all."""
+    """To which DAGs' waits its sender might send it, a JSON list; NULL for all."""
+    sender: Mapped[str | None] = mapped_column(_long_text)
+    """Who is asked whether it still may, encrypted (`airflow_events.api.senders`); NULL: nobody can be."""
     reached: Mapped[str] = mapped_column(_long_text)
     """Which waits it has reached, a JSON list of their ids."""
     kept_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import fields
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 
 import pytest
 from airflow_events import task_proof
-from airflow_events.api import keys, task_events, variables
+from airflow_events.api import keys, senders, task_events, variables
 from airflow_events.inbox import entries, starts
 from airflow_events.inbox.entries import Answer, End, Phase, Place, Status, Stored
 from airflow_events.listeners.base import Wait
@@ -253,3 +254,17 @@ def test_by_what_the_events_of_tasks_are_found():
         task_events._identity(sender, sent).hex()
         == "8009145cc16a586f8809880fac5125db232c454f855703c1ed0aca1fd7c1a8ba"
     )
+
+
+def test_by_what_the_senders_of_kept_events_are_found(monkeypatch):
+    monkeypatch.setattr(senders, "get_fernet", lambda: SimpleNamespace(encrypt=lambda told: told))
+    told = [
+        senders.User({"sub": "1"}).encrypted(),
+        senders.Webhook("conn", "key").encrypted(),
+        senders.Task("dag").encrypted(),
+    ]
+    assert told == [
+        '["user", {"claims": {"sub": "1"}}]',
+        '["webhook", {"conn_id": "conn", "key": "key"}]',
+        '["task", {"dag_id": "dag"}]',
+    ]

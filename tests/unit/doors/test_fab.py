@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from airflow.api_fastapi.app import get_auth_manager
+from airflow_events.api import keys, matcher, senders
 from in_process import in_process
 
 fab = pytest.importorskip("airflow.providers.fab.auth_manager.fab_auth_manager")
@@ -78,3 +79,42 @@ def test_somebody_who_may_see_one_dag_sees_the_waits_of_no_other(fab_server):
     # Without the permission on XComs nobody sees the event.
     shown = client.get(f"/events/api/waits/shop/{mine.run_id}/{mine.task_id}/-1").json()
     assert (shown["may_see_event"], shown["wait"]["record"]["event"]) == (False, None)
+
+
+@pytest.mark.parametrize("how", ["role", "locked", "deleted"])
+def test_what_somebody_may_not_do_any_more_their_kept_events_do_not(fab_server, monkeypatch, how):
+    """FAB's manager remembers users and permissions for some seconds, which pass here at once."""
+    manager = get_auth_manager()
+    security = manager.security_manager
+
+    def time_passes():
+        monkeypatch.setattr(keys, "reaches", senders.Reaches())
+        monkeypatch.setattr(keys, "_refused", keys._Refused())
+        manager.cache.clear()
+
+    with manager.flask_app.app_context():
+        users = {
+            name: security.add_user(name, "a", "a", f"{name}@example.com", security.find_role("Op"), "password")
+            for name in (f"leaves {how}", f"stays {how}")
+        }
+        theirs, others = (manager.generate_jwt(user) for user in users.values())
+    key = f"kept {how}"
+    for token, event in ((theirs, "theirs"), (others, "others")):
+        assert fab_server.client(token).post(f"/events/keys/{key}", json=event).status_code == 202
+    with manager.flask_app.app_context():
+        user = security.find_user(f"leaves {how}")
+        if how == "role":
+            user.roles = [security.find_role("Viewer")]
+        if how == "locked":
+            user.active = False
+        security.update_user(user)
+        if how == "deleted":
+            security.session.delete(user)
+            security.session.commit()
+    time_passes()
+    wait = fab_server.waits.add(key)
+    fab_server.waits.add(key)
+    fab_server.session.commit()
+    assert [reached for reached in matcher.match_once().values()] == [[wait.id]]
+    fab_server.session.rollback()
+    assert fab_server.waits.xcoms(wait) == {"return_value": "others"}

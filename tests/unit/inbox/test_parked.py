@@ -10,10 +10,12 @@ import pytest
 from airflow.models import crypto
 from airflow.models.trigger import Trigger
 from airflow.models.xcom import XComModel
+from airflow_events.api import senders
+from airflow_events.api.keys import send
 from airflow_events.inbox import rotation, transactions, waking
 from airflow_events.inbox.alarm import Alarm
 from airflow_events.inbox.entries import End, Finish, Hosted, Join, Park, Record, Status, as_json
-from airflow_events.inbox.models import EventHost, EventWait
+from airflow_events.inbox.models import EventHost, EventKept, EventWait
 from airflow_events.listeners.support import serde
 from cryptography.fernet import Fernet
 from sqlalchemy import select, update
@@ -250,6 +252,16 @@ def keys(monkeypatch):
     crypto.get_fernet.cache_clear()
 
 
+def keep(session, sender):
+    """Keep an event of somebody for a key."""
+    send(session, "key", 1, by="ada", dags=None, sender=sender)
+
+
+def kept_senders(session):
+    session.expire_all()
+    return session.scalars(select(EventKept.sender).order_by(EventKept.id)).all()
+
+
 def test_the_fernet_key_is_rotated(waits, keys, monkeypatch):
     monkeypatch.setattr(rotation, "_PIECE", 2)
     old, new, lost = (Fernet.generate_key() for _ in range(3))
@@ -258,10 +270,13 @@ def test_the_fernet_key_is_rotated(waits, keys, monkeypatch):
         keys(lost if number == 3 else old)
         waits.begin(ti)
         park(waits, ti)
+        keep(waits.session, senders.Task(f"dag {number}"))
     keys(new, old)
     done = rotation.rotate()
-    assert (done.rotated, done.unreadable) == (3, 1)
+    assert (done.rotated, done.unreadable) == (6, 2)
     keys(new)
+    found = [crypto.get_fernet().decrypt(one.encode()) for one in kept_senders(waits.session)[:3]]
+    assert found == [f'["task", {{"dag_id": "dag {number}"}}]'.encode() for number in range(3)]
     assert [Trigger._decrypt_kwargs(waits.row(ti).parked) for ti in tis[:3]] == [KWARGS] * 3
     assert "a:B" not in waits.row(tis[0]).parked
 

@@ -15,6 +15,7 @@ from airflow.models.dagrun import DagRun
 from airflow.models.task_state_store import TaskStateStoreModel
 from airflow.sdk.execution_time import task_runner
 from airflow_events import EventHook, task_proof
+from airflow_events.api import keys, senders
 from airflow_events.errors import EventNotSent
 from airflow_events.inbox.models import EventKept, EventSent
 from airflow_events.operators import event_hook
@@ -194,12 +195,36 @@ def test_tasks_may_be_kept_from_it(running, monkeypatch):
 
 def test_with_teams_it_goes_to_waits_of_the_own_team(waits, running, monkeypatch):
     teams = {"shop": "a", "own": "a", "other": "b", "common": None}
-    monkeypatch.setattr("airflow_events.api.task_events._teams", lambda session: teams)
+    monkeypatch.setattr("airflow_events.api.senders._teams", lambda session: teams)
     monkeypatch.setenv("AIRFLOW__CORE__MULTI_TEAM", "True")
     own, _, _ = (waits.add("key", dag_id=dag_id) for dag_id in ("own", "other", "common"))
     running()
     assert EventHook().send("key", 1)["waits"] == [own.id]
     assert EventHook().send("key", 1)["waits"] == []
+
+
+@pytest.mark.parametrize("taken", ["teams", "all"])
+def test_what_a_task_may_not_send_any_more_is_not_given(waits, running, monkeypatch, taken):
+    """It is asked again when a wait begins; nobody's row is locked meanwhile."""
+    monkeypatch.setattr(keys, "reaches", senders.Reaches())
+    monkeypatch.setattr(senders, "in_transaction", lambda work: work(waits.session))
+    running()
+    event_id = EventHook().send("key", 1)["event_id"]
+    late = waits.add("key", dag_id="other")
+    with monkeypatch.context() as patch:
+        if taken == "all":
+            patch.setenv("AIRFLOW__EVENTS__SEND_FROM_TASKS", "False")
+        else:
+            patch.setattr(senders, "_teams", lambda session: {"shop": "a", "other": "b"})
+            patch.setenv("AIRFLOW__CORE__MULTI_TEAM", "True")
+        assert keys.match(waits.session, "key") == {}
+        assert keys.reaches.ask()
+        assert keys.match(waits.session, "key") == {}
+    monkeypatch.setattr(keys, "reaches", senders.Reaches())
+    monkeypatch.setattr(keys, "_refused", keys._Refused())
+    assert keys.match(waits.session, "key") == {}
+    assert keys.reaches.ask()
+    assert keys.match(waits.session, "key") == {event_id: [late.id]}
 
 
 def test_what_is_refused_says_why(waits, running, server):
