@@ -76,7 +76,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "version_added": "0.1.0",
         "description": (
             "For how many seconds an event that is sent to a key is kept for a wait that has not begun, and an "
-            "idempotency key is remembered, unless the sender gives a ttl."
+            "idempotency key is remembered, unless the sender gives a ttl. With 0 nothing is kept: an event that "
+            "no wait takes is refused with 404."
         ),
         "type": "float",
         "default": "604800",

@@ -159,6 +159,10 @@ def send(
         if to == "all" and not for_later:
             raise NoSuchWait(f"no wait has the key {key!r} now, and without a ttl an event for all is not kept")
         if to == "one":
+            if not keep:
+                raise NoSuchWait(
+                    f"no wait has the key {key!r} now, and with [events] http_keep = 0 nothing is kept"
+                )
             _check_room(session, kept)
             for_later = True
     if for_later:

@@ -162,6 +162,15 @@ def test_a_kept_event_goes_to_one_wait_that_begins_and_the_oldest_goes_first(htt
     assert kept(http.session) == 0
 
 
+def test_where_nothing_is_kept_an_event_that_nobody_waits_for_is_refused(http, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__EVENTS__HTTP_KEEP", "0")
+    with pytest.raises(NoSuchWait, match="http_keep = 0"):
+        send(http.session, "key", 1)
+    wait = http.add("key")
+    assert send(http.session, "key", 2).waits == [wait.id]
+    assert send(http.session, "key", 3, ttl=HOUR).status == "kept"
+
+
 def test_for_all_it_goes_to_those_that_wait_and_to_each_that_begins(http):
     now = [http.add("key"), http.add("key")]
     receipt = send(http.session, "key", "news", to="all", ttl=HOUR)

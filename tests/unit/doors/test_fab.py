@@ -115,6 +115,6 @@ def test_what_somebody_may_not_do_any_more_their_kept_events_do_not(fab_server, 
     wait = fab_server.waits.add(key)
     fab_server.waits.add(key)
     fab_server.session.commit()
-    assert [reached for reached in matcher.match_once().values()] == [[wait.id]]
+    assert list(matcher.match_once().values()) == [[wait.id]]
     fab_server.session.rollback()
     assert fab_server.waits.xcoms(wait) == {"return_value": "others"}
