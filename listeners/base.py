@@ -330,7 +330,7 @@ def check_arguments(listener: type[EventListener], args: Sequence[Any], kwargs: 
         raise TypeError(
             f"{listener.__qualname__}.poll_for_event{signature} does not take these arguments: {error}"
         ) from None
-    for name, choices in _choices(listener.poll_for_event).items():
+    for name, choices in _choices(inspect.unwrap(listener.poll_for_event)).items():
         said = bound.get(name)
         if isinstance(said, str) and not is_template(said) and said not in choices:
             known = ", ".join(map(repr, choices))

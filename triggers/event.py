@@ -67,7 +67,7 @@ from airflow_events.listeners.support.queue import QueueListener
 from airflow_events.triggers import outcome, reference, stalls
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
-from airflow_events.triggers.polling import BeginAgain, Poll, TimeIsUp, foreseen_by
+from airflow_events.triggers.polling import BeginAgain, Found, Poll, TimeIsUp, foreseen_by
 from airflow_events.triggers.rendering import render
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class EventTrigger(BaseTrigger):
                 return left == Status.DONE
             # With nothing to commit, whoever records an event ends the task with it.
             look = self._look if commits(listener) else None
-            self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline, look)
+            self._poll = self._polling(listener, wait, look)
             try:
                 event = await self._poll.run()
             except BeginAgain:
@@ -405,7 +405,8 @@ class EventTrigger(BaseTrigger):
         # The waits on one queue are one host's, so that a single triggerer asks for its messages.
         of = serde.arguments_digest(self.listener_args, self.listener_kwargs) if commits(listener) else wait.id
         host = _digest([_HOST, reference.identify(self.listener), zlib.crc32(of.encode()) % settings.hosts()])
-        answer = await self._ask(self._entry(Join, kwargs=serde.encode(self.serialize()[1]), host=host))
+        kwargs = {**self.serialize()[1], "wait": {**(self.wait or {}), "run_created": wait.run_created}}
+        answer = await self._ask(self._entry(Join, kwargs=serde.encode(kwargs), host=host))
         if answer.status == Status.DONE:
             Joined.of_loop().tell(host)
             self.log.info("The wait continues in a trigger that it shares with others, and this one ends")
@@ -454,6 +455,15 @@ class EventTrigger(BaseTrigger):
         told = recording(listener, self._scope(listener), wait, event)
         record: Record = self._entry(Record, record_id=uuid.uuid4().hex, **told, end=await self._end(event))
         return record
+
+    def _polling(
+        self,
+        listener: type[EventListener],
+        wait: Wait,
+        look: Callable[[], Awaitable[None]] | None = None,
+        found: Found | None = None,
+    ) -> Poll:
+        return Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline, look, found)
 
     async def _record(self, listener: type[EventListener], wait: Wait, event: Any, record_id: str) -> bool:
         """
@@ -607,7 +617,7 @@ class EventTrigger(BaseTrigger):
                     raise TimeIsUp
                 event = task.result()
             else:
-                self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline)
+                self._poll = self._polling(listener, wait)
                 event = await self._poll.run()
         except TimeIsUp:
             assert self.deadline is not None

@@ -15,7 +15,7 @@ import functools
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +29,14 @@ from airflow_events.listeners.base import EventListener, Wait, commits, releases
 from airflow_events.listeners.support import serde
 from airflow_events.listeners.support.hub import Troubles, shared_log
 from airflow_events.listeners.support.shared import background
+from airflow_events.listeners.support.turns import Turns
 from airflow_events.triggers import reference
 from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fails, leave, storable
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
 from airflow_events.triggers.poll_steps import Steps
+from airflow_events.triggers.polling import Found, Poll
+from airflow_events.triggers.resting import Rests
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ _WAITS_A_SECOND = 100.0
 _LOOK_FOR_ALL_EVERY = 60.0
 # Seconds after which a wait that another process has begun is begun again.
 _PATIENCE = 30.0
+# How many waits begin in one turn of the event loop.
+_AT_ONCE = 50
 # Seconds that waits have to commit what they have recorded, when the host leaves.
 _TO_COMMIT = 10.0
 
@@ -61,6 +66,8 @@ class HostTrigger(BaseTrigger):
         super().__init__()  # type: ignore[no-untyped-call]
         self.host = host
         self._waits: dict[str, asyncio.Task[Any]] = {}
+        self._resting: Rests
+        self._turns = Turns(_AT_ONCE)
         self._holding: dict[str, _HostedWait] = {}  # those that may hold something at their source
         self._after = ""
         self._is_over = False
@@ -74,6 +81,7 @@ class HostTrigger(BaseTrigger):
         loop, looked, joined = asyncio.get_running_loop(), float("-inf"), Joined.of_loop()
         self._portal = greenback.has_portal()
         shared_log.set(self.host)
+        self._resting = Rests(self._start)
         try:
             while True:
                 try:
@@ -90,6 +98,7 @@ class HostTrigger(BaseTrigger):
             await self._let_commits_end()
         finally:
             joined.forget(self.host)
+            self._resting.end_all()
             for wait in self._waits.values():
                 wait.cancel()
             # By itself, since Airflow does not always call `on_kill`: not once the time of the first anchor is up.
@@ -113,6 +122,7 @@ class HostTrigger(BaseTrigger):
 
         The next trigger of the host has them by now; but what is committed need not be given back.
         """
+        self._resting.end_all()
         ending = {self._waits[ti] for ti, wait in self._holding.items() if wait.has_event and ti in self._waits}
         for wait in self._waits.values():
             if wait not in ending:
@@ -135,32 +145,35 @@ class HostTrigger(BaseTrigger):
 
     @property
     def _look_for_all_every(self) -> float:
-        return min(1.0 + len(self._waits) / _WAITS_A_SECOND, _LOOK_FOR_ALL_EVERY)
+        return min(1.0 + (len(self._waits) + len(self._resting)) / _WAITS_A_SECOND, _LOOK_FOR_ALL_EVERY)
 
     async def _take_in(self) -> None:
         """Begin with the waits that have joined since."""
         after = self._after
         while True:
             page = await self._page(after)
-            for ti, kwargs, generation in page.hosted:
-                if ti not in self._waits:
+            for ti, kwargs, generation, left in page.hosted:
+                if ti in self._waits or ti in self._resting:
+                    continue
+                # The anchor's begins at once, since Airflow shows this trigger's log as its own.
+                if self._is_anchor(ti) or not self._resting.take(ti, kwargs, generation, left):
                     self._start(ti, kwargs, generation)
             after = page.after
             if page.next is None:
                 break
         self._after = after
 
-    def _start(self, ti: str, kwargs: str, generation: int) -> None:
+    def _start(self, ti: str, kwargs: str, generation: int, found: Found | None = None) -> None:
         """Let a wait go its way, in this trigger's context, and so with its log."""
         # In steps, as a poll: a portal that is kept while nothing happens takes as much as all else of the wait.
-        steps = Steps(self._begin(ti, kwargs, generation), math.inf, log.debug, portal=self._portal)
+        steps = Steps(self._begin(ti, kwargs, generation, found), math.inf, log.debug, portal=self._portal)
         self._waits[ti] = asyncio.create_task(steps)
         self._waits[ti].add_done_callback(functools.partial(self._forget, ti))
 
     async def _let_go_of_those_that_left(self) -> None:
         """Stop polling for waits that were cleared or ended by others, whose records would be refused."""
         there: set[str] = set()
-        known, after = set(self._waits), ""
+        known, after = {*self._waits, *self._resting}, ""
         while True:
             page = await self._page(after, brief=True)
             there.update(ti for ti, *_ in page.hosted)
@@ -169,11 +182,14 @@ class HostTrigger(BaseTrigger):
                 break
         if self._is_over:  # which says nothing of them
             return
-        if there - self._waits.keys():  # joined by a clock that is behind, or long before it could be seen
+        here = {*self._waits, *self._resting}
+        if there - here:  # joined by a clock that is behind, or long before it could be seen
             self._after = ""
-        gone = known & self._waits.keys() - there
+        gone = known & here - there
         for ti in gone:
-            self._waits[ti].cancel()
+            self._resting.end(ti)
+            if ti in self._waits:
+                self._waits[ti].cancel()
         for ti in gone & self._holding.keys():  # not awaited: a source may take its time
             background(self._give_back(self._holding.pop(ti)), f"what {ti} holds")
 
@@ -188,21 +204,27 @@ class HostTrigger(BaseTrigger):
             brief=brief,
             log_of=self._log_of,
             trouble=storable(str(redact(trouble))),
+            waits=len(self._waits) + len(self._resting),
         )
         answer = await Inbox.of_loop().ask(asked)
         self._is_over = answer.status == Status.OUTLIVED
         return answer
 
-    def _begin(self, ti: str, kwargs: str, generation: int) -> Coroutine[Any, Any, Any]:
-        """Return what serves a wait; or what fails its try, if this process cannot make it of what it has."""
+    def _is_anchor(self, ti: str) -> bool:
+        return self.task_instance is not None and ti == str(self.task_instance.id)
+
+    async def _begin(self, ti: str, kwargs: str, generation: int, found: Found | None) -> None:
+        """Serve a wait; or fail its try, if this process cannot make it of what it has."""
+        await self._turns.take()  # a message may be what very many have waited for
         try:
             wait = _HostedWait.of(ti, kwargs, generation)
-            if self.task_instance is not None and ti == str(self.task_instance.id):
-                # Airflow has put this trigger's log in the place of that of the anchor's own trigger.
-                wait.announces = True
-            return self._serve(ti, wait)
         except Exception as error:
-            return self._fail(ti, ti, generation, error)
+            await self._fail(ti, ti, generation, error)
+            return
+        wait.found = found
+        # Airflow has put this trigger's log in the place of that of the anchor's own trigger.
+        wait.announces = self._is_anchor(ti)
+        await self._serve(ti, wait)
 
     async def _serve(self, ti: str, wait: _HostedWait) -> None:
         loop = asyncio.get_running_loop()
@@ -253,6 +275,8 @@ class _HostedWait(EventTrigger):
     """A wait that its own trigger has handed to a host: it goes on as there, and neither parks nor joins."""
 
     announces = False
+    found: Found | None = None
+    """What its first poll has come to, if it rested until then."""
 
     @classmethod
     def of(cls, ti: str, kwargs: str, generation: int) -> _HostedWait:
@@ -294,6 +318,16 @@ class _HostedWait(EventTrigger):
 
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         return dataclasses.replace(super()._beginning(listener, wait), hosted=True)
+
+    def _polling(
+        self,
+        listener: type[EventListener],
+        wait: Wait,
+        look: Callable[[], Awaitable[None]] | None = None,
+        found: Found | None = None,
+    ) -> Poll:
+        found, self.found = self.found, None
+        return super()._polling(listener, wait, look, found)
 
     async def _leave(self, listener: type[EventListener], wait: Wait, until: datetime | None) -> str | None:
         return None

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import greenback
 from airflow.sdk.configuration import conf
@@ -39,6 +39,27 @@ class BeginAgain(Exception):
     """The poll was ended so that the wait begins again."""
 
 
+class Found(NamedTuple):
+    """
+    What a poll has come to that somebody else has made.
+
+    :param at: when, in seconds since the epoch.
+    :param error: why there is no event; None if there is one.
+    """
+
+    at: float
+    event: Any = None
+    error: BaseException | None = None
+
+    def as_future(self) -> asyncio.Future[Any]:
+        future = asyncio.get_running_loop().create_future()
+        if self.error is None:
+            future.set_result(self.event)
+        else:
+            future.set_exception(self.error)
+        return future
+
+
 class Poll:
     """
     A poll of a fresh listener for a wait.
@@ -46,10 +67,13 @@ class Poll:
     It has a task of its own, so that a listener which swallows its cancellation cannot end the wait.
 
     :param look: called each few minutes while the poll goes on, and may call `begin_again`; None for no look.
+    :param found: what it has come to already, and when, in seconds since the epoch; None if it has not begun.
     :ivar arrived: when its event came, in seconds since the epoch; None as long as it has not.
     """
 
-    __slots__ = ("_again", "_args", "_deadline", "_kwargs", "_listener", "_look", "_task", "_wait", "arrived")
+    __slots__ = (
+        "_again", "_args", "_deadline", "_found", "_kwargs", "_listener", "_look", "_task", "_wait", "arrived",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -59,10 +83,11 @@ class Poll:
         kwargs: Any,
         deadline: datetime | None,
         look: Callable[[], Awaitable[None]] | None = None,
+        found: Found | None = None,
     ) -> None:
         self._listener, self._wait, self._args, self._kwargs = listener, wait, args, kwargs
-        self._deadline, self._look = deadline, look
-        self._task: asyncio.Task[Any] | None = None
+        self._deadline, self._look, self._found = deadline, look, found
+        self._task: asyncio.Future[Any] | None = None
         self._again = False
         self.arrived: float | None = None
 
@@ -99,15 +124,7 @@ class Poll:
         if self._again:
             raise BeginAgain
         with working_for(self._wait):  # all the while, since the poll's context is then no copy of this one
-            self._task = task = asyncio.create_task(
-                poll_once(
-                    self._listener,
-                    self._args,
-                    self._kwargs,
-                    blocking_threshold(),
-                    portal=greenback.has_portal(),
-                )
-            )
+            self._task = task = self._begin() if self._found is None else self._found.as_future()
             look_at = math.inf if self._look is None else next_look()
             try:
                 while not task.done() and self._remaining() > 0:
@@ -119,13 +136,18 @@ class Poll:
                 await self.end()
         if task.done() and not task.cancelled():
             event = task.result()
-            self.arrived = time.time()
+            self.arrived = time.time() if self._found is None else self._found.at
             return serde.check(event)
         if self._again:
             raise BeginAgain
         if self._remaining() > 0:
             raise RuntimeError(f"{self._listener.__qualname__}.poll_for_event cancelled itself")
         raise TimeIsUp
+
+    def _begin(self) -> asyncio.Task[Any]:
+        portal = greenback.has_portal()
+        poll = poll_once(self._listener, self._args, self._kwargs, blocking_threshold(), portal=portal)
+        return asyncio.create_task(poll)
 
     async def end(self) -> None:
         """End what is still running of it, and give back what it was given and has not returned."""
@@ -135,7 +157,7 @@ class Poll:
         with working_for(self._wait):
             await InHand.of_loop().poll_ended(self._listener, self._wait.id, self.event)
 
-    async def _woken(self, task: asyncio.Task[Any], look_at: float) -> None:
+    async def _woken(self, task: asyncio.Future[Any], look_at: float) -> None:
         """
         Wait until the poll has ended, or some while has passed: asyncio.wait in a quarter of its memory.
 

@@ -99,6 +99,13 @@ def holders(airflow: Any, dag_id: str) -> set[str]:
         return {holder for (holder,) in connection.execute(query, (dag_id,))}
 
 
+def polled_for(airflow: Any) -> int:
+    """Return for how many waits all hosts poll, as they say."""
+    with connect(airflow.database) as connection:
+        [(count,)] = connection.execute("SELECT coalesce(sum(waits), 0) FROM event_host").fetchall()
+    return int(count)
+
+
 def join(connection: Any, dag_id: str, copies: Sequence[Any]) -> None:
     """Let copies of a wait, of which no host has known, join the host of those of the DAG that wait now."""
     connection.execute(

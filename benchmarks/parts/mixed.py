@@ -10,7 +10,7 @@ from typing import Any
 
 from parts import Part, Rows, Stage
 from parts.connections import sockets_of
-from parts.copies import NOBODY, copy_run, holders
+from parts.copies import copy_run, polled_for
 from parts.processes import (
     busy,
     collected,
@@ -61,7 +61,7 @@ def mixed(stage: Stage) -> Rows:
     began = time.monotonic()
     runs[:0] = copy_run(airflow, runs[-1], copied)
     until(
-        lambda: NOBODY not in holders(stage.airflow, DAG),
+        lambda: polled_for(airflow) >= len(runs),
         f"{copied} copies are polled for",
         timeout=LONGEST,
         pause=1,
@@ -145,12 +145,14 @@ def _after_kill(stage: Stage, waits: Sequence[tuple[str, str]]) -> tuple[list[fl
 
     # What follows a message is a task, whose process would take the cores.
     stage.airflow.api("PATCH", f"/dags/{DAG}", {"is_paused": True})
-    before = holders(stage.airflow, DAG)
+    before = polled_for(stage.airflow)
     stage.airflow.components["triggerer"].kill()
     killed = datetime.now(timezone.utc)
     _send(stage.brokers[KAFKA[1]], waits)
     stage.airflow.start_one("triggerer")
-    until(lambda: not before & holders(stage.airflow, DAG), "all are polled for again", timeout=LONGEST, pause=0.5)
+    until(lambda: polled_for(stage.airflow) < before, "another has them", timeout=LONGEST, pause=0.1)
+    left = before - len(waits)
+    until(lambda: polled_for(stage.airflow) >= left, "all are polled for again", timeout=LONGEST, pause=0.5)
     polled_again = round((datetime.now(timezone.utc) - killed).total_seconds(), 1)
     ends = _ends(stage, waits, killed)
     print(f"the last of {len(waits)} after {ends[-1]:.1f} s, all polled for after {polled_again} s", flush=True)

@@ -16,7 +16,7 @@ from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, FinalIdListener, receive, skip
 from airflow_events.listeners.support.values import OnUndecodable, check_choices, check_names
 from airflow_events.listeners.support.watch_listener import LogWatchListener
-from airflow_events.listeners.support.watching import first_match
+from airflow_events.listeners.support.watching import Watch, watches
 
 needs("a Kafka listener", "kafka", "confluent_kafka")
 
@@ -154,7 +154,8 @@ class KafkaWatchListener(LogWatchListener):
         super().check_arguments(topic, *args, **others)
         _check_one(topic)
 
-    async def poll_for_event(
+    @watches
+    def poll_for_event(
         self,
         topic: str,
         *,
@@ -165,7 +166,7 @@ class KafkaWatchListener(LogWatchListener):
         on_undecodable: OnUndecodable = "skip",
         kafka_config_id: str = DEFAULT,
         registry_conn_id: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Watch:
         """
         Return the first message that matches, of a timestamp of ``since`` or later.
 
@@ -185,7 +186,7 @@ class KafkaWatchListener(LogWatchListener):
         formats = Formats(values, keys, registry_conn_id)
         source = Source(kafka_config_id, (topic,))
         key = ("kafka watch", source, formats)
-        return await first_match(key, lambda: TopicHub(source, formats), match, since, on_undecodable)
+        return Watch(key, lambda: TopicHub(source, formats), match, since, on_undecodable)
 
 
 def _check_one(topic: Any) -> None:

@@ -17,7 +17,7 @@ from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names, seconds
 from airflow_events.listeners.support.watch_listener import LogWatchListener
-from airflow_events.listeners.support.watching import first_match
+from airflow_events.listeners.support.watching import Watch, watches
 
 needs("a NATS listener", "nats", "nats")
 
@@ -156,7 +156,8 @@ class NatsWatchListener(LogWatchListener):
     The event is as of `NatsListener`, without ``created``, ``durable`` and ``nats_conn_id``.
     """
 
-    async def poll_for_event(
+    @watches
+    def poll_for_event(
         self,
         stream: str,
         *,
@@ -166,7 +167,7 @@ class NatsWatchListener(LogWatchListener):
         values: Format = "json",
         on_undecodable: OnUndecodable = "skip",
         nats_conn_id: str = DEFAULT,
-    ) -> dict[str, Any]:
+    ) -> Watch:
         """
         Return the first message that matches, stored at ``since`` or later.
 
@@ -183,4 +184,4 @@ class NatsWatchListener(LogWatchListener):
         check_choices(values, on_undecodable)
         source = Source(nats_conn_id, stream)
         key = ("nats watch", source, subject, values)
-        return await first_match(key, lambda: StreamHub(source, subject, values), match, since, on_undecodable)
+        return Watch(key, lambda: StreamHub(source, subject, values), match, since, on_undecodable)

@@ -16,7 +16,7 @@ from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names
 from airflow_events.listeners.support.watch_listener import LogWatchListener
-from airflow_events.listeners.support.watching import first_match
+from airflow_events.listeners.support.watching import Watch, watches
 
 needs("a RabbitMQ listener", "rabbitmq", "aiormq")
 
@@ -137,7 +137,8 @@ class RabbitMQWatchListener(LogWatchListener):
     message's ``offset`` in the stream.
     """
 
-    async def poll_for_event(
+    @watches
+    def poll_for_event(
         self,
         stream: str,
         *,
@@ -146,7 +147,7 @@ class RabbitMQWatchListener(LogWatchListener):
         values: Format = "json",
         on_undecodable: OnUndecodable = "skip",
         rabbitmq_conn_id: str = DEFAULT,
-    ) -> dict[str, Any]:
+    ) -> Watch:
         """
         Return the first message that matches, published at ``since`` or later.
 
@@ -167,4 +168,4 @@ class RabbitMQWatchListener(LogWatchListener):
         check_names(stream=stream)
         source = Source(rabbitmq_conn_id, stream)
         key = ("rabbitmq watch", source, values)
-        return await first_match(key, lambda: StreamHub(source, values), match, since, on_undecodable)
+        return Watch(key, lambda: StreamHub(source, values), match, since, on_undecodable)

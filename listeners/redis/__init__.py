@@ -17,7 +17,7 @@ from airflow_events.listeners.support.clients import needs
 from airflow_events.listeners.support.queue import Delivery, QueueListener, receive, skip
 from airflow_events.listeners.support.values import Format, OnUndecodable, check_choices, check_names, seconds
 from airflow_events.listeners.support.watch_listener import LogWatchListener
-from airflow_events.listeners.support.watching import first_match
+from airflow_events.listeners.support.watching import Watch, watches
 
 needs("a Redis listener", "redis", "redis")
 
@@ -139,7 +139,8 @@ class RedisWatchListener(LogWatchListener):
     The event is ``{"stream", "id", "timestamp", "value"}``, as of `RedisListener`.
     """
 
-    async def poll_for_event(
+    @watches
+    def poll_for_event(
         self,
         stream: str,
         *,
@@ -149,7 +150,7 @@ class RedisWatchListener(LogWatchListener):
         values: Format = "json",
         on_undecodable: OnUndecodable = "skip",
         redis_conn_id: str = DEFAULT,
-    ) -> dict[str, Any]:
+    ) -> Watch:
         """
         Return the first entry that matches, added at ``since`` or later.
 
@@ -166,4 +167,4 @@ class RedisWatchListener(LogWatchListener):
         check_names(stream=stream)
         source = Source(redis_conn_id, stream)
         key = ("redis watch", source, field, values)
-        return await first_match(key, lambda: StreamHub(source, field, values), match, since, on_undecodable)
+        return Watch(key, lambda: StreamHub(source, field, values), match, since, on_undecodable)

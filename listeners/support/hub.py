@@ -80,6 +80,8 @@ class Seeker:
     Made in the wait's own context, so that what it logs goes to its task's log.
     """
 
+    __slots__ = ("_context", "found")
+
     def __init__(self) -> None:
         self.found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._context = contextvars.copy_context()
@@ -169,6 +171,16 @@ class Hub(abc.ABC, Generic[_S]):
 
         :raises SourceUnreachable: the source was unreachable for longer than ``[events] unreachable_timeout``.
         """
+        self.enter(seeker)
+        try:
+            event = await seeker.found
+            await self._turns.take()
+            return event
+        finally:
+            self.leave(seeker)
+
+    def enter(self, seeker: _S) -> None:
+        """Serve ``seeker`` from now on, until `leave` is called."""
         if self._work.done():
             self._work.result()
         self.seekers[seeker] = None
@@ -176,13 +188,11 @@ class Hub(abc.ABC, Generic[_S]):
         self.joined(seeker)
         if self._trouble is not None and seeker.log not in self._logs_told:
             self._tell_trouble(seeker)
-        try:
-            event = await seeker.found
-            await self._turns.take()
-            return event
-        finally:
-            self._let_go(seeker)
-            self.left(seeker)
+
+    def leave(self, seeker: _S) -> None:
+        """Serve it no more."""
+        self._let_go(seeker)
+        self.left(seeker)
 
     def _let_go(self, seeker: _S) -> None:
         self.seekers.pop(seeker, None)

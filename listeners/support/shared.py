@@ -50,6 +50,16 @@ async def shared(key: Hashable, make: Callable[[], _R]) -> AsyncIterator[_R]:
 
     :param make: called in the event loop, so it must not block; what it raises, the first user gets.
     """
+    resource = use(key, make)
+    try:
+        yield resource
+    finally:
+        if not leave(key):
+            await asyncio.sleep(0)  # its closing begins, so that the end of the loop does not come before it
+
+
+def use(key: Hashable, make: Callable[[], _R]) -> _R:
+    """Do what `shared` does as it is entered; whoever does so calls `leave` once."""
     resources = _open.setdefault(asyncio.get_running_loop(), {})
     if key not in resources:
         resources[key] = _Shared(make())
@@ -58,13 +68,18 @@ async def shared(key: Hashable, make: Callable[[], _R]) -> AsyncIterator[_R]:
     if one.closing is not None:
         one.closing.cancel()
         one.closing = None
-    try:
-        yield one.resource
-    finally:
-        one.users -= 1
-        if not one.users:
-            one.closing = background(_close_later(resources, key, one), f"closing {key}")
-            await asyncio.sleep(0)  # it begins, so that the end of the loop does not come before it
+    resource: _R = one.resource
+    return resource
+
+
+def leave(key: Hashable) -> int:
+    """Use it no more; return how many still do."""
+    resources = _open[asyncio.get_running_loop()]
+    one = resources[key]
+    one.users -= 1
+    if not one.users:
+        one.closing = background(_close_later(resources, key, one), f"closing {key}")
+    return one.users
 
 
 async def _close_later(resources: dict[Hashable, _Shared], key: Hashable, one: _Shared) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -206,6 +207,8 @@ class Match:
     :raises TypeError: another type.
     """
 
+    __slots__ = ("_finds", "key")
+
     def __init__(self, wanted: Mapping[str, Any] | str | None) -> None:
         self.key: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         """The fields and what they must be; waits whose key is equal are found by one look-up."""
@@ -213,7 +216,7 @@ class Match:
         if isinstance(wanted, str):
             self._finds = expression("match", wanted)
         elif isinstance(wanted, Mapping):
-            fields = tuple(sorted(wanted))
+            fields = _one_of(tuple(sorted(wanted)))
             self.key = fields, tuple(_text(wanted[field]) for field in fields)
         elif wanted is not None:
             raise TypeError(f"match is a mapping, a JMESPath expression or None, not {wanted!r}")
@@ -228,6 +231,12 @@ class Match:
         assert self._finds is not None
         found = self._finds(value)
         return found == 0 or bool(found) if not isinstance(found, bool) else found
+
+
+@functools.lru_cache(maxsize=1024)
+def _one_of(fields: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the one that is kept of equal fields: a hundred thousand waits have them."""
+    return fields
 
 
 def keys_of(value: Any, fields: tuple[str, ...]) -> list[tuple[str, ...]]:

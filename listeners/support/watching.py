@@ -12,16 +12,17 @@ from __future__ import annotations
 import abc
 import asyncio
 import dataclasses
+import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Generic, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from airflow_events.errors import EventUndecodable, SourceMisconfigured
-from airflow_events.listeners.base import Wait, current_wait
+from airflow_events.listeners.base import EventListener, Wait, current_wait
 from airflow_events.listeners.support.hub import Hub, Seeker
 from airflow_events.listeners.support.shared import shared
 from airflow_events.listeners.support.timestamps import check_since, when
@@ -107,6 +108,8 @@ def message_of(
 
 class Watcher(Seeker):
     """A wait for the first message that matches, published at ``since`` or later."""
+
+    __slots__ = ("match", "on_undecodable", "since")
 
     def __init__(self, match: Match, since: datetime, on_undecodable: OnUndecodable = "skip") -> None:
         super().__init__()
@@ -482,24 +485,69 @@ def _rank(age: timedelta) -> int:
     return max(int(age.total_seconds()), 0).bit_length() // 2
 
 
-async def first_match(
-    key: Hashable,
-    make: Callable[[], LogHub[Any]],
-    match: dict[str, Any] | str | None,
-    since: datetime | str | timedelta | None,
-    on_undecodable: OnUndecodable,
-) -> dict[str, Any]:
+class Watch:
     """
-    Return the first message that matches, of a log that all who watch it read by one hub.
+    What a wait looks for in a log that all who watch it read by one hub: the first message that matches.
+
+    Made while a listener works for the wait, of whose run ``since`` counts.
 
     :param key: of the hub, in this event loop; ``make`` makes it for the first who watches.
     :param match: see `airflow_events.listeners.support.values.Match`.
     :param since: see `since_of`.
     :raises ValueError: ``match`` or ``since`` is none.
     """
-    watcher = Watcher(Match(match), since_of(since, current_wait()), on_undecodable)
-    async with shared(key, make) as hub:
-        return dict(await hub.take(watcher))
+
+    __slots__ = ("key", "make", "match", "on_undecodable", "since")
+
+    def __init__(
+        self,
+        key: Hashable,
+        make: Callable[[], LogHub[Any]],
+        match: dict[str, Any] | str | None,
+        since: datetime | str | timedelta | None,
+        on_undecodable: OnUndecodable,
+    ) -> None:
+        self.key, self.make = key, make
+        self.match, self.since = Match(match), since_of(since, current_wait())
+        self.on_undecodable = on_undecodable
+
+    async def first(self) -> dict[str, Any]:
+        """Return the message."""
+        watcher = Watcher(self.match, self.since, self.on_undecodable)
+        async with shared(self.key, self.make) as hub:
+            return dict(await hub.take(watcher))
+
+
+_Arguments = ParamSpec("_Arguments")
+_WATCH = "watch"  # an attribute of the functions that `watches` makes
+
+
+def watches(
+    watch: Callable[Concatenate[Any, _Arguments], Watch],
+) -> Callable[Concatenate[Any, _Arguments], Coroutine[Any, Any, dict[str, Any]]]:
+    """
+    Make the ``poll_for_event`` of a listener of a method that says what is looked for.
+
+    A host asks for just that (`watch_of`), and needs no coroutine for as long as nothing is found.
+    """
+
+    @functools.wraps(watch)
+    async def poll_for_event(self: Any, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> dict[str, Any]:
+        return await watch(self, *args, **kwargs).first()
+
+    vars(poll_for_event)[_WATCH] = watch
+    return poll_for_event
+
+
+def watch_of(listener: type[EventListener], args: Any, kwargs: Any) -> Watch | None:
+    """
+    Return what a poll would look for; None if only the poll itself can tell.
+
+    :raises Exception: what the poll would raise.
+    """
+    watch = vars(listener.poll_for_event).get(_WATCH)
+    found: Watch | None = None if watch is None else watch(listener(), *args, **kwargs)
+    return found
 
 
 def since_of(since: datetime | str | timedelta | None, wait: Wait) -> datetime:

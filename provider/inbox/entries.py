@@ -203,6 +203,7 @@ class Hosted(Entry):
     :param brief: leaves out what their triggers were made of.
     :param log_of: in whose log the host logs, for whoever looks: a `Wait.id`, and its try.
     :param trouble: what is wrong with its sources now, likewise; empty if nothing is.
+    :param waits: for how many it polls already, likewise.
     """
 
     operation: ClassVar[str] = "hosted"
@@ -213,6 +214,7 @@ class Hosted(Entry):
     brief: bool = False
     log_of: str = ""
     trouble: str = ""
+    waits: int = 0
 
 
 @dataclass(frozen=True)
@@ -435,7 +437,7 @@ class Answer:
     :param owner: of a source: the id of this deployment, as far as that source is concerned.
     :param room: how many more runs events may start now.
     :param dags: the ids of the DAGs whose runs they are.
-    :param hosted: of a host: its waits, each with the UUID of its try, `Park.kwargs`, and its generation.
+    :param hosted: of a host: its waits, each with the UUID of its try, `Park.kwargs`, its generation, and `left`.
     :param after: of a host: what to ask for the next page with, or, after the last, for what joins from now on.
     """
 
@@ -456,7 +458,7 @@ class Answer:
     owner: str = ""
     room: int = 0
     dags: tuple[str, ...] = ()
-    hosted: tuple[tuple[str, str, int], ...] = ()
+    hosted: tuple[tuple[str, str, int, float | None], ...] = ()
     after: str = ""
 
 
@@ -514,7 +516,10 @@ def _made(kind: type[_T], told: dict[str, Any]) -> _T:
                 inner["outlets"] = tuple(inner["outlets"])
             told[name] = _made(nested, inner)
     if isinstance(told.get("hosted"), list):
-        told["hosted"] = tuple((str(ti), str(kwargs), int(number)) for ti, kwargs, number in told["hosted"])
+        told["hosted"] = tuple(
+            (str(ti), str(kwargs), int(number), None if left is None else float(left))
+            for ti, kwargs, number, left in told["hosted"]
+        )
     if "places" in told:
         told["places"] = tuple(_made(Place, dict(place)) for place in told["places"])
     if "events" in told:

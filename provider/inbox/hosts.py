@@ -140,9 +140,9 @@ def is_anchored(session: Session, host: bytes, trigger: int) -> bool:
     return _anchored(session, [host]).get(host) == trigger
 
 
-def note(session: Session, host: bytes, **told: str) -> None:
+def note(session: Session, host: bytes, *, waits: int, **told: str) -> None:
     """Keep what a host tells of itself, for whoever looks, if it is not what it told before."""
-    values = {name: said[:_LONGEST] or None for name, said in told.items()}
+    values: dict[str, Any] = {"waits": waits, **{name: said[:_LONGEST] or None for name, said in told.items()}}
     known = session.execute(select(*(getattr(EventHost, name) for name in values)).where(EventHost.host == host))
     if [dict(row._mapping) for row in known] != [values]:
         _execute(session, update(EventHost).where(EventHost.host == host).values(**values))

@@ -32,7 +32,7 @@ class InboxDBManager(BaseDBManager):
     alembic_file = str(_HERE / "alembic.ini")
     supports_table_dropping = True
     # Of each release with a migration the last, for ``--to-version``. The first edition had no tables.
-    revision_heads_map = {"0.1.0": "base", "0.2.0": "e1a70c5b0010"}  # noqa: RUF012 (as Airflow declares it)
+    revision_heads_map = {"0.1.0": "base", "0.2.0": "e1a70c5b0011"}  # noqa: RUF012 (as Airflow declares it)
 
     def get_alembic_config(self) -> Config:
         """Say where the migrations are, and for which database."""

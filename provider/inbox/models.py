@@ -225,6 +225,8 @@ class EventHost(Base):
     """In whose log what it logs is found: the `Wait.id` of the anchor that it was started for, and its try."""
     trouble: Mapped[str | None] = mapped_column(Text)
     """What is wrong with the sources of its waits, as it said last; NULL if nothing is."""
+    waits: Mapped[int | None] = mapped_column(Integer)
+    """For how many waits it polls, as it said last: after a restart it takes them in one after another."""
 
 
 class EventStart(Base):

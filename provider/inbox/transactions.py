@@ -340,7 +340,7 @@ def _begin_one(batch: _Batch, entry: Begin, task: Task, timeouts: list[tuple[Tas
         Status.DONE,
         generation=values["generation"],
         deadline=_iso(deadline),
-        left=None if deadline is None else (deadline - batch.now).total_seconds(),
+        left=_seconds(deadline, batch.now),
         run_start=_iso(values["run_start"]),
         run_created=_iso(created),
     )
@@ -523,7 +523,7 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
     host = bytes.fromhex(entry.host)
     if not hosts.is_anchored(session, host, entry.trigger):
         return Answer(Status.OUTLIVED, "the host has another trigger, or no waits any more")
-    hosts.note(session, host, log_of=entry.log_of, trouble=entry.trouble)
+    hosts.note(session, host, log_of=entry.log_of, trouble=entry.trouble, waits=entry.waits)
     of_it = hosts.waits_of(host)
     if entry.after:
         moment, _, last = entry.after.partition(" ")
@@ -531,9 +531,9 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
         of_it.append(EventWait.hosted_at >= at)  # by itself, since an index serves it so
         if (id := _uuid(last)) is not None:
             of_it.append(or_(EventWait.hosted_at > at, TaskInstance.id > id))
-    kwargs = [] if entry.brief else [EventWait.parked]
+    more = [] if entry.brief else [EventWait.parked, EventWait.deadline]
     found = session.execute(
-        select(TaskInstance.id, EventWait.hosted_at, EventWait.parked_try, EventWait.generation, *kwargs)
+        select(TaskInstance.id, EventWait.hosted_at, EventWait.parked_try, EventWait.generation, *more)
         .join(EventWait, hosts.of_task())
         .where(*of_it)
         .order_by(EventWait.hosted_at, TaskInstance.id)
@@ -541,10 +541,20 @@ def _hosted(session: Session, entry: Hosted) -> Answer:
     ).all()
     # The others were cleared since, and have a trigger again, with the arguments of now.
     joined = (row for row in found if row.parked_try == str(row.id))
-    told = tuple((str(row.id), "" if entry.brief else _kwargs(row), row.generation) for row in joined)
+    now = _now()
+    told = tuple(
+        (str(row.id), "", row.generation, None)
+        if entry.brief
+        else (str(row.id), _kwargs(row), row.generation, _seconds(row.deadline, now))
+        for row in joined
+    )
     if len(found) < most:  # what has joined may become visible later than what has joined after it
         return Answer(Status.DONE, hosted=told, after=(_now() - _OVERLAP).isoformat())
     return Answer(Status.DONE, hosted=told, after=f"{found[-1].hosted_at.isoformat()} {found[-1].id}", next=0)
+
+
+def _seconds(until: datetime | None, now: datetime) -> float | None:
+    return None if until is None else (until - now).total_seconds()
 
 
 def _kwargs(row: Any) -> str:

@@ -297,6 +297,8 @@ def _where(summary: Summary) -> str:
     where = f"in the triggerer on {summary.triggerer.hostname}"
     if summary.hosted:
         where = f"{where}, by a trigger that it shares with others"
+        if summary.shared_by is not None:
+            where = f"{where} ({summary.shared_by:,} now)"
     if not summary.triggerer.alive:
         where = f"{where}, which has no heartbeat"
     if summary.log_of:

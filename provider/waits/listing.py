@@ -97,6 +97,7 @@ class Summary:
     :param wanted: how many it waits for; likewise, and None where nobody tells any more.
     :param dag_state: None if its DAG is as it should be.
     :param hosted: whether it shares the trigger that polls for it with others.
+    :param shared_by: of one that is hosted: for how many waits its host polls; None if nobody may know.
     :param log_of: of one that is hosted: in whose log what its poll logs is found.
     :param trouble: likewise: what is wrong with the sources of its host; None if nothing is.
     :param parked: whether it waits without a trigger, since nobody has to poll for its event.
@@ -125,6 +126,7 @@ class Summary:
     dag_state: DagState | None = None
     parked: bool = False
     hosted: bool = False
+    shared_by: int | None = None
     log_of: str | None = None
     trouble: str | None = None
 
@@ -277,6 +279,7 @@ _WANTED = (
         "is_parked"
     ),
     EventHost.log_of,
+    EventHost.waits.label("shared_by"),
     EventHost.trouble,
     Job.id.label("job_id"),
     Job.hostname.label("job_hostname"),
@@ -376,13 +379,15 @@ def _without_others(
     session: Session, rows: Sequence[Any], summaries: Iterable[Summary], dag_ids: frozenset[str]
 ) -> list[Summary]:
     """Leave out what hosts tell of waits of other DAGs: a host is for the waits of all."""
-    hosts = {row.host for row in rows if row.host is not None and (row.log_of or row.trouble)}
+    hosts = {row.host for row in rows if row.host is not None and (row.log_of or row.trouble or row.shared_by)}
     query = select(EventWait.host, EventWait.dag_id).where(EventWait.host.in_(sorted(hosts))).distinct()
     mixed = {host for host, dag_id in session.execute(query) if dag_id not in dag_ids} if hosts else set()
     told = []
     for row, one in zip(rows, summaries, strict=True):
         if one.log_of is not None and one.log_of.partition("/")[0] not in dag_ids:
             one = replace(one, log_of=None)
+        if row.host in mixed:
+            one = replace(one, shared_by=None)
         if one.trouble is not None and row.host in mixed:
             one = replace(one, trouble="a source of the waits that share its trigger cannot be reached")
         told.append(one)
@@ -455,6 +460,7 @@ def _summary(stage: Stage, row: Any, places: _Places | None, dag_state: DagState
         dag_state=dag_state,
         parked=row.state == TaskInstanceState.DEFERRED and bool(row.is_parked),
         hosted=hosted,
+        shared_by=row.shared_by if hosted else None,
         log_of=row.log_of if hosted else None,
         trouble=row.trouble if hosted else None,
     )

@@ -113,7 +113,7 @@ def test_what_is_asked_of_the_inbox_and_answered():
         ],
         "park": ["ti", "place", "generation", "kwargs", "at", "then"],
         "join": ["ti", "place", "generation", "kwargs", "host"],
-        "hosted": ["ti", "place", "host", "trigger", "after", "brief", "log_of", "trouble"],
+        "hosted": ["ti", "place", "host", "trigger", "after", "brief", "log_of", "trouble", "waits"],
         "record": [
             "ti", "place", "generation", "record_id", "event", "identity", "content", "committed", "after",
             "arguments", "end",

@@ -203,12 +203,17 @@ function arrived(wait) {
 
 const LONG_WITHOUT = 60_000; // milliseconds that a wait may be without a triggerer before that is marked
 
+function sharing(wait) {
+  const now = wait.shared_by === null ? "" : `: it polls for ${wait.shared_by.toLocaleString("en")} now`;
+  return `It shares the trigger that polls for it with other waits of its kind${now}`;
+}
+
 /** Where a wait's trigger is; null for a wait that has none. */
 function triggerer(wait) {
   if (wait.triggerer) {
     return h("span", { class: wait.triggerer.alive ? null : "late", title: `job ${wait.triggerer.id}` }, wait.triggerer.hostname,
       wait.triggerer.alive ? null : h("small", {}, "no heartbeat"),
-      wait.hosted ? h("small", { title: "It shares the trigger that polls for it with other waits of its kind" }, "hosted") : null,
+      wait.hosted ? h("small", { title: sharing(wait) }, "hosted") : null,
       wait.trouble ? h("small", { class: "late", title: wait.trouble }, "source unreachable") : null);
   }
   if (wait.parked) {

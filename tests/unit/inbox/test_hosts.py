@@ -115,13 +115,13 @@ def test_the_host_is_told_who_they_are(waits, monkeypatch):
     tis = hosted(waits, 4)
     page = shown(waits)
     assert [ti for ti, *_ in page.hosted] == [*tis[:0], *sorted(tis)]
-    assert {serde.decode(kwargs)["listener"] for _, kwargs, _ in page.hosted} == {"a:B"}
+    assert {serde.decode(kwargs)["listener"] for _, kwargs, *_ in page.hosted} == {"a:B"}
     assert page.next is None
     assert shown(waits, after=page.after).hosted == ()
     late = begun(waits)
     join(waits, late)
     assert [ti for ti, *_ in shown(waits, after=page.after).hosted] == [late]
-    assert {kwargs for _, kwargs, _ in shown(waits, brief=True).hosted} == {""}
+    assert {kwargs for _, kwargs, *_ in shown(waits, brief=True).hosted} == {""}
     assert shown(waits, OTHER).hosted == ()
 
 

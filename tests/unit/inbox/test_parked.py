@@ -291,4 +291,4 @@ def test_arguments_of_a_class_that_the_api_server_lacks_are_kept_as_they_are(wai
     transactions.park(waits.session, [Park(parked, generation=1, kwargs=kwargs)])
     trigger = waits.session.scalar(select(EventHost.trigger_id))
     [answer] = transactions.hosted(waits.session, [Hosted(host=host, trigger=trigger)])
-    assert answer.hosted == ((hosted, kwargs, 1),)
+    assert answer.hosted == ((hosted, kwargs, 1, None),)
