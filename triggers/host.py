@@ -46,7 +46,7 @@ _LOOK_EVERY = 1.0
 _AT_MOST_EVERY = 0.1
 # Seconds between two looks for those that have left: one for so many waits, and at most so many.
 _WAITS_A_SECOND = 100.0
-_LOOK_FOR_ALL_EVERY = 60.0
+_LOOK_FOR_ALL_EVERY = 300.0
 # Seconds after which a wait that another process has begun is begun again.
 _PATIENCE = 30.0
 # How many waits begin in one turn of the event loop.

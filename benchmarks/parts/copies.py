@@ -99,11 +99,10 @@ def holders(airflow: Any, dag_id: str) -> set[str]:
         return {holder for (holder,) in connection.execute(query, (dag_id,))}
 
 
-def polled_for(airflow: Any) -> int:
-    """Return for how many waits all hosts poll, as they say."""
+def polled_for(airflow: Any) -> dict[bytes, int]:
+    """Return for how many waits each host polls, as it says."""
     with connect(airflow.database) as connection:
-        [(count,)] = connection.execute("SELECT coalesce(sum(waits), 0) FROM event_host").fetchall()
-    return int(count)
+        return dict(connection.execute("SELECT host, coalesce(waits, 0) FROM event_host").fetchall())
 
 
 def join(connection: Any, dag_id: str, copies: Sequence[Any]) -> None:

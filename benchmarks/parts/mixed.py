@@ -61,7 +61,7 @@ def mixed(stage: Stage) -> Rows:
     began = time.monotonic()
     runs[:0] = copy_run(airflow, runs[-1], copied)
     until(
-        lambda: polled_for(airflow) >= len(runs),
+        lambda: sum(polled_for(airflow).values()) >= len(runs),
         f"{copied} copies are polled for",
         timeout=LONGEST,
         pause=1,
@@ -150,9 +150,21 @@ def _after_kill(stage: Stage, waits: Sequence[tuple[str, str]]) -> tuple[list[fl
     killed = datetime.now(timezone.utc)
     _send(stage.brokers[KAFKA[1]], waits)
     stage.airflow.start_one("triggerer")
-    until(lambda: polled_for(stage.airflow) < before, "another has them", timeout=LONGEST, pause=0.1)
-    left = before - len(waits)
-    until(lambda: polled_for(stage.airflow) >= left, "all are polled for again", timeout=LONGEST, pause=0.5)
+    moved: set[bytes] = set()
+
+    def have_moved() -> bool:
+        now = polled_for(stage.airflow)
+        moved.update(host for host, count in before.items() if now[host] < count)
+        return len(moved) == len(before)
+
+    until(have_moved, "another has all hosts", timeout=LONGEST, pause=0.05)
+    left = sum(before.values()) - len(waits)
+    until(
+        lambda: sum(polled_for(stage.airflow).values()) >= left,
+        "all are polled for again",
+        timeout=LONGEST,
+        pause=0.1,
+    )
     polled_again = round((datetime.now(timezone.utc) - killed).total_seconds(), 1)
     ends = _ends(stage, waits, killed)
     print(f"the last of {len(waits)} after {ends[-1]:.1f} s, all polled for after {polled_again} s", flush=True)
