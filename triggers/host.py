@@ -276,7 +276,7 @@ class _HostedWait(EventTrigger):
 
     announces = False
     found: Found | None = None
-    """What its first poll has come to, if it rested until then."""
+    """What its first poll has come to, if it rested until then; None from when it was polled."""
 
     @classmethod
     def of(cls, ti: str, kwargs: str, generation: int) -> _HostedWait:
@@ -315,6 +315,13 @@ class _HostedWait(EventTrigger):
     def generation(self) -> int:
         """Of the wait, as it began here."""
         return self._generation
+
+    async def _begin(self, listener: type[EventListener], wait: Wait) -> tuple[Answer, Wait]:
+        if self.found is None:
+            return await super()._begin(listener, wait)
+        # It began before it was handed over. Should another process have begun it since, or should it have an
+        # event by now, the record is refused, and it begins then.
+        return Answer(Status.DONE, generation=self._generation), wait
 
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         return dataclasses.replace(super()._beginning(listener, wait), hosted=True)

@@ -114,7 +114,7 @@ async def test_it_is_nothing_of_asyncio_until_its_message_is_there(world):
         world.log.send({"n": 2})
         await until(lambda: {world.state(ti) for ti in (second, third)} == {"success"})
         assert world.waits.xcoms(second)["return_value"]["value"] == {"n": 2}
-        assert world.waits.row(second).generation == generation + 1
+        assert world.waits.row(second).generation == generation  # nothing was asked but to record it
         assert world.state(first) == "deferred"
         await resting(world, host, 1)
 
@@ -177,6 +177,27 @@ async def test_of_two_processes_that_have_the_host_one_ends_the_task(world):
         await until(lambda: not one._waits and not world.log.seekers)
         assert not other._resting
     assert world.waits.row(ti).phase == "committed"
+
+
+async def test_one_that_another_process_has_begun_since_begins_again_before_it_records(world):
+    ti = await world.wait(match={"n": 1})
+    async with world.running() as host:
+        await resting(world, host, 1)
+        assert world.waits.begin(ti, hosted=True).status == "done"
+        world.log.send({"n": 1})
+        await until(lambda: world.state(ti) == "success")
+    assert world.waits.row(ti).generation > 2
+
+
+async def test_one_that_has_an_event_by_now_ends_with_that(world):
+    ti = await world.wait(match={"n": 1})
+    async with world.running() as host:
+        await resting(world, host, 1)
+        generation = world.waits.row(ti).generation
+        assert world.waits.record(ti, generation, '"sent"', committed=True).status == "done"
+        world.log.send({"n": 1})
+        await until(lambda: world.state(ti) == "success")
+    assert world.waits.xcoms(ti) == {"return_value": "sent"}
 
 
 async def test_with_the_host_it_leaves_the_log(world):
