@@ -16,7 +16,7 @@ WHAT = {
 }
 # KB that one takes in the triggerer once it is hosted or parked, as the part `mixed` measures 33,334 watches. The
 # part `large` measures what they take as they begin, a thousand at once, which those that begin later use again.
-HELD = {"hosted": 11.5, "parked": 0.0}
+HELD = {"hosted": 2.2, "parked": 0.0}
 # Of those with a trigger each, and of the others for whom somebody polls, in each triggerer; and in each run.
 IN_EACH, IN_RUN = 10_000, 10
 HOSTED_IN_EACH = 250_000
