@@ -155,6 +155,7 @@ class HostTrigger(BaseTrigger):
             for ti, kwargs, generation, left in page.hosted:
                 if ti in self._waits or ti in self._resting:
                     continue
+                await self._turns.take()
                 # The anchor's begins at once, since Airflow shows this trigger's log as its own.
                 if self._is_anchor(ti) or not self._resting.take(ti, kwargs, generation, left):
                     self._start(ti, kwargs, generation)

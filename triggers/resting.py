@@ -25,6 +25,8 @@ from airflow_events.triggers.polling import Found
 
 log = logging.getLogger(__name__)
 
+_LONGEST_PAUSE = 600.0  # seconds
+
 
 class Rests:
     """
@@ -70,8 +72,16 @@ class Rests:
             return False
         self._all[ti] = resting
         if left is not None:
-            resting.alarm = asyncio.get_running_loop().call_later(max(left, 0), self.end, ti, True)
+            self._wait_until(time.time() + left, resting)
         return True
+
+    def _wait_until(self, moment: float, resting: _Resting) -> None:
+        left = moment - time.time()
+        if left <= 0:
+            self.end(resting.ti, wakes=True)
+        else:  # in steps, which bounds by how much it is late after the clock was set forward
+            pause = min(left, _LONGEST_PAUSE)
+            resting.alarm = asyncio.get_running_loop().call_later(pause, self._wait_until, moment, resting)
 
     def end(self, ti: str, wakes: bool = False, found: Found | None = None) -> None:
         """Let a wait rest no longer; nothing if it does not."""

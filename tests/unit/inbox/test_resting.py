@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import Watch, watches
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
+from airflow_events.triggers import resting as resting_waits
 from airflow_events.triggers.host import HostTrigger
 from awaiting import until
 from memory_log import MemoryHub
@@ -130,6 +132,17 @@ async def test_it_ends_when_its_time_is_up(world):
         assert world.waits.xcoms(default) == {"return_value": "late"}
         await resting(world, host, 1)
     assert world.state(none) == "deferred"
+
+
+async def test_when_the_clock_is_set_forward_its_time_is_up_within_a_step(world, monkeypatch):
+    monkeypatch.setattr(resting_waits, "_LONGEST_PAUSE", 0.05)
+    ti = await world.wait(match={"n": 1}, timeout=3600, default=["late"])
+    async with world.running() as host:
+        await resting(world, host, 1)
+        ahead = time.time() + 4000
+        monkeypatch.setattr(resting_waits, "time", SimpleNamespace(time=lambda: ahead))
+        await until(lambda: not host._resting)
+    assert world.state(ti) == "deferred"  # by the clock of the inbox there is time left: it polls on
 
 
 async def test_what_the_source_refuses_fails_the_try_of_each(world):
