@@ -42,8 +42,8 @@ def test_missing_tables_are_named_with_what_to_do(manager):
     manager.downgrade("base")
     with pytest.raises(InboxNotMigrated) as raised:
         check_or_migrate()
-    assert (raised.value.found, raised.value.wanted) == (None, "e1a70c5b0009")
-    for word in ("are missing", "revision e1a70c5b0009", "`airflow db migrate`", "[events] migrate_on_start"):
+    assert (raised.value.found, raised.value.wanted) == (None, "e1a70c5b0011")
+    for word in ("are missing", "revision e1a70c5b0011", "`airflow db migrate`", "[events] migrate_on_start"):
         assert word in str(raised.value)
 
 
@@ -52,7 +52,7 @@ def test_missing_tables_are_made_where_that_is_allowed(manager, may_migrate, cap
     with caplog.at_level(logging.INFO):
         check_or_migrate()
     manager.check()
-    assert "migrated from revision None to e1a70c5b0009" in caplog.text
+    assert "migrated from revision None to e1a70c5b0011" in caplog.text
     check_or_migrate()
 
 
