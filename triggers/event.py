@@ -314,7 +314,9 @@ class EventTrigger(BaseTrigger):
                 return left == Status.DONE
             # With nothing to commit, whoever records an event ends the task with it.
             look = self._look if commits(listener) else None
-            self._poll = self._polling(listener, wait, look)
+            self._poll = Poll(
+                listener, wait, self.listener_args, self.listener_kwargs, self.deadline, look, self._take_found()
+            )
             try:
                 event = await self._poll.run()
             except BeginAgain:
@@ -456,14 +458,9 @@ class EventTrigger(BaseTrigger):
         record: Record = self._entry(Record, record_id=uuid.uuid4().hex, **told, end=await self._end(event))
         return record
 
-    def _polling(
-        self,
-        listener: type[EventListener],
-        wait: Wait,
-        look: Callable[[], Awaitable[None]] | None = None,
-        found: Found | None = None,
-    ) -> Poll:
-        return Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline, look, found)
+    def _take_found(self) -> Found | None:
+        """Return, once, what the poll has come to before it began; None if it is to be made."""
+        return None
 
     async def _record(self, listener: type[EventListener], wait: Wait, event: Any, record_id: str) -> bool:
         """
@@ -617,7 +614,7 @@ class EventTrigger(BaseTrigger):
                     raise TimeIsUp
                 event = task.result()
             else:
-                self._poll = self._polling(listener, wait)
+                self._poll = Poll(listener, wait, self.listener_args, self.listener_kwargs, self.deadline)
                 event = await self._poll.run()
         except TimeIsUp:
             assert self.deadline is not None

@@ -15,7 +15,7 @@ import functools
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ from airflow_events.triggers.event import EventTrigger, Outlived, by_a_worker_fa
 from airflow_events.triggers.inbox import Inbox
 from airflow_events.triggers.joining import Joined
 from airflow_events.triggers.poll_steps import Steps
-from airflow_events.triggers.polling import Found, Poll
+from airflow_events.triggers.polling import Found
 from airflow_events.triggers.resting import Rests
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,15 @@ class HostTrigger(BaseTrigger):
 
     @property
     def _look_for_all_every(self) -> float:
-        return min(1.0 + (len(self._waits) + len(self._resting)) / _WAITS_A_SECOND, _LOOK_FOR_ALL_EVERY)
+        return min(1.0 + self._count / _WAITS_A_SECOND, _LOOK_FOR_ALL_EVERY)
+
+    @property
+    def _count(self) -> int:
+        """For how many waits it polls."""
+        return len(self._waits) + len(self._resting)
+
+    def _ours(self) -> set[str]:
+        return {*self._waits, *self._resting}
 
     async def _take_in(self) -> None:
         """Begin with the waits that have joined since."""
@@ -174,7 +182,7 @@ class HostTrigger(BaseTrigger):
     async def _let_go_of_those_that_left(self) -> None:
         """Stop polling for waits that were cleared or ended by others, whose records would be refused."""
         there: set[str] = set()
-        known, after = {*self._waits, *self._resting}, ""
+        known, after = self._ours(), ""
         while True:
             page = await self._page(after, brief=True)
             there.update(ti for ti, *_ in page.hosted)
@@ -183,7 +191,7 @@ class HostTrigger(BaseTrigger):
                 break
         if self._is_over:  # which says nothing of them
             return
-        here = {*self._waits, *self._resting}
+        here = self._ours()
         if there - here:  # joined by a clock that is behind, or long before it could be seen
             self._after = ""
         gone = known & here - there
@@ -205,7 +213,7 @@ class HostTrigger(BaseTrigger):
             brief=brief,
             log_of=self._log_of,
             trouble=storable(str(redact(trouble))),
-            waits=len(self._waits) + len(self._resting),
+            waits=self._count,
         )
         answer = await Inbox.of_loop().ask(asked)
         self._is_over = answer.status == Status.OUTLIVED
@@ -327,15 +335,9 @@ class _HostedWait(EventTrigger):
     def _beginning(self, listener: type[EventListener], wait: Wait) -> Begin:
         return dataclasses.replace(super()._beginning(listener, wait), hosted=True)
 
-    def _polling(
-        self,
-        listener: type[EventListener],
-        wait: Wait,
-        look: Callable[[], Awaitable[None]] | None = None,
-        found: Found | None = None,
-    ) -> Poll:
+    def _take_found(self) -> Found | None:
         found, self.found = self.found, None
-        return super()._polling(listener, wait, look, found)
+        return found
 
     async def _leave(self, listener: type[EventListener], wait: Wait, until: datetime | None) -> str | None:
         return None

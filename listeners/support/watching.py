@@ -494,7 +494,7 @@ class Watch:
     :param key: of the hub, in this event loop; ``make`` makes it for the first who watches.
     :param match: see `airflow_events.listeners.support.values.Match`.
     :param since: see `since_of`.
-    :raises ValueError: ``match`` or ``since`` is none.
+    :raises ValueError: ``match`` or ``since`` is invalid.
     """
 
     __slots__ = ("key", "make", "match", "on_undecodable", "since")

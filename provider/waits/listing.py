@@ -387,9 +387,8 @@ def _without_others(
         if one.log_of is not None and one.log_of.partition("/")[0] not in dag_ids:
             one = replace(one, log_of=None)
         if row.host in mixed:
-            one = replace(one, shared_by=None)
-        if one.trouble is not None and row.host in mixed:
-            one = replace(one, trouble="a source of the waits that share its trigger cannot be reached")
+            trouble = one.trouble and "a source of the waits that share its trigger cannot be reached"
+            one = replace(one, shared_by=None, trouble=trouble)
         told.append(one)
     return told
 

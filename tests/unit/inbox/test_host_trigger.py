@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
@@ -18,8 +17,8 @@ from airflow_events.listeners.base import EventListener, current_wait
 from airflow_events.listeners.support import commit
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
-from airflow_events.triggers.host import HostTrigger
 from awaiting import until
+from hosting import Hosting
 from sqlalchemy import select, update
 
 
@@ -36,62 +35,27 @@ class Watch(EventListener):
         await asyncio.Event().wait()
 
 
-class World:
+class World(Hosting):
     """Hosted waits, in one database."""
 
-    def __init__(self, waits):
-        self.waits = waits
-
-    def _trigger(self):
-        row = Trigger(classpath="airflow_events.triggers.event.EventTrigger", kwargs={})
-        self.waits.session.add(row)
-        self.waits.session.flush()
-        return {"next_method": "execute_complete", "trigger_id": row.id}
-
     async def wait(self, path):
-        ti = self.waits.deferred(**self._trigger())
+        ti = self.waits.deferred(**self.trigger())
         await self.begin(ti, path)
         return ti
 
     def clear(self, ti):
-        return self.waits.again(ti, cleared=True, **self._trigger())
+        return self.waits.again(ti, cleared=True, **self.trigger())
 
     async def begin(self, ti, path):
         """Do what its own trigger does: hand it to its host."""
         await self.waits.trigger(ti, listener="m:Watch", listener_args=[path]).until_ended()
 
-    @contextlib.asynccontextmanager
-    async def running(self, *, portal=False):
-        row = self.waits.session.execute(select(EventHost.host, EventHost.trigger_id)).one()
-        host = HostTrigger(host=row.host.hex())
-        host.trigger_id = row.trigger_id
-
-        async def run():
-            if portal:  # as Airflow's runner
-                await greenback.ensure_portal()
-            async for _ in host.run():
-                raise AssertionError("it does not yield")
-
-        task = asyncio.create_task(run())
-        try:
-            yield host
-        finally:
-            task.cancel()
-            await asyncio.wait({task})
-
 
 @pytest.fixture
 def world(waits, monkeypatch):
-    world = World(waits)
-    for module in event_trigger, host_trigger:
-        monkeypatch.setattr(module, "Inbox", SimpleNamespace(of_loop=lambda: waits))
-    monkeypatch.setattr(event_trigger.reference, "load", lambda _: Watch)
-    monkeypatch.setattr(event_trigger.settings, "hosts", lambda: 1)
-    for name, seconds in (("_LOOK_EVERY", 0.02), ("_LOOK_FOR_ALL_EVERY", 0.1), ("_PATIENCE", 0.2)):
-        monkeypatch.setattr(host_trigger, name, seconds)
     Watch.polled.clear()
     Watch.portals.clear()
-    return world
+    return World(waits, monkeypatch, Watch)
 
 
 @pytest.mark.parametrize("portal", [True, False])
@@ -280,7 +244,7 @@ async def test_an_event_that_the_inbox_cannot_record_fails_one_try_and_is_left_a
     else:
         monkeypatch.setattr(Queue, "hosted", False)
         trigger = queues.waits.trigger(
-            queues.waits.deferred(**queues._trigger()), listener="m:Queue", listener_args=["q"]
+            queues.waits.deferred(**queues.trigger()), listener="m:Queue", listener_args=["q"]
         )
         with pytest.raises(EventUndecodable, match=r"not storable: .*max_allowed_packet"):
             await anext(trigger.run())
@@ -302,7 +266,7 @@ async def test_what_the_api_server_refuses_after_the_trigger_was_cancelled_is_gi
 
     monkeypatch.setattr(queues.waits, "ask", refusing)
     monkeypatch.setattr(Queue, "hosted", False)
-    ti = queues.waits.deferred(**queues._trigger())
+    ti = queues.waits.deferred(**queues.trigger())
     trigger = queues.waits.trigger(ti, listener="m:Queue", listener_args=["q"])
     task = asyncio.ensure_future(anext(trigger.run()))
     await until(lambda: asked)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
@@ -11,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 from airflow.models.trigger import Trigger
 from airflow_events.errors import SourceMisconfigured
-from airflow_events.inbox.models import EventHost, EventWait
+from airflow_events.inbox.models import EventWait
 from airflow_events.listeners.support.watch_listener import LogWatchListener
 from airflow_events.listeners.support.watching import Watch, watches
 from airflow_events.triggers import event as event_trigger
 from airflow_events.triggers import host as host_trigger
 from airflow_events.triggers import resting as resting_waits
-from airflow_events.triggers.host import HostTrigger
 from awaiting import until
+from hosting import Hosting
 from memory_log import MemoryHub
-from sqlalchemy import select, update
+from sqlalchemy import update
 
 
 class MemoryWatch(LogWatchListener):
@@ -47,39 +45,13 @@ class Polls(MemoryWatch):
         return {"mine": await super().poll_for_event(**arguments)}
 
 
-class World:
-    def __init__(self, waits):
-        self.waits = waits
-
+class World(Hosting):
     async def wait(self, **more):
         """A wait that its own trigger hands to its host."""
-        row = Trigger(classpath="airflow_events.triggers.event.EventTrigger", kwargs={})
-        self.waits.session.add(row)
-        self.waits.session.flush()
-        ti = self.waits.deferred(next_method="execute_complete", trigger_id=row.id)
+        ti = self.waits.deferred(**self.trigger())
         arguments = {name: more.pop(name) for name in ("match", "since", "on_undecodable") if name in more}
         await self.waits.trigger(ti, listener="m:MemoryWatch", listener_kwargs=arguments, **more).until_ended()
         return ti
-
-    @contextlib.asynccontextmanager
-    async def running(self, *, anchor=None):
-        row = self.waits.session.execute(select(EventHost.host, EventHost.trigger_id)).one()
-        host = HostTrigger(host=row.host.hex())
-        host.trigger_id = row.trigger_id
-        host.task_instance = anchor and SimpleNamespace(
-            id=anchor, dag_id="shop", run_id="r", task_id="wait", map_index=-1, try_number=1
-        )
-
-        async def run():
-            async for _ in host.run():
-                raise AssertionError("it does not yield")
-
-        task = asyncio.create_task(run())
-        try:
-            yield host
-        finally:
-            task.cancel()
-            await asyncio.wait({task})
 
     def state(self, ti):
         return self.waits.state(ti).state
@@ -91,16 +63,9 @@ class World:
 
 @pytest.fixture
 def world(waits, monkeypatch):
-    world = World(waits)
-    for module in event_trigger, host_trigger:
-        monkeypatch.setattr(module, "Inbox", SimpleNamespace(of_loop=lambda: waits))
-    monkeypatch.setattr(event_trigger.reference, "load", lambda _: MemoryWatch)
-    monkeypatch.setattr(event_trigger.settings, "hosts", lambda: 1)
-    for name, seconds in (("_LOOK_EVERY", 0.02), ("_LOOK_FOR_ALL_EVERY", 0.1), ("_PATIENCE", 0.2)):
-        monkeypatch.setattr(host_trigger, name, seconds)
     MemoryWatch.hubs.clear()
     Polls.polled = 0
-    return world
+    return World(waits, monkeypatch, MemoryWatch)
 
 
 async def resting(world, host, count):
